@@ -1,0 +1,243 @@
+"""Prune a model after training, layer by layer, in one call."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._calibrate import Calibration, Forward, call_model, hash_batches, load_batches, quiet
+from secateur._errors import RecipeError, SparsityError
+from secateur._importance import Importance
+from secateur._layers import Layer, select_layers
+from secateur._pattern import SparsityPattern, with_channel_width
+from secateur._recipe import Recipe
+from secateur._report import Histogram, LayerReport, Report, SkippedLayer
+from secateur._statistics import LayerStatistics, Need
+from secateur._types import Mask, Scores, Weight
+from secateur.solvers import LayerProblem, Solution, Solver, verify
+
+_BINS = 48
+_THUMBNAIL = 48
+
+
+def prune_(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    recipe: Recipe | None = None,
+    *,
+    pattern: SparsityPattern | str | None = None,
+    sparsity: float | None = None,
+    method: Solver | Importance | str | None = None,
+    allocation: str | None = None,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    sequential: bool | None = None,
+    measure_error: bool | None = None,
+    forward: Forward | None = None,
+    progress: Callable[[str, float, float], None] | None = None,
+) -> Report:
+    """Prune a model in place and report what was done.
+
+    Linear and convolution layers are pruned one by one, block by block: each repeated block is calibrated on the
+    outputs of the blocks before it as they are after pruning. Weights keep their dtype and device; statistics and solvers
+    work in float32 or better. Nothing else about the model changes, and no hook or flag is left behind. Everything that
+    can be checked is checked before the first weight changes; an error or interrupt after that leaves the layers done
+    so far pruned.
+
+    Args:
+        model: any module. Layers are found by class; see :func:`register_layer` for your own.
+        batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts or
+            ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand to
+            a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
+        recipe: all of the following settings as one value, in their place.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error: see :class:`Recipe`.
+        forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
+        progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
+
+    Returns:
+        The report: sparsity and error layer by layer, what was skipped and why, and how to repeat the run.
+
+    Raises:
+        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, or no batches
+            for a method that needs them.
+        PatternError: a pattern that does not fit a layer, which is named.
+        StatisticsError: batches that are empty, not finite, or never reach a layer.
+        SolverError: a layer that the method cannot solve.
+
+    Example:
+        >>> import torch, secateur
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> report = secateur.prune_(model, [torch.randn(32, 8)], pattern="2:4", method="wanda")
+        >>> report.sparsity, int((model[0].weight == 0).sum())
+        (0.5, 64)
+    """
+    began = time.perf_counter()
+    settings = {
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "method": method,
+        "allocation": allocation,
+        "include": include,
+        "exclude": exclude,
+        "sequential": sequential,
+        "measure_error": measure_error,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    if recipe is not None and given:
+        raise RecipeError(f"pass either a recipe or settings, not both; got a recipe and {', '.join(given)}.")
+    recipe = recipe if recipe is not None else Recipe(**given)  # type: ignore[arg-type]
+    needs: frozenset[Need] = recipe.method.needs
+    if needs and batches is None:
+        raise RecipeError(
+            f"{recipe.method} needs calibration inputs ({', '.join(sorted(needs))}).\n"
+            "Pass batches, or use method='magnitude', which needs none."
+        )
+
+    layers, skipped = select_layers(model, recipe.include, recipe.exclude)
+    patterns = {layer.name: _pattern_for(layer, recipe) for layer in layers}
+    total = float(len(layers))
+    tell = progress or (lambda description, done, total: None)
+    reports: list[LayerReport] = []
+    digest = None
+
+    def finish(layer: Layer, statistics: LayerStatistics | None) -> None:
+        try:
+            reports.append(_prune_layer_(layer, statistics, patterns[layer.name], recipe))
+        except SparsityError as error:
+            raise type(error)(f"{layer.name or '(the model itself)'}: {error}") from None
+        tell(layer.name, float(len(reports)), total)
+
+    if batches is None:
+        for layer in layers:
+            finish(layer, None)
+    else:
+        loaded = load_batches(batches, layers[0].parameter.device)
+        digest = hash_batches(loaded)
+        if recipe.measure_error:
+            needs = needs | {"gram"}
+        with quiet(model):
+            calibration = Calibration(model, loaded, layers, forward or call_model, recipe.sequential)
+            for index, stage in enumerate(calibration.stages):
+
+                def on_batch(done: int, name: str = stage.name, share: float = len(stage.layers) / 2) -> None:
+                    tell(f"calibrating {name}".strip(), len(reports) + share * done / len(loaded), total)
+
+                gathered = calibration.gather(index, needs, on_batch)
+                for layer in stage.layers:
+                    finish(layer, gathered.pop(layer.name))
+
+    return Report(
+        layers=tuple(reports),
+        skipped=tuple(SkippedLayer(entry.name, entry.kind, entry.reason) for entry in skipped),
+        recipe=recipe.to_dict(),
+        versions={
+            "secateur": metadata.version("secateur"),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        seconds=time.perf_counter() - began,
+        calibration_hash=digest,
+    )
+
+
+def _pattern_for(layer: Layer, recipe: Recipe) -> SparsityPattern:
+    """The pattern as it applies to one layer, after checking that it fits and that the weight can be worked on."""
+    name = layer.name or "(the model itself)"
+    pattern = with_channel_width(recipe.pattern, layer.channel_width)
+    weight = layer.matrix()
+    if weight.is_meta:
+        raise RecipeError(f"{name}: its weight is on the meta device, without values. Load the weights first.")
+    if not weight.isfinite().all():
+        raise RecipeError(f"{name}: {int((~weight.isfinite()).sum())} of its weights are NaN or infinite.\nExclude it.")
+    try:
+        pattern.validate(weight.shape)
+    except SparsityError as error:
+        raise type(error)(f"{name}: {error}") from None
+    return pattern
+
+
+def _prune_layer_(
+    layer: Layer, statistics: LayerStatistics | None, pattern: SparsityPattern, recipe: Recipe
+) -> LayerReport:
+    began = time.perf_counter()
+    dense = layer.matrix()
+    dense = dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True).contiguous()
+    problem = LayerProblem(dense, statistics, pattern, recipe.sparsity)
+    solution = recipe.method.solve(problem)
+    verify(problem, solution)
+    layer.write_(solution.weight)
+    seconds = time.perf_counter() - began
+    stored = layer.matrix()
+    pruned = int((~solution.mask).count_nonzero())
+    return LayerReport(
+        name=layer.name,
+        shape=(dense.shape[0], dense.shape[1]),
+        pattern=str(pattern),
+        asked=pattern.resolve(recipe.sparsity),
+        sparsity=pruned / max(1, dense.numel()),
+        pruned=pruned,
+        zeros=stored.numel() - int(stored.count_nonzero()),
+        relative_error=_relative_error(dense, stored.to(dense), statistics),
+        tokens=None if statistics is None else statistics.tokens,
+        dead_inputs=_dead_inputs(statistics),
+        seconds=seconds,
+        tied_to=layer.tied_to,
+        notes=solution.notes,
+        histogram=_histogram(solution),
+        thumbnail=_thumbnail(solution.mask),
+    )
+
+
+def _relative_error(dense: Weight, stored: Weight, statistics: LayerStatistics | None) -> float | None:
+    """``norm((W - V) X) / norm(W X)`` from the Gram matrix; None where it was not gathered or W X is zero."""
+    if statistics is None or statistics.gram is None:
+        return None
+    gram = statistics.require("gram").to(dense)
+    shape = (len(gram), -1, dense.shape[1])
+    dense, change = dense.reshape(shape), (dense - stored).reshape(shape)
+    output = float(((dense @ gram) * dense).sum(dtype=torch.float64))
+    error = float(((change @ gram) * change).sum(dtype=torch.float64))
+    return (max(error, 0.0) / output) ** 0.5 if output > 0 else None
+
+
+def _dead_inputs(statistics: LayerStatistics | None) -> int | None:
+    if statistics is None:
+        return None
+    energy: Tensor | None = statistics.input_norm
+    if statistics.gram is not None:
+        energy = statistics.require("gram").diagonal(dim1=1, dim2=2)
+    return None if energy is None else int((energy == 0).sum())
+
+
+def _histogram(solution: Solution) -> Histogram | None:
+    scores: Scores = solution.scores.float()
+    usable = (scores > 0) & scores.isfinite()
+    if not usable.any():
+        return None
+    logs = torch.where(usable, scores, scores[usable].min()).log10()
+    low, high = float(logs.min()), float(logs.max())
+    high = high if high > low else low + 1
+    bins = ((logs - low) / (high - low) * _BINS).long().clamp_(0, _BINS - 1)
+    kept = torch.bincount(bins[solution.mask], minlength=_BINS)
+    pruned = torch.bincount(bins[~solution.mask], minlength=_BINS)
+    lowest = scores[solution.mask].min() if solution.mask.any() else scores.new_zeros(())
+    return Histogram(
+        edges=tuple(round(low + (high - low) * i / _BINS, 4) for i in range(_BINS + 1)),
+        kept=tuple(kept.tolist()),
+        pruned=tuple(pruned.tolist()),
+        cut=round(float(lowest.log10()), 4) if lowest > 0 and lowest.isfinite() else None,
+    )
+
+
+def _thumbnail(mask: Mask) -> tuple[tuple[int, ...], ...]:
+    if not mask.numel():
+        return ()
+    size = (min(_THUMBNAIL, mask.shape[0]), min(_THUMBNAIL, mask.shape[1]))
+    picture = nn.functional.adaptive_avg_pool2d(mask[None, None].float(), size)[0, 0]
+    return tuple(tuple(row) for row in (picture * 100).round().int().tolist())

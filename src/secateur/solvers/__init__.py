@@ -1,0 +1,9 @@
+"""Solvers: choose the mask and the surviving weights of one layer."""
+
+from secateur.solvers._problem import LayerProblem as LayerProblem
+from secateur.solvers._problem import Solution as Solution
+from secateur.solvers._problem import Solver as Solver
+from secateur.solvers._problem import verify as verify
+from secateur.solvers._refit import Refit as Refit
+from secateur.solvers._select import Select as Select
+from secateur.solvers._sparsegpt import SparseGPT as SparseGPT

@@ -1,0 +1,60 @@
+"""The damped Gram matrix that second-order solvers share: inputs that never fire, damping, factorisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur._errors import SolverError
+from secateur._statistics import LayerStatistics
+from secateur._types import Weight
+
+
+def gram_for(weight: Weight, statistics: LayerStatistics | None) -> Tensor:
+    """The Gram matrix as ``[groups, in, in]`` in the weight's dtype and on its device, checked to fit the weight.
+
+    Raises:
+        SolverError: there is none, or it does not fit.
+    """
+    if statistics is None:
+        raise SolverError("it needs calibration inputs: pass batches.")
+    gram = statistics.require("gram").to(weight)
+    if gram.shape[1:] != (weight.shape[1], weight.shape[1]) or weight.shape[0] % gram.shape[0]:
+        raise SolverError(f"a gram of shape {tuple(gram.shape)} does not fit a weight {tuple(weight.shape)}.")
+    return gram
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """``H + damping * mean(diag(H)) * I``, with a unit of that mean where an input is dead (``H_jj = 0``).
+
+    A dead input has a zero row and column, so any positive diagonal makes it factorise and none changes the others.
+    """
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
+    result = gram.clone()
+    result.diagonal(dim1=1, dim2=2).add_(torch.where(diagonal > 0, damping * mean, mean))
+    return result
+
+
+def upper_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Upper triangular R with ``R @ R.T = damped(H)``, and the damping that it took.
+
+    ``inv(R)`` is the upper Cholesky factor of ``inv(H)``, the matrix that SparseGPT is usually written with; this way
+    needs one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold, up to 1.
+
+    Raises:
+        SolverError: H is not positive definite even with damping 1.
+    """
+    attempt = damping
+    while True:
+        # Reversing rows and columns turns the lower factor that LAPACK gives into the upper one.
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, attempt).flip(1, 2))
+        if not failed.any() and factor.isfinite().all():
+            return factor.flip(1, 2), attempt
+        if attempt >= 1:
+            raise SolverError(
+                f"the Gram matrix is not positive definite, even with damping raised from {damping:g} to {attempt:g}.\n"
+                "Calibrate on more or other text, or use a method without a factorisation, such as 'wanda'."
+            )
+        attempt = min(1.0, max(attempt, 1e-3) * 10)

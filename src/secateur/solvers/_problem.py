@@ -1,0 +1,91 @@
+"""The contract between a solver and its caller: a problem, a solution, and the check of one against the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from secateur._errors import PatternError, SolverError
+from secateur._pattern import SparsityPattern
+from secateur._statistics import LayerStatistics, Need
+from secateur._types import Mask, Scores, Weight
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One layer to prune.
+
+    Args:
+        weight: ``[out, in]``, float32 or float64; never changed.
+        statistics: what calibration gathered, or None for a solver that needs nothing.
+        pattern: which masks are legal.
+        sparsity: fraction to prune; None for a pattern that fixes its own.
+    """
+
+    weight: Weight
+    statistics: LayerStatistics | None
+    pattern: SparsityPattern
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned layer.
+
+    Args:
+        weight: ``[out, in]``, zero where ``mask`` is False.
+        mask: ``[out, in]`` bool, True = kept.
+        scores: ``[out, in]``, what the mask was chosen by.
+        notes: departures from the plain run worth reporting, such as a raised damping.
+    """
+
+    weight: Weight
+    mask: Mask
+    scores: Scores
+    notes: tuple[str, ...] = ()
+
+
+class Solver(ABC):
+    """Chooses a mask and the surviving weights of one layer. Pure: the problem is never modified."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """The statistics that ``solve`` reads."""
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem) -> Solution:
+        """Return a solution that :func:`verify` accepts.
+
+        Raises:
+            PatternError: the pattern does not fit the weight or the sparsity.
+            StatisticsError: a needed statistic is missing.
+            SolverError: the numerics fail beyond the documented remedies.
+        """
+
+
+def verify(problem: LayerProblem, solution: Solution) -> None:
+    """Raise unless the solution keeps its contract: a legal mask, the exact count, zeros where pruned, finite weights.
+
+    Raises:
+        SolverError: naming what is broken.
+    """
+    if solution.weight.shape != problem.weight.shape or solution.mask.shape != problem.weight.shape:
+        raise SolverError(
+            f"the solver returned a weight {tuple(solution.weight.shape)} and a mask {tuple(solution.mask.shape)} "
+            f"for a weight {tuple(problem.weight.shape)}."
+        )
+    try:
+        problem.pattern.check(solution.mask)
+    except PatternError as error:
+        raise SolverError(f"the solver broke the pattern: {error}") from None
+    asked = problem.pattern.num_pruned(problem.weight.shape, problem.sparsity)
+    pruned = int((~solution.mask).count_nonzero())
+    if pruned != asked:
+        raise SolverError(f"the solver pruned {pruned} weights, but {asked} were asked.")
+    if not torch.isfinite(solution.weight).all():
+        raise SolverError(f"{int((~solution.weight.isfinite()).sum())} weights are no longer finite.")
+    if bool((solution.weight.masked_fill(solution.mask, 0) != 0).any()):
+        raise SolverError("the solver left pruned weights that are not zero.")

@@ -1,0 +1,149 @@
+"""SparseGPT: prune column by column and let the columns still to come make up for the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur._errors import SolverError
+from secateur._pattern import SparsityPattern
+from secateur._statistics import Need
+from secateur.solvers._gram import gram_for, upper_factor
+from secateur.solvers._problem import LayerProblem, Solution, Solver
+
+_PANEL = 32  # columns swept one by one before the rest is updated by a matrix product
+
+
+@dataclass(frozen=True)
+class SparseGPT(Solver):
+    r"""Optimal brain surgeon swept over the columns, all rows at once.
+
+    Minimises :math:`\lVert (W - V) X \rVert^2` greedily. With :math:`H = X X^T + \lambda I` and
+    :math:`H^{-1} = U^T U`, weight :math:`w_{ij}` (as updated so far) costs :math:`(w_{ij} / U_{jj})^2`; the cheapest of
+    each block of columns are pruned under the pattern, and every later column moves by
+    :math:`-(w_{ij} / U_{jj}) U_{j,\cdot}` to compensate. Blocks are ``block_size`` columns, rounded up to whole units of
+    the pattern; N:M decides each group as the sweep reaches it, and ``Row`` decides once, on all columns. Each block
+    takes its share of the count, so that the total is exact.
+
+    The sweep is the paper's, the arithmetic is not: with R upper triangular and :math:`H = R R^T`, :math:`U = R^{-1}`,
+    and a block's compensation for all columns before it follows from one product with R. That saves the inverse, one of
+    two factorisations and every write to columns still to come.
+
+    Differs from the paper: inputs that are never active are pruned first, but their weights are untouched at sparsity
+    0, where the public code zeroes them; a failed factorisation raises the damping tenfold, up to 1, and says so.
+
+    Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications; memory: three ``[in, in]`` matrices.
+
+    Args:
+        block_size: columns whose mask is decided together, the paper's B_s.
+        damping: added to the diagonal of H, as a fraction of its mean.
+
+    Raises:
+        SolverError: block_size below 1 or damping below 0.
+
+    Example:
+        >>> import torch, secateur
+        >>> x = torch.tensor([[1.0, 1.0], [0.0, 0.1]])  # two tokens; the inputs are nearly equal
+        >>> statistics = secateur.LayerStatistics(tokens=2, gram=x.T @ x)
+        >>> problem = secateur.LayerProblem(torch.tensor([[1.0, 1.5]]), statistics, secateur.NM(1, 2))
+        >>> secateur.SparseGPT(damping=0.0).solve(problem).weight.round(decimals=2).tolist()  # 1.5 takes over the 1
+        [[0.0, 2.49]]
+
+    Reference:
+        Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
+        arXiv:2301.00774.
+    """
+
+    block_size: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise SolverError(f"block_size must be at least 1, got {self.block_size}.")
+        if not self.damping >= 0:
+            raise SolverError(f"damping must not be negative, got {self.damping:g}.")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"gram"})
+
+    @torch.no_grad()
+    def solve(self, problem: LayerProblem) -> Solution:
+        weight, pattern = problem.weight, problem.pattern
+        gram = gram_for(weight, problem.statistics)
+        groups, (rows, columns) = len(gram), weight.shape
+        factor, damping = upper_factor(gram, self.damping)
+        notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
+        scale = factor.diagonal(dim1=1, dim2=2).masked_fill(gram.diagonal(dim1=1, dim2=2) == 0, 0)  # [groups, in]
+
+        # Columns are swept, so columns are made contiguous: [groups, in, out / groups].
+        dense = weight.view(groups, rows // groups, columns).transpose(1, 2).contiguous()
+        pruned = torch.empty_like(dense)
+        removed = torch.empty_like(dense)  # dense - pruned, of the columns done
+        mask = torch.empty_like(weight, dtype=torch.bool)
+        scores = torch.empty_like(weight)
+
+        for start, stop, sparsity in _blocks(pattern, (rows, columns), problem.sparsity, self.block_size):
+            inverse = torch.linalg.solve_triangular(
+                factor[:, start:stop, start:stop], torch.eye(stop - start).to(weight), upper=True
+            )  # the block of U
+            # What the columns before this block leave for it to compensate, then the block's values if it were free.
+            carried = factor[:, :start, start:stop].transpose(1, 2) @ removed[:, :start]
+            current = dense[:, start:stop] + inverse.transpose(1, 2) @ carried
+            error = torch.empty_like(current)
+
+            width = stop - start if pattern.sparsity is None or pattern.width is None else pattern.width
+            for begin in range(0, stop - start, width):
+                end = min(begin + width, stop - start)
+                here = slice(start + begin, start + end)
+                _compensate(current, error, inverse, 0, begin, end)
+                score = current[:, begin:end].abs() * scale[:, here, None]
+                scores[:, here] = score.transpose(1, 2).reshape(rows, -1)
+                mask[:, here] = pattern.mask(scores[:, here], sparsity)
+                drop = ~mask[:, here].view(groups, -1, end - begin).transpose(1, 2)
+                drop = drop.to(weight.dtype, memory_format=torch.contiguous_format)
+                for panel in range(begin, end, _PANEL):
+                    panel_end = min(panel + _PANEL, end)
+                    _compensate(current, error, inverse, begin, panel, panel_end)
+                    for j in range(panel, panel_end):
+                        _compensate(current, error, inverse, panel, j, j + 1)
+                        torch.mul(current[:, j], drop[:, j - begin], out=error[:, j])
+                        current[:, j] -= error[:, j]
+                        error[:, j] /= inverse[:, j, j, None]
+            pruned[:, start:stop] = current
+            removed[:, start:stop] = dense[:, start:stop] - current
+
+        solved = pruned.transpose(1, 2).reshape(rows, columns)
+        return Solution(solved.masked_fill(~mask, 0), mask, scores, notes)
+
+
+def _compensate(current: Tensor, error: Tensor, inverse: Tensor, since: int, begin: int, end: int) -> None:
+    """Move columns [begin, end) of the block by the errors that columns [since, begin) made."""
+    if begin > since:
+        current[:, begin:end].baddbmm_(
+            inverse[:, since:begin, begin:end].transpose(1, 2), error[:, since:begin], alpha=-1
+        )
+
+
+def _blocks(
+    pattern: SparsityPattern, shape: tuple[int, int], sparsity: float | None, block_size: int
+) -> Iterator[tuple[int, int, float | None]]:
+    """Column ranges whose mask is decided together, with the sparsity of each, so that the counts add up exactly."""
+    rows, columns = shape
+    unit = columns if pattern.width is None else pattern.width
+    step = unit * math.ceil(block_size / max(unit, 1)) or 1
+    units = pruned = 0  # competing units and how many of them are pruned, up to the start of the block
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        if pattern.sparsity is not None or sparsity is None:
+            yield start, stop, sparsity
+            continue
+        all_units = pattern.num_units((rows, stop))
+        all_pruned = round(sparsity * all_units)
+        share = (all_pruned - pruned) / (all_units - units) if all_units > units else 0.0
+        yield start, stop, share
+        units, pruned = all_units, all_pruned
