@@ -4,8 +4,8 @@
 
 writes `model.safetensors` (float16), `config.json`, the tokenizer, `calibration.txt` and `heldout.txt` to the output
 directory and prints the log kept in `demo/train.log`. The corpus is whatever standard library the running interpreter
-has, so another Python version gives a slightly different model. Modules whose path hashes to a held-out bucket are never
-trained on, nor shown to the tokenizer; `heldout.txt` is drawn from them, `calibration.txt` from the training modules.
+has, so another Python version gives a slightly different model. Modules whose path hashes to a held-out bucket are
+never trained on, nor shown to the tokenizer; `heldout.txt` is drawn from them, `calibration.txt` from the others.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def heldout_loss(model: nn.Module, ids: Tensor, windows: int = 64) -> float:
     """Mean cross-entropy in nats per token over the first `windows` windows."""
     model.eval()
     batches = ids[: windows * CONTEXT].view(-1, 8, CONTEXT)
-    losses = [model(input_ids=batch, labels=batch).loss.item() for batch in batches]
+    losses: list[float] = [model(input_ids=batch, labels=batch).loss.item() for batch in batches]
     model.train()
     return sum(losses) / len(losses)
 
@@ -180,16 +180,13 @@ def main() -> None:
         if step % 100 == 0 or step == arguments.steps - 1:
             tokens = (step + 1) * BATCH * CONTEXT
             rate = tokens / (time.perf_counter() - began)
-            print(
-                f"step {step:5d}  tokens {tokens:11,}  train {loss.item():.3f}  held-out {heldout_loss(model, validation):.3f}"
-                f"  {rate:,.0f} tokens/s",
-                flush=True,
-            )
+            after = heldout_loss(model, validation)
+            figures = f"train {loss.item():.3f}  held-out {after:.3f}  {rate:,.0f} tokens/s"
+            print(f"step {step:5d}  tokens {tokens:11,}  {figures}", flush=True)
 
     final = heldout_loss(model, validation, windows=256)
-    print(
-        f"held-out {final:.4f} nats a token, perplexity {math.exp(final):.2f}, {final / bytes_per_token:.4f} nats a byte"
-    )
+    per_byte = final / bytes_per_token
+    print(f"held-out {final:.4f} nats a token, perplexity {math.exp(final):.2f}, {per_byte:.4f} nats a byte")
     model.to(torch.float16).save_pretrained(arguments.output)
     model.float().eval()
     prompt = tokenizer("def read_lines(path", return_tensors="pt", return_token_type_ids=False)

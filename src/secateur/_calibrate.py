@@ -1,7 +1,7 @@
 """Run a model on calibration batches, block by block, and gather exactly the statistics that were asked for.
 
-A model is cut into *stages* in the order they run: its repeated blocks, and each prunable layer outside of them. Stage k
-is calibrated on the outputs of the stages before it as they are after pruning. For every stage and batch the real
+A model is cut into *stages* in the order they run: its repeated blocks, and each prunable layer outside of them. Stage
+k is calibrated on the outputs of the stages before it as they are after pruning. For every stage and batch the real
 model's forward is called, so that whatever happens between blocks (masks, rotary embeddings, residual streams) is the
 model's own code; but only two stages are computed: the stage before, on the inputs kept from the last round, and this
 one. Earlier stages return NaN. If NaN reaches the inputs of this stage, the model uses more than the previous stage's
@@ -14,7 +14,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -49,7 +49,7 @@ class Stage:
 
 
 def call_model(model: nn.Module, batch: Any) -> object:
-    """Call the model the way the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``."""
+    """Call the model as the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -68,9 +68,8 @@ def load_batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in a list")
     loaded = []
     for batch in batches:
-        if isinstance(batch, Mapping):
-            batch = dict(batch)  # BatchEncoding is a mapping that tree_map takes for a leaf
-        loaded.append(tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch))
+        tree = dict(batch) if isinstance(batch, Mapping) else batch  # tree_map takes a BatchEncoding for a leaf
+        loaded.append(tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree))
     if not loaded:
         raise StatisticsError("batches is empty: there is nothing to calibrate on.")
     return loaded
@@ -91,10 +90,10 @@ def hash_batches(batches: Iterable[Any]) -> str:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no key-value caches; everything is put back on the way out, however that happens."""
+    """Evaluation mode, no gradients, no key-value caches; all is put back on the way out, however that happens."""
     modes = [(module, module.training) for module in model.modules()]
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
     try:
         model.eval()
         for config in caching:  # a cache filled by the first of a block's two runs would spoil the second
@@ -253,10 +252,8 @@ class Calibration:
             run_stage = stage.module.forward
             if stage.module is not self._model:
                 stack.enter_context(_forward_as(stage.module, observe))
-            try:
+            with suppress(_Reached):
                 self._forward(self._model, batch)
-            except _Reached:
-                pass
         return inputs[0] if inputs else None
 
 
@@ -281,7 +278,7 @@ def _forward_as(module: nn.Module, forward: Callable[..., object]) -> Iterator[N
         if own is _ABSENT:
             del module.forward
         else:
-            module.forward = own  # type: ignore[assignment]
+            module.forward = own
 
 
 @dataclass(frozen=True)
@@ -298,7 +295,7 @@ def _template(leaf: Any) -> Any:
 
 
 def _poison(template: Any, *args: Any, **kwargs: Any) -> Any:
-    """A forward function that computes nothing: tensors like the template's on the device of the real ones: NaN, or zero where there is no NaN."""
+    """A forward function that computes nothing: tensors like the real ones, full of NaN (zero where there is none)."""
 
     def fill(leaf: Any) -> Any:
         if not isinstance(leaf, _Template):
@@ -318,8 +315,8 @@ def _has_nan(tree: Any) -> bool:
 def _repeated_blocks(module: nn.Module, prunable: set[int]) -> list[nn.Module]:
     """The outermost modules that are repeated, of one class, side by side, each with layers to prune.
 
-    In a list of modules (ModuleList, Sequential, ModuleDict) two of a class are enough. Elsewhere what lies deeper comes
-    first, so that an encoder and a decoder of one class are not taken for two blocks.
+    In a list of modules (ModuleList, Sequential, ModuleDict) two of a class are enough. Elsewhere what lies deeper
+    comes first, so that an encoder and a decoder of one class are not taken for two blocks.
     """
     by_class: dict[type, list[nn.Module]] = {}
     for child in module.children():
@@ -334,7 +331,7 @@ def _repeated_blocks(module: nn.Module, prunable: set[int]) -> list[nn.Module]:
 
 
 def _padding_masks(batch: Any) -> list[Tensor]:
-    """Two-dimensional masks of the batch, True = a real token; other masks say who attends to whom, not what is padding."""
+    """The batch's two-dimensional masks, True = a real token; others say who attends to whom, not what is padding."""
     if not isinstance(batch, Mapping):
         return []
     masks = (batch.get(key) for key in ("attention_mask", "decoder_attention_mask"))
@@ -375,6 +372,6 @@ def _without_padding(rows: Tensor, x: Tensor, kind: LayerKind, masks: list[Tenso
     if positions == (masks[0].shape[0],):
         return rows  # one row a sequence, such as a pooled or first token
     raise StatisticsError(
-        f"inputs of shape {tuple(x.shape)} cannot be aligned with an attention mask of shape {tuple(masks[0].shape)}, so "
-        "padding cannot be kept out of the statistics.\nUse batches without padding, or exclude the layer."
+        f"inputs of shape {tuple(x.shape)} cannot be aligned with an attention mask of shape {tuple(masks[0].shape)}, "
+        "so padding cannot be kept out of the statistics.\nUse batches without padding, or exclude the layer."
     )

@@ -21,8 +21,8 @@ class LayerKind:
     Args:
         to_matrix: from the parameter to ``[out, in]``, a view where possible.
         from_matrix: from ``[out, in]`` and the module back to the parameter's own shape.
-        input_rows: from the module and its first positional input, ``[..., features]``, to ``[groups, tokens, in]``, one
-            row for each position of the input's leading dimensions, in order.
+        input_rows: from the module and its first positional input, ``[..., features]``, to ``[groups, tokens, in]``,
+            one row for each position of the input's leading dimensions, in order.
         parameter: the weight's attribute name.
         channel_width: neighbouring columns that read one input channel; kernel positions for a convolution.
     """
@@ -77,7 +77,7 @@ _CONVOLUTION = LayerKind(
     to_matrix=lambda module, weight: weight.flatten(1),
     from_matrix=lambda module, matrix: matrix.view_as(module.weight),  # type: ignore[arg-type]
     input_rows=_unfolded_rows,
-    channel_width=lambda module: module.weight[0, 0].numel(),  # type: ignore[index, operator, union-attr]
+    channel_width=lambda module: module.weight[0, 0].numel(),  # type: ignore[index]
 )
 _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: _LINEAR,

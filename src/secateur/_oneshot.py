@@ -45,16 +45,16 @@ def prune_(
     """Prune a model in place and report what was done.
 
     Linear and convolution layers are pruned one by one, block by block: each repeated block is calibrated on the
-    outputs of the blocks before it as they are after pruning. Weights keep their dtype and device; statistics and solvers
-    work in float32 or better. Nothing else about the model changes, and no hook or flag is left behind. Everything that
-    can be checked is checked before the first weight changes; an error or interrupt after that leaves the layers done
-    so far pruned.
+    outputs of the blocks before it as they are after pruning. Weights keep their dtype and device; statistics and
+    solvers work in float32 or better. Nothing else about the model changes, and no hook or flag is left behind. All
+    that can be checked is checked before the first weight changes; an error or interrupt after that leaves the layers
+    done so far pruned.
 
     Args:
         model: any module. Layers are found by class; see :func:`register_layer` for your own.
-        batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts or
-            ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand to
-            a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
+        batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts
+            or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
+            to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
         pattern, sparsity, method, allocation, include, exclude, sequential, measure_error: see :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
@@ -178,7 +178,7 @@ def _prune_layer_(
     return LayerReport(
         name=layer.name,
         shape=(dense.shape[0], dense.shape[1]),
-        pattern=str(pattern),
+        pattern=str(solution.pattern or pattern),
         asked=pattern.resolve(recipe.sparsity),
         sparsity=pruned / max(1, dense.numel()),
         pruned=pruned,

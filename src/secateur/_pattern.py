@@ -22,10 +22,10 @@ Remainder: TypeAlias = Literal["error", "dense"]
 class SparsityPattern(ABC):
     """A structural constraint on which weights of an ``[out, in]`` matrix may be pruned.
 
-    A pattern is a value: it compares, hashes, prints and copies. It cuts a matrix into *units* (elements, tiles, rows or
-    columns) that are kept or pruned whole, and lets units compete for survival: all units of the layer, those of one
-    row, or those of one N:M group. In each competition exactly ``round(sparsity * units)`` units are pruned, the ones of
-    lowest score; of equal scores the lower index is kept.
+    A pattern is a value: it compares, hashes, prints and copies. It cuts a matrix into *units* (elements, tiles, rows
+    or columns) that are kept or pruned whole, and lets units compete for survival: all units of the layer, those of
+    one row, or those of one N:M group. In each competition exactly ``round(sparsity * units)`` units are pruned, the
+    ones of lowest score; of equal scores the lower index is kept.
 
     A unit larger than one element is scored by the sum of the squares of its elements' scores (squares keep their sign,
     for scores that have one). For ``|w_ij| * ||x_j||`` that is the exact cost of dropping the unit under a diagonal
@@ -107,7 +107,7 @@ class SparsityPattern(ABC):
         for grammar, kind in _GRAMMAR:
             if match := re.fullmatch(grammar, head):
                 numbers = [int(group) for group in match.groups() if group is not None]
-                if not keywords.keys() <= {field.name for field in fields(kind) if field.type != "int"}:
+                if not keywords.keys() <= {f.name for f in fields(kind) if f.type != "int"}:  # type: ignore[arg-type]
                     raise PatternError(_unknown_pattern(text))
                 return kind(*numbers, **keywords)
         raise PatternError(_unknown_pattern(text))
@@ -518,14 +518,18 @@ class Column(SparsityPattern):
 
 
 # Inside the class body the bare names would be the class variables themselves.
-_Unstructured, _NM, _Block, _Row, _Column = Unstructured, NM, Block, Row, Column
+_Unstructured: TypeAlias = Unstructured
+_NM: TypeAlias = NM
+_Block: TypeAlias = Block
+_Row: TypeAlias = Row
+_Column: TypeAlias = Column
 SparsityPattern.Unstructured = Unstructured
 SparsityPattern.NM = NM
 SparsityPattern.Block = Block
 SparsityPattern.Row = Row
 SparsityPattern.Column = Column
 
-_GRAMMAR: tuple[tuple[str, type], ...] = (
+_GRAMMAR: tuple[tuple[str, type[SparsityPattern]], ...] = (
     (r"unstructured", Unstructured),
     (r"(\d+):(\d+)", NM),
     (r"block:(\d+)x(\d+)", Block),
@@ -537,7 +541,7 @@ _P = TypeVar("_P", bound=SparsityPattern)
 
 
 def with_scope(pattern: SparsityPattern, scope: Scope) -> SparsityPattern:
-    """Fill in the scope of an ``Unstructured()`` that left it to the importance; any other pattern is returned as is."""
+    """Fill in the scope of an ``Unstructured()`` that left it to the importance; other patterns are returned as is."""
     return Unstructured(scope) if pattern == Unstructured() else pattern
 
 

@@ -168,6 +168,12 @@ def parse_method(text: str) -> Solver:
     return Refit(solver) if plus else solver
 
 
+def method_name(solver: Solver) -> str:
+    """Return the text that :func:`parse_method` takes for a solver, or its repr if its settings are not the default."""
+    names = [f"{name}{suffix}" for suffix in ("", "+refit") for name in METHODS]
+    return next((name for name in names if parse_method(name) == solver), repr(solver))
+
+
 def _method_to_dict(solver: Solver) -> dict[str, Any]:
     value: Solver | Importance = solver.importance if type(solver) is Select else solver
     names: dict[type, str] = {kind: name for name, kind in (*_IMPORTANCES.items(), *_SOLVERS.items())}
@@ -202,7 +208,7 @@ def _globs(name: str, value: object) -> tuple[str, ...]:
     globs = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"{name} must be glob patterns (str), got {value!r}")
-    return globs  # type: ignore[return-value]
+    return globs
 
 
 def _check_keys(where: str, table: Mapping[str, Any], valid: Iterable[str]) -> None:

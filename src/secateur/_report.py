@@ -96,6 +96,29 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One run among several on the same model and text.
+
+    Args:
+        method: as text.
+        pattern: as text.
+        sparsity: of the pruned layers.
+        before: perplexity of the dense model.
+        after: perplexity of the pruned model.
+        error: mean relative error of the layers' outputs, None if it was not measured.
+        seconds: that pruning took.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    before: float
+    after: float
+    error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a pruning run did and all that is needed to repeat it.
 
@@ -148,7 +171,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return the whole report as JSON text, with the totals under ``"totals"``."""
-        return json.dumps(self.to_dict(), indent=1)
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -177,19 +200,20 @@ class Report:
         lines = [f"# Pruning report\n\n{str(self).capitalize()}.\n"]
         if self.evaluation is not None:
             e = self.evaluation
-            lines += [f"| {e.metric} | before | after |", "|---|---|---|"]
+            lines += [f"| {_cell(e.metric)} | before | after |", "|---|---|---|"]
             lines += [f"| {e.tokens:,} tokens | {e.before:.4g} | {e.after:.4g} |\n"]
         lines += ["| layer | shape | pattern | asked | sparsity | relative error | seconds | notes |", "|" + "---|" * 8]
         for layer in self.layers:
             error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
             notes = "; ".join((*(f"shared with {name}" for name in layer.tied_to), *layer.notes))
             lines.append(
-                f"| {layer.name} | {layer.shape[0]} x {layer.shape[1]} | {layer.pattern} | {layer.asked:.4g} "
-                f"| {layer.sparsity:.4%} | {error} | {layer.seconds:.2f} | {notes} |"
+                f"| {_cell(layer.name)} | {layer.shape[0]} x {layer.shape[1]} | {_cell(layer.pattern)} "
+                f"| {layer.asked:.4g} | {layer.sparsity:.4%} | {error} | {layer.seconds:.2f} | {_cell(notes)} |"
             )
         if self.skipped:
             lines += ["\n| skipped | kind | reason |", "|---|---|---|"]
-            lines += [f"| {skip.name or '(root)'} | {skip.kind} | {skip.reason} |" for skip in self.skipped]
+            cells = [(_cell(skip.name) or "(root)", _cell(skip.kind), _cell(skip.reason)) for skip in self.skipped]
+            lines += [f"| {name} | {kind} | {reason} |" for name, kind, reason in cells]
         return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:
@@ -201,6 +225,11 @@ class Report:
         from secateur._html import report_page
 
         return report_page(self)
+
+
+def _cell(text: str) -> str:
+    """Text that stays within one cell of a Markdown table and is no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _layer_from_dict(table: dict[str, Any]) -> LayerReport:

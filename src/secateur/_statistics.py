@@ -24,7 +24,7 @@ class LayerStatistics:
     Args:
         tokens: input rows seen (tokens, or output positions of a convolution).
         input_norm: ``[in]`` or ``[groups, in]``: the L2 norm of each input feature over all tokens.
-        gram: ``[in, in]`` or ``[groups, in, in]``: the raw sum ``X.T @ X`` over all tokens, not divided by their number.
+        gram: ``[in, in]`` or ``[groups, in, in]``: the raw sum ``X.T @ X`` over all tokens, not their mean.
     """
 
     tokens: int

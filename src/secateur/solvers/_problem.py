@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from secateur._errors import PatternError, SolverError
-from secateur._pattern import SparsityPattern
+from secateur._pattern import Scope, SparsityPattern, with_scope
 from secateur._statistics import LayerStatistics, Need
 from secateur._types import Mask, Scores, Weight
 
@@ -38,12 +38,15 @@ class Solution:
         weight: ``[out, in]``, zero where ``mask`` is False.
         mask: ``[out, in]`` bool, True = kept.
         scores: ``[out, in]``, what the mask was chosen by.
+        pattern: the problem's, where the problem left it a choice: ``Unstructured()`` with its scope filled in. None:
+            the problem's as it was.
         notes: departures from the plain run worth reporting, such as a raised damping.
     """
 
     weight: Weight
     mask: Mask
     scores: Scores
+    pattern: SparsityPattern | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -77,11 +80,15 @@ def verify(problem: LayerProblem, solution: Solution) -> None:
             f"the solver returned a weight {tuple(solution.weight.shape)} and a mask {tuple(solution.mask.shape)} "
             f"for a weight {tuple(problem.weight.shape)}."
         )
+    pattern = solution.pattern or problem.pattern
+    scopes: tuple[Scope, ...] = ("layer", "row")
+    if pattern != problem.pattern and pattern not in [with_scope(problem.pattern, scope) for scope in scopes]:
+        raise SolverError(f"the solver pruned under {pattern!r}, but {problem.pattern!r} was asked.")
     try:
-        problem.pattern.check(solution.mask)
+        pattern.check(solution.mask)
     except PatternError as error:
         raise SolverError(f"the solver broke the pattern: {error}") from None
-    asked = problem.pattern.num_pruned(problem.weight.shape, problem.sparsity)
+    asked = pattern.num_pruned(problem.weight.shape, problem.sparsity)
     pruned = int((~solution.mask).count_nonzero())
     if pruned != asked:
         raise SolverError(f"the solver pruned {pruned} weights, but {asked} were asked.")

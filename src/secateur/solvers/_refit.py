@@ -39,8 +39,8 @@ class Refit(Solver):
         >>> statistics = secateur.LayerStatistics(tokens=2, input_norm=gram.diagonal().sqrt(), gram=gram)
         >>> problem = secateur.LayerProblem(torch.tensor([[1.0, 1.5]]), statistics, secateur.NM(1, 2))
         >>> solver = secateur.Refit(secateur.Select(secateur.Wanda()), damping=0.0)
-        >>> solver.solve(problem).weight.round(decimals=2).tolist()
-        [[0.0, 2.49]]
+        >>> [round(weight, 2) for weight in solver.solve(problem).weight[0].tolist()]
+        [0.0, 2.49]
 
     Reference:
         Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", 2024,

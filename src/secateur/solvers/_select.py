@@ -32,5 +32,6 @@ class Select(Solver):
 
     def solve(self, problem: LayerProblem) -> Solution:
         scores = self.importance.scores(problem.weight, problem.statistics)
-        mask = with_scope(problem.pattern, self.importance.scope).mask(scores, problem.sparsity)
-        return Solution(problem.weight.masked_fill(~mask, 0), mask, scores)
+        pattern = with_scope(problem.pattern, self.importance.scope)
+        mask = pattern.mask(scores, problem.sparsity)
+        return Solution(problem.weight.masked_fill(~mask, 0), mask, scores, pattern)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import SolverError
-from secateur._pattern import SparsityPattern
+from secateur._pattern import SparsityPattern, with_scope
 from secateur._statistics import Need
 from secateur.solvers._gram import gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
@@ -23,11 +23,11 @@ class SparseGPT(Solver):
     r"""Optimal brain surgeon swept over the columns, all rows at once.
 
     Minimises :math:`\lVert (W - V) X \rVert^2` greedily. With :math:`H = X X^T + \lambda I` and
-    :math:`H^{-1} = U^T U`, weight :math:`w_{ij}` (as updated so far) costs :math:`(w_{ij} / U_{jj})^2`; the cheapest of
-    each block of columns are pruned under the pattern, and every later column moves by
-    :math:`-(w_{ij} / U_{jj}) U_{j,\cdot}` to compensate. Blocks are ``block_size`` columns, rounded up to whole units of
-    the pattern; N:M decides each group as the sweep reaches it, and ``Row`` decides once, on all columns. Each block
-    takes its share of the count, so that the total is exact.
+    :math:`H^{-1} = U^T U`, weight :math:`w_{ij}` (as updated so far) costs :math:`(w_{ij} / U_{jj})^2`; the cheapest
+    of each block of columns are pruned under the pattern, and every later column moves by
+    :math:`-(w_{ij} / U_{jj}) U_{j,\cdot}` to compensate. Blocks are ``block_size`` columns, rounded up to whole units
+    of the pattern; N:M decides each group as the sweep reaches it, and ``Row`` decides once, on all columns. Each
+    block takes its share of the count, so that the total is exact.
 
     The sweep is the paper's, the arithmetic is not: with R upper triangular and :math:`H = R R^T`, :math:`U = R^{-1}`,
     and a block's compensation for all columns before it follows from one product with R. That saves the inverse, one of
@@ -50,8 +50,9 @@ class SparseGPT(Solver):
         >>> x = torch.tensor([[1.0, 1.0], [0.0, 0.1]])  # two tokens; the inputs are nearly equal
         >>> statistics = secateur.LayerStatistics(tokens=2, gram=x.T @ x)
         >>> problem = secateur.LayerProblem(torch.tensor([[1.0, 1.5]]), statistics, secateur.NM(1, 2))
-        >>> secateur.SparseGPT(damping=0.0).solve(problem).weight.round(decimals=2).tolist()  # 1.5 takes over the 1
-        [[0.0, 2.49]]
+        >>> solution = secateur.SparseGPT(damping=0.0).solve(problem)
+        >>> [round(weight, 2) for weight in solution.weight[0].tolist()]  # the 1.5 takes over most of the 1
+        [0.0, 2.49]
 
     Reference:
         Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
@@ -73,7 +74,7 @@ class SparseGPT(Solver):
 
     @torch.no_grad()
     def solve(self, problem: LayerProblem) -> Solution:
-        weight, pattern = problem.weight, problem.pattern
+        weight, pattern = problem.weight, with_scope(problem.pattern, "layer")
         gram = gram_for(weight, problem.statistics)
         groups, (rows, columns) = len(gram), weight.shape
         factor, damping = upper_factor(gram, self.damping)
@@ -118,7 +119,7 @@ class SparseGPT(Solver):
             removed[:, start:stop] = dense[:, start:stop] - current
 
         solved = pruned.transpose(1, 2).reshape(rows, columns)
-        return Solution(solved.masked_fill(~mask, 0), mask, scores, notes)
+        return Solution(solved.masked_fill(~mask, 0), mask, scores, pattern, notes)
 
 
 def _compensate(current: Tensor, error: Tensor, inverse: Tensor, since: int, begin: int, end: int) -> None:

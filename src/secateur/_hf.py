@@ -1,0 +1,292 @@
+"""Hugging Face model directories as models: loaded, pruned, measured and written back. Needs transformers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import FormatError, RecipeError
+from secateur._evaluate import outputs, perplexity, similarity
+from secateur._io import ModelDirectory, check_output
+from secateur._layers import Layer, select_layers
+from secateur._oneshot import prune_
+from secateur._recipe import Recipe
+from secateur._report import Evaluation, Report, SkippedLayer
+from secateur._text import Windows, batched, read_text
+
+REPORT_NAME = "secateur.json"
+MAX_SEQUENCE_LENGTH = 2048
+_NOT_STORED = "not in the checkpoint, so its values are not trained"
+
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text a method sees.
+
+    Args:
+        path: plain text, or JSON lines with a ``text`` field.
+        samples: windows drawn at random from the text.
+        sequence_length: tokens in a window; None for the longest that the model takes, at most 2048.
+        seed: of the draw.
+    """
+
+    path: Path
+    samples: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+
+
+def prune_directory(
+    source: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationText | None = None,
+    evaluate: Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda description, done, total: None,
+) -> Report:
+    """Prune a Hugging Face model directory into another one that ``from_pretrained`` loads unchanged.
+
+    The output has the input's shards, dtypes, tokenizer and other files; pruned weights are zeros in dense tensors.
+    ``config.json`` gains a top-level ``"sparsity"`` key, and ``secateur.json`` holds the report. Tensors that are not
+    pruned, those of heads that the base model lacks among them, are copied bit for bit.
+
+    Args:
+        source: model directory with safetensors weights.
+        output: directory to write; it appears complete or not at all.
+        recipe: how to prune.
+        calibration: text for methods that need it.
+        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
+            the outputs to the dense model's for any other.
+        device: where to compute; None for a GPU if there is one.
+        dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
+            precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
+        overwrite: replace an existing output directory.
+        progress: called with a description, and how much of how much is done.
+
+    Raises:
+        FormatError: the source is not a safetensors model directory, or the output cannot be written.
+        SparsityError: its other children, for recipes and texts that do not fit.
+        ImportError: transformers is missing.
+    """
+    directory = ModelDirectory.open(source)
+    check_output(directory.path, Path(output), overwrite, directory.num_bytes)
+    if recipe.method.needs and calibration is None:
+        raise RecipeError(
+            "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
+        )
+    calibration_text = None if calibration is None else read_text(calibration.path)
+    evaluation_text = None if evaluate is None else read_text(evaluate)
+
+    progress("loading the model", 0, 1)
+    model, missing = load_model(directory, device, dtype)
+    recipe, stored = _match_checkpoint(model, directory, recipe, missing)
+
+    batches = None
+    provenance: dict[str, Any] = {}
+    needs_tokenizer = calibration is not None or evaluate is not None
+    tokenizer = load_tokenizer(directory) if needs_tokenizer else None
+    causal = is_causal(directory)
+    longest = _longest_sequence(model, tokenizer) if needs_tokenizer else 0
+    if calibration is not None:
+        assert calibration_text is not None
+        length = calibration.sequence_length or longest
+        if length > longest:
+            raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
+        windows = Windows(tokenizer, calibration_text, length, not causal, source=str(calibration.path))
+        batches = [{"input_ids": ids} for ids in batched(windows.sample(calibration.samples, calibration.seed))]
+        provenance = {
+            "file": calibration.path.name,
+            "samples": calibration.samples,
+            "sequence_length": length,
+            "seed": calibration.seed,
+        }
+
+    measure = None
+    if evaluation_text is not None:
+        length = (calibration.sequence_length if calibration is not None else None) or longest
+        measure = _Measure(model, causal, list(Windows(tokenizer, evaluation_text, length, not causal).all()), progress)
+    report = prune_(model, batches, recipe, progress=progress)
+    for layer_name, stored_name in stored.items():
+        _round_like_stored_(model, layer_name, directory, stored_name)
+    if measure is not None:
+        report = replace(report, evaluation=measure.after())
+
+    reasons = {entry.name: _NOT_STORED for entry in report.skipped if entry.name in missing}
+    report = replace(
+        report,
+        calibration=provenance,
+        versions={**report.versions, "transformers": _transformers().__version__},
+        skipped=tuple(
+            SkippedLayer(entry.name, entry.kind, reasons.get(entry.name, entry.reason)) for entry in report.skipped
+        ),
+    )
+    config = {
+        **directory.config,
+        "sparsity": {
+            "method": "secateur",
+            "recipe": report.recipe,
+            "sparsity": report.sparsity,
+            "layers": [layer.name for layer in report.layers],
+        },
+    }
+    progress("writing", 0, 1)
+    parameters = dict(model.named_parameters())
+    directory.write_pruned(
+        output,
+        {name: parameters[parameter] for parameter, name in stored.items()},
+        {"config.json": json.dumps(config, indent=2) + "\n", REPORT_NAME: report.to_json() + "\n"},
+        overwrite,
+    )
+    return report
+
+
+def load_model(
+    directory: ModelDirectory, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, set[str]]:
+    """Return the model in a directory, in evaluation mode, and the names of modules that the checkpoint lacks.
+
+    The class comes from transformers' own table by the config's model type, never from a name in the checkpoint, and no
+    code in the directory is run.
+
+    Raises:
+        FormatError: transformers does not know the model type, or cannot load the weights.
+    """
+    transformers = _transformers()
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
+    try:
+        model, info = auto.from_pretrained(
+            directory.path,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise FormatError(
+            f"{directory.path} is an encoder-decoder model, which needs pairs of texts to calibrate on.\n"
+            "Use secateur.prune_ in Python, with batches of your own."
+        )
+    missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
+    return model.to(device).eval(), missing
+
+
+def load_tokenizer(directory: ModelDirectory) -> Any:
+    """Return the tokenizer in a model directory.
+
+    Raises:
+        FormatError: there is none.
+    """
+    try:
+        return _transformers().AutoTokenizer.from_pretrained(
+            directory.path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise FormatError(
+            f"{directory.path} has no tokenizer that transformers can load, so text cannot be read: {error}"
+        ) from None
+
+
+def is_causal(directory: ModelDirectory) -> bool:
+    """Whether the config says that the checkpoint is a causal language model."""
+    architectures = directory.config.get("architectures") or []
+    return any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+
+
+class _Measure:
+    """Measures a model when it is made, and the same model again after it was pruned."""
+
+    def __init__(self, model: nn.Module, causal: bool, windows: list[Tensor], progress: Progress) -> None:
+        self._model, self._causal, self._progress = model, causal, progress
+        self._batches = list(batched(windows))
+        self._dense = None if causal else outputs(model, self._counted("measuring the dense model"))
+        self._before = perplexity(model, self._counted("measuring the dense model"))[0] if causal else 1.0
+
+    def _counted(self, description: str) -> Any:
+        for index, batch in enumerate(self._batches):
+            self._progress(description, index, len(self._batches))
+            yield batch
+
+    def after(self) -> Evaluation:
+        batches = self._counted("measuring the pruned model")
+        if self._dense is None:
+            value, tokens = perplexity(self._model, batches)
+            return Evaluation("perplexity", self._before, value, tokens)
+        value, tokens = similarity(self._dense, outputs(self._model, batches))
+        return Evaluation("output similarity", self._before, value, tokens)
+
+
+def _match_checkpoint(
+    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
+) -> tuple[Recipe, dict[str, str]]:
+    """Find each parameter to prune in the checkpoint; leave out layers whose values do not come from it."""
+    layers, _ = select_layers(model, recipe.include, recipe.exclude)
+    untrained = tuple(layer.name for layer in layers if layer.name in missing)
+    if untrained:
+        recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
+    stored: dict[str, str] = {}
+    lost: list[Layer] = []
+    for layer in layers:
+        if layer.name in untrained:
+            continue
+        name = directory.find(layer.parameter_names, layer.parameter)
+        if name is None:
+            lost.append(layer)
+        else:
+            stored[layer.parameter_names[0]] = name
+    if lost:
+        names = ", ".join(layer.name for layer in lost[:5])
+        raise FormatError(
+            f"{directory.path} stores {len(lost)} layers in another form than the model uses them ({names}), so they "
+            "cannot be written back.\nUse secateur.prune_ in Python and model.save_pretrained, or exclude them."
+        )
+    return recipe, stored
+
+
+@torch.no_grad()
+def _round_like_stored_(model: nn.Module, parameter_name: str, directory: ModelDirectory, stored_name: str) -> None:
+    """Give a computed weight the precision that it will have on disk."""
+    parameter = model.get_parameter(parameter_name)
+    parameter.copy_(parameter.to(directory.read(stored_name).dtype))
+
+
+def _longest_sequence(model: nn.Module, tokenizer: Any) -> int:
+    limits = [MAX_SEQUENCE_LENGTH, tokenizer.model_max_length]
+    limits.append(getattr(model.config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH)
+    return int(min(limits))
+
+
+def _transformers() -> ModuleType:
+    """The transformers library, without its progress bars and advice.
+
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            f'model directories need transformers ({error}); install it with: pip install "secateur[transformers]"'
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

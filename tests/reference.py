@@ -1,0 +1,194 @@
+"""Slow float64 truth, written from the papers with loops and brute force; no algorithm of the library is called."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from secateur import NM, Block, Column, Row, SparsityPattern, Unstructured
+
+Unit = list[tuple[int, int]]  # the (row, column) of each weight that is kept or pruned together
+
+
+# Scores
+
+
+def magnitude(weight: np.ndarray) -> np.ndarray:
+    scores = np.zeros(weight.shape)
+    for i, j in np.ndindex(*weight.shape):
+        scores[i, j] = abs(weight[i, j])
+    return scores
+
+
+def input_norms(inputs: np.ndarray) -> np.ndarray:
+    """L2 norm of each column of ``[tokens, in]``."""
+    return np.array([math.sqrt(math.fsum(float(x) ** 2 for x in inputs[:, j])) for j in range(inputs.shape[1])])
+
+
+def gram(inputs: np.ndarray) -> np.ndarray:
+    """Sum over tokens of the outer product of a token's inputs with themselves."""
+    total = np.zeros((inputs.shape[1], inputs.shape[1]))
+    for token in inputs:
+        total += np.outer(token, token)
+    return total
+
+
+def wanda(weight: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    scores = np.zeros(weight.shape)
+    for i, j in np.ndindex(*weight.shape):
+        scores[i, j] = abs(weight[i, j]) * norms[j]
+    return scores
+
+
+def ria(weight: np.ndarray, norms: np.ndarray, exponent: float = 0.5) -> np.ndarray:
+    scores = np.zeros(weight.shape)
+    for i, j in np.ndindex(*weight.shape):
+        if weight[i, j] and norms[j]:
+            of_its_input = sum(abs(weight[k, j]) for k in range(weight.shape[0]))
+            of_its_output = sum(abs(weight[i, k]) for k in range(weight.shape[1]))
+            share = abs(weight[i, j]) / of_its_input + abs(weight[i, j]) / of_its_output
+            scores[i, j] = share * norms[j] ** exponent
+    return scores
+
+
+# Masks
+
+
+def competitions(pattern: SparsityPattern, rows: int, columns: int) -> list[list[Unit]]:
+    """Which units compete with which; what belongs to no unit stays dense."""
+    match pattern:
+        case Unstructured(scope="row"):
+            return [[[(i, j)] for j in range(columns)] for i in range(rows)]
+        case Unstructured():
+            return [[[(i, j)] for i in range(rows) for j in range(columns)]]
+        case NM(_, m):
+            return [[[(i, g * m + j)] for j in range(m)] for i in range(rows) for g in range(columns // m)]
+        case Block(height, width):
+            corners = itertools.product(range(rows // height), range(columns // width))
+            return [[_tile(a * height, b * width, height, width) for a, b in corners]]
+        case Row():
+            return [[_tile(i, 0, 1, columns) for i in range(rows)]]
+        case Column(width):
+            return [[_tile(0, j * width, rows, width) for j in range(columns // width)]]
+    raise AssertionError(pattern)
+
+
+def _tile(top: int, left: int, height: int, width: int) -> Unit:
+    return [(i, j) for i in range(top, top + height) for j in range(left, left + width)]
+
+
+def unit_score(scores: np.ndarray, unit: Unit) -> float:
+    values = [float(scores[place]) for place in unit]
+    return values[0] if len(values) == 1 else math.fsum(value * abs(value) for value in values)
+
+
+def best(values: list[float], keep: int) -> set[int]:
+    """Indices of the ``keep`` largest; of equals, the first."""
+    return set(sorted(range(len(values)), key=lambda index: (-values[index], index))[:keep])
+
+
+def mask(pattern: SparsityPattern, scores: np.ndarray, sparsity: float) -> np.ndarray:
+    """True where kept: in each competition ``round(sparsity * units)`` units go."""
+    kept = np.ones(scores.shape, dtype=bool)
+    for units in competitions(pattern, *scores.shape):
+        survivors = best([unit_score(scores, unit) for unit in units], len(units) - round(sparsity * len(units)))
+        for index, unit in enumerate(units):
+            for place in unit:
+                kept[place] = index in survivors
+    return kept
+
+
+def nm_mask(scores: np.ndarray, n: int, m: int) -> np.ndarray:
+    """The best total score among all C(m, n) choices in each group; the first such choice in lexicographic order."""
+    kept = np.zeros(scores.shape, dtype=bool)
+    for i, start in itertools.product(range(scores.shape[0]), range(0, scores.shape[1], m)):
+        choices = itertools.combinations(range(start, start + m), n)
+        for j in max(choices, key=lambda choice: math.fsum(scores[i, j] for j in choice)):
+            kept[i, j] = True
+    return kept
+
+
+# Second-order methods
+
+
+def damped(gram: np.ndarray, damping: float) -> np.ndarray:
+    """``H + damping * mean(diag(H)) * I``; a never active input gets a unit diagonal, as in the paper's code."""
+    dead = np.diag(gram) == 0
+    return gram + damping * np.diag(gram).mean() * np.eye(len(gram)) + np.diag(dead.astype(float))
+
+
+def sparsegpt(
+    weight: np.ndarray,
+    gram: np.ndarray,
+    pattern: SparsityPattern,
+    sparsity: float,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and mask, by algorithm 1 of arXiv:2301.00774.
+
+    Upper Cholesky factor of the inverse Hessian, one column after the other, each error spread over all later columns
+    at once. A block is decided when the sweep reaches it; the numbers pruned in the first b columns are, at every block
+    boundary b, those that pruning an ``[out, b]`` layer at this sparsity would give.
+    """
+    current = weight.astype(np.float64).copy()
+    rows, columns = current.shape
+    upper = np.linalg.cholesky(np.linalg.inv(damped(gram, damping))).T
+    alive = np.diag(gram) != 0
+    kept = np.ones(current.shape, dtype=bool)
+    for start, stop in _column_blocks(pattern, columns, block_size):
+        scores = np.abs(current[:, start:stop]) / np.diag(upper)[start:stop] * alive[start:stop]
+        before = competitions(pattern, rows, start)
+        after = competitions(pattern, rows, stop)
+        for number, units in enumerate(competitions(pattern, rows, stop - start)):
+            if isinstance(pattern, NM):
+                prune = pattern.m - pattern.n
+            else:
+                already = round(sparsity * len(before[number])) if start else 0
+                prune = round(sparsity * len(after[number])) - already
+            survivors = best([unit_score(scores, unit) for unit in units], len(units) - prune)
+            for index, unit in enumerate(units):
+                for i, j in unit:
+                    kept[i, start + j] = index in survivors
+        for j in range(start, stop):
+            error = np.where(kept[:, j], 0.0, current[:, j]) / upper[j, j]
+            current[:, j:] -= np.outer(error, upper[j, j:])
+            current[~kept[:, j], j] = 0.0
+    return current, kept
+
+
+def _column_blocks(pattern: SparsityPattern, columns: int, block_size: int) -> list[tuple[int, int]]:
+    """Ranges of columns that are decided together: the fewest whole units that fill ``block_size`` columns."""
+    match pattern:
+        case NM(_, m):
+            step = m
+        case Row():
+            step = columns
+        case Block(_, width) | Column(width):
+            step = next(size for size in itertools.count(width, width) if size >= block_size)
+        case _:
+            step = block_size
+    return [(start, min(start + step, columns)) for start in range(0, columns, step)]
+
+
+def optimal_brain_surgeon(weight: np.ndarray, hessian: np.ndarray, index: int) -> np.ndarray:
+    """One row after its weight ``index`` was removed and all others moved to make up for it."""
+    inverse = np.linalg.inv(hessian)
+    return weight - weight[index] / inverse[index, index] * inverse[index]
+
+
+def masked_least_squares(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The V, zero outside the mask, of least ``(w - v) H (w - v)`` in each row, by its normal equations."""
+    solved = np.zeros(weight.shape)
+    for i in range(len(weight)):
+        kept = mask[i]
+        right = hessian[kept][:, ~kept] @ weight[i, ~kept]
+        solved[i, kept] = weight[i, kept] + np.linalg.solve(hessian[kept][:, kept], right)
+    return solved
+
+
+def objective(weight: np.ndarray, solution: np.ndarray, hessian: np.ndarray) -> float:
+    """Sum over rows of ``(w - v) H (w - v)``."""
+    return math.fsum((w - v) @ hessian @ (w - v) for w, v in zip(weight, solution, strict=True))

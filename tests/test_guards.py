@@ -1,0 +1,118 @@
+"""The shape of the house: public names, import levels, a light import, examples that run."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+PACKAGE = Path(secateur.__file__).parent
+
+LEVEL = {
+    "_errors": 0,
+    "_types": 0,
+    "_pattern": 1,
+    "_statistics": 1,
+    "_layers": 1,
+    "_report": 1,
+    "_text": 1,
+    "_importance": 2,
+    "_html": 2,
+    "_io": 2,
+    "_inspect": 3,
+    "solvers": 3,
+    "_recipe": 4,
+    "_calibrate": 4,
+    "_evaluate": 5,
+    "_oneshot": 5,
+    "_hf": 6,
+    "_demo": 7,
+    "cli": 8,
+}
+
+PUBLIC = """
+    Block Column Evaluation FormatError Histogram Importance LayerKind LayerProblem LayerReport LayerStatistics Magnitude
+    NM PatternError RIA Random Recipe RecipeError Refit Report Row Select SkippedLayer Solution Solver SolverError
+    SparseGPT SparsityError SparsityPattern StatisticsError Unstructured Wanda prune_ register_layer verify
+""".split()
+
+
+def module_names() -> list[str]:
+    return [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "secateur.")]
+
+
+def imported_siblings(source: str) -> set[str]:
+    """Modules of the package that a module imports when it is imported itself; imports inside functions are lazy."""
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("secateur."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_public_names_are_the_declared_ones():
+    modules = {"solvers", "cli"}
+    public = {name for name in vars(secateur) if not name.startswith("_")} - modules
+    assert public == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    public = getattr(secateur, name)
+    assert public.__doc__
+    assert "Args:" not in public.__doc__ or len(public.__doc__.splitlines()) > 3
+
+
+def test_imports_point_down():
+    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("solvers/*.py")]
+    for path in files:
+        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if module == "__init__":
+            continue
+        for target in imported_siblings(path.read_text(encoding="utf-8")):
+            inside = target == module == "solvers"
+            assert inside or LEVEL[target] < LEVEL[module], f"{module} (level {LEVEL[module]}) imports {target}"
+
+
+def test_every_module_has_a_level():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"solvers"} == set(LEVEL)
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"transformers", "matplotlib", "typer", "rich", "tokenizers"}
+
+
+def test_import_is_light():
+    assert not HEAVY & loaded_after("import secateur")
+
+
+def test_the_light_import_guard_can_fail():
+    assert HEAVY & loaded_after("import secateur, rich")
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_examples_in_docstrings_run(name, monkeypatch):
+    from secateur import _layers
+
+    monkeypatch.setattr(_layers, "_KINDS", dict(_layers._KINDS))  # the example of register_layer registers one
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
+    assert results.failed == 0
+
+
+def test_public_callables_have_examples():
+    without = {"Importance", "Solver", "LayerKind", "LayerProblem", "LayerStatistics", "Solution", "verify"}
+    reports = {"Evaluation", "Histogram", "LayerReport", "Report", "SkippedLayer"}
+    errors = {name for name in PUBLIC if name.endswith("Error")}
+    for name in set(PUBLIC) - without - reports - errors:
+        assert ">>>" in getattr(secateur, name).__doc__, name
