@@ -744,8 +744,8 @@ class CountedBlock(Block):
 def test_every_block_runs_about_twice_on_every_batch(count, monkeypatch):
     monkeypatch.setattr(CountedBlock, "runs", 0)
     prune_(Chain(count, CountedBlock).double(), vectors(5), method="wanda", sparsity=0.5)
-    # Once to see its inputs, once pruned to feed the next one; and the first batch once more, to find the order.
-    assert CountedBlock.runs <= count * (2 * 5 + 3)
+    # Once to see its inputs, once pruned to feed the next one; and the first batch a few times more, to plan.
+    assert CountedBlock.runs <= count * (2 * 5 + 4)
 
 
 def test_one_pass_runs_every_block_once_on_every_batch(monkeypatch):
@@ -762,7 +762,7 @@ def test_hooks_count_two_runs_of_each_block_of_a_language_model():
         inner.register_forward_hook(lambda module, args, output, name=name: runs.update([name]))
     prune_(model, batches, method="wanda", sparsity=0.5)
     assert set(runs) == set(names)
-    assert max(runs.values()) <= 2 * len(batches) + 3
+    assert max(runs.values()) <= 2 * len(batches) + 4
 
 
 # Padding.

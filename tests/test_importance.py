@@ -81,10 +81,7 @@ def test_groups_score_as_layers_of_their_own(importance):
 
 
 def test_wanda_uses_the_norm_not_its_square():
-    """``|w| * norm`` is [2, 3] and keeps the second; ``|w| * norm ** 2`` is [4, 3] and would keep the first.
-
-    So would a root too many, on the other pair: [2, 3] against ``|w| * sqrt(norm)`` = [sqrt(2), 3].
-    """
+    """``|w| * norm`` is [2, 3] and keeps the second; ``|w| * norm ** 2`` is [4, 3] and would keep the first."""
     statistics = LayerStatistics(tokens=1, input_norm=torch.tensor([2.0, 1.0]))
     scores = Wanda().scores(torch.tensor([[1.0, 3.0]]), statistics)
     assert scores.tolist() == [[2.0, 3.0]]
@@ -104,10 +101,7 @@ def test_wanda_ranks_as_magnitude_within_a_column():
 
 
 def test_ria_by_hand():
-    """Columns sum to 4 and 8, rows to 10 and 2; norms of 4 and 1 enter by their root.
-
-    Neither ``|w|``, nor the share of the row alone, nor Wanda keeps what RIA keeps in the first row.
-    """
+    """Columns sum to 4 and 8, rows to 10 and 2; norms of 4 and 1 enter by their root."""
     weight = torch.tensor([[3.0, -7.0], [1.0, 1.0]])
     statistics = LayerStatistics(tokens=1, input_norm=torch.tensor([4.0, 1.0]))
     scores = RIA().scores(weight, statistics)

@@ -481,10 +481,10 @@ LONG_VECTORS = {
     "ascending": lambda: long().sort().values,
     "descending": lambda: long().sort(descending=True).values,
     "equal": lambda: torch.ones(LONG),
-    "alternating": lambda: (torch.arange(LONG) % 2).float(),
-    "period of the sample": lambda: (torch.arange(LONG) % EVERY).float(),
-    "three periods": lambda: (torch.arange(LONG) % (3 * EVERY)).float(),
-    "sample of ones, all else zero": lambda: (torch.arange(LONG) % EVERY == 0).float(),
+    "alternating": lambda: (torch.arange(LONG) % 2).to(torch.float32),
+    "period of the sample": lambda: (torch.arange(LONG) % EVERY).to(torch.float32),
+    "three periods": lambda: (torch.arange(LONG) % (3 * EVERY)).to(torch.float32),
+    "sample of ones, all else zero": lambda: (torch.arange(LONG) % EVERY == 0).to(torch.float32),
     "sample far above": lambda: sampled(1e6),
     "sample far below": lambda: sampled(-1e6),
     "sample in the middle": lambda: sampled(0.0),
@@ -557,7 +557,15 @@ def test_check_wants_the_remainder_dense(pattern):
         pattern.check(mask)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("row"), Block(1, 1)], ids=str)
+def test_check_wants_every_row_to_lose_the_same_number():
+    mask = Unstructured("row").mask(random(5, 7), 0.5)
+    Unstructured("row").check(mask)
+    mask[3, int(mask[3].int().argmax())] = False
+    with pytest.raises(PatternError, match="row 3"):
+        Unstructured("row").check(mask)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), Block(1, 1)], ids=str)
 def test_any_mask_is_legal_without_structure(pattern):
     pattern.check(random(5, 7) > 0)
 

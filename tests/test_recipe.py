@@ -71,6 +71,10 @@ class Tuned(SparseGPT):
     """A subclass may behave in another way, so its parent's name must not stand for it."""
 
 
+class Picky(Select):
+    """The same."""
+
+
 def test_every_method_has_a_case_here():
     assert set(METHODS) == set(SOLVERS)
 
@@ -231,11 +235,13 @@ def test_values_of_the_wrong_type_are_type_errors_that_name_the_field(settings):
         Recipe(**settings)
 
 
-@pytest.mark.parametrize("method", [OwnSolver(), OwnImportance(), Tuned(), Refit(OwnSolver()), Select(OwnImportance())])
+@pytest.mark.parametrize(
+    "method", [OwnSolver(), OwnImportance(), Tuned(), Picky(Wanda()), Refit(OwnSolver()), Select(OwnImportance())]
+)
 def test_a_method_of_ones_own_is_shown_in_a_table_but_cannot_be_written_to_a_file(method):
     recipe = Recipe(sparsity=0.5, method=method)
     table = recipe.to_dict()["method"]
-    assert any(type(own).__name__ in str(table) for own in (OwnSolver(), OwnImportance(), Tuned()))
+    assert any(type(own).__name__ in str(table) for own in (OwnSolver(), OwnImportance(), Tuned(), Picky(Wanda())))
     with pytest.raises(RecipeError):
         recipe.to_toml()
 

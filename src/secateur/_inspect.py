@@ -61,14 +61,16 @@ def summarize(name: str, tensor: Tensor, dtype: str) -> TensorSummary:
     """Return the summary of one tensor."""
     zero = tensor == 0 if tensor.element_size() > 1 else tensor.float() == 0
     zeros = int(zero.count_nonzero())
-    patterns = satisfied(zero.flatten(1)) if zeros and tensor.ndim > 1 else ()
+    patterns = satisfied(zero.flatten(1)) if tensor.ndim > 1 else ()
     return TensorSummary(name, tuple(tensor.shape), dtype, zeros / tensor.numel(), patterns)
 
 
 def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
     """Return the patterns that the zeros of a matrix (``[out, in]`` bool, True = zero) satisfy, N:M first."""
     found: list[SparsityPattern] = []
-    rows, columns = zero.shape
+    zeros, (rows, columns) = int(zero.count_nonzero()), zero.shape
+    if not zeros:
+        return ()
     for m in _GROUPS:
         if columns % m == 0:
             n = m - int(zero.unflatten(1, (-1, m)).sum(2).min())
@@ -76,7 +78,6 @@ def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
             implied = any(isinstance(p, NM) and m % p.m == 0 and p.n * (m // p.m) <= n for p in found)
             if n < m and not implied:
                 found.append(NM(n, m))
-    zeros = int(zero.count_nonzero())
     for height, width in _TILES:
         if rows % height == 0 and columns % width == 0:
             tiles = zero.unflatten(1, (-1, width)).unflatten(0, (-1, height)).all(3).all(1)

@@ -1,0 +1,316 @@
+import json
+import shutil
+import subprocess
+import sys
+from importlib.resources import as_file, files
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import secateur
+from secateur.cli import app
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 60
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A tiny random language model with the demo's tokenizer, in bfloat16, in two shards."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(path, max_shard_size="150KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    with as_file(files("secateur") / "demo_model") as demo:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo / name, path / name)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A tiny encoder with a classification head that AutoModel does not load, and no pooler in the checkpoint."""
+    path = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.BertForMaskedLM(config)
+    model.save_pretrained(path)
+    with as_file(files("secateur") / "demo_model") as demo:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(demo / name, path / name)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def prune(source, output, *arguments):
+    return run("prune", source, "--output", output, *arguments)
+
+
+SMALL = ("--samples", "4", "--sequence-length", "32")
+
+
+def weights(path):
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "wanda+refit", "random"])
+def test_prune_writes_a_directory_that_loads_unchanged(llama, text, tmp_path, method):
+    output = tmp_path / "out"
+    result = prune(llama, output, "--pattern", "2:4", "--method", method, "--calibration", text, *SMALL)
+    assert result.exit_code == 0, result.output
+    before, after = weights(llama), weights(output)
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype
+        if "proj" in name:
+            groups = (tensor == 0).view(-1, 4).sum(1)
+            assert (groups == 2).all(), name
+            assert not torch.signbit(tensor[tensor == 0]).any()
+        else:
+            assert torch.equal(tensor, before[name])
+    assert sorted(p.name for p in llama.iterdir()) == sorted(
+        p.name for p in output.iterdir() if p.name != "secateur.json"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(output)
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, after["model.layers.0.mlp.up_proj.weight"])
+    transformers.AutoModel.from_pretrained(output)
+    transformers.AutoTokenizer.from_pretrained(output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["sparsity"]["recipe"]["pattern"] == "2:4"
+    report = secateur.Report.from_json((output / "secateur.json").read_text())
+    assert report.sparsity == 0.5
+    assert report.calibration == {"file": "text.txt", "samples": 4, "sequence_length": 32, "seed": 0}
+
+
+def test_evaluation_measures_the_weights_that_are_written(llama, text, tmp_path):
+    output = tmp_path / "out"
+    arguments = ("--sparsity", "0.6", "--method", "magnitude", "--evaluate", text, "--json")
+    result = prune(llama, output, *arguments)
+    assert result.exit_code == 0, result.output
+    evaluation = json.loads(result.stdout)["evaluation"]
+    again = prune(output, tmp_path / "again", *arguments)  # pruned already: nothing changes, and so neither does this
+    assert json.loads(again.stdout)["evaluation"]["before"] == pytest.approx(evaluation["after"], rel=1e-6)
+    assert json.loads(again.stdout)["evaluation"]["after"] == pytest.approx(evaluation["after"], rel=1e-6)
+    assert evaluation["metric"] == "perplexity"
+    assert evaluation["before"] != evaluation["after"]
+
+
+def test_an_encoder_keeps_its_head_and_its_untrained_pooler_is_reported(bert, text, tmp_path):
+    output = tmp_path / "out"
+    result = prune(
+        bert, output, "--pattern", "block:4x4", "--sparsity", "0.5", "--calibration", text, *SMALL, "--evaluate", text
+    )
+    assert result.exit_code == 0, result.output
+    assert "output similarity: 1 before" in result.output
+    before, after = weights(bert), weights(output)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert len(changed) == 12
+    assert all(".encoder.layer." in f".{name}" for name in changed)
+    report = secateur.Report.from_json((output / "secateur.json").read_text())
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    assert reasons["pooler.dense"] == "not in the checkpoint, so its values are not trained"
+    transformers.AutoModelForMaskedLM.from_pretrained(output)
+
+
+def test_same_seed_same_bytes_other_seed_other_mask(llama, text, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        result = prune(llama, tmp_path / name, "--pattern", "2:4", "--calibration", text, *SMALL, "--seed", seed)
+        assert result.exit_code == 0, result.output
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_recipe_file_with_options_that_win(llama, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('pattern = "2:4"\nmethod = "magnitude"\nexclude = ["*.mlp.*"]\n')
+    result = prune(llama, tmp_path / "out", "--recipe", recipe, "--pattern", "1:4", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {layer["pattern"] for layer in report["layers"]} == {"1:4"}
+    assert not any("mlp" in layer["name"] for layer in report["layers"])
+
+
+def test_html_report(llama, tmp_path):
+    result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude", "--html", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.0.mlp.up_proj" in (tmp_path / "r.html").read_text().replace("<wbr>", "")
+
+
+def test_tied_head_and_fused_names_are_left_alone(tmp_path, text):
+    """The demo model ties its head to its embedding: neither may change."""
+    with as_file(files("secateur") / "demo_model") as demo:
+        result = prune(demo, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude", "--json")
+        assert result.exit_code == 0, result.output
+        before = weights(demo)["model.embed_tokens.weight"]
+    assert torch.equal(weights(tmp_path / "out")["model.embed_tokens.weight"], before)
+    assert "lm_head" in {skip["name"] for skip in json.loads(result.stdout)["skipped"]}
+
+
+MISTAKES = {
+    "missing directory": (["nowhere", "--pattern", "2:4"], "does not exist"),
+    "unknown pattern": (["MODEL", "--pattern", "2-4"], "names no pattern"),
+    "unknown method": (["MODEL", "--pattern", "2:4", "--method", "sparsgpt"], "did you mean 'sparsegpt'"),
+    "no sparsity": (["MODEL", "--method", "magnitude"], "say which"),
+    "percent": (["MODEL", "--sparsity", "50", "--method", "magnitude"], "Did you mean 0.5"),
+    "2:4 at another sparsity": (["MODEL", "--pattern", "2:4", "--sparsity", "0.7"], "fixes the sparsity at 0.5"),
+    "no calibration": (["MODEL", "--pattern", "2:4"], "--calibration TEXT_FILE"),
+    "missing text": (["MODEL", "--pattern", "2:4", "--calibration", "nowhere.txt"], "cannot be read"),
+    "empty text": (["MODEL", "--pattern", "2:4", "--calibration", "EMPTY"], "holds no text"),
+    "short text": (["MODEL", "--pattern", "2:4", "--calibration", "TEXT"], "--samples"),
+    "too long windows": (
+        ["MODEL", "--pattern", "2:4", "--calibration", "TEXT", "--sequence-length", "4096"],
+        "more than the 128 tokens",
+    ),
+    "pattern that does not fit": (
+        ["MODEL", "--pattern", "block:5x5", "--sparsity", "0.5", "--method", "magnitude"],
+        "model.layers.0.self_attn.q_proj: block:5x5 needs an output size that is a multiple of 5, got 32",
+    ),
+    "glob that matches nothing": (
+        ["MODEL", "--pattern", "2:4", "--method", "magnitude", "--exclude", "x"],
+        "matches none",
+    ),
+    "missing recipe": (["MODEL", "--recipe", "nowhere.toml"], "cannot read the recipe"),
+    "not a model": (["TEXT", "--pattern", "2:4"], "is a file, not a directory"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gives_one_message_status_2_and_no_output(llama, text, tmp_path, mistake):
+    arguments, message = MISTAKES[mistake]
+    (tmp_path / "empty.txt").write_text("")
+    places = {"MODEL": llama, "TEXT": text, "EMPTY": tmp_path / "empty.txt"}
+    output = tmp_path / "out"
+    result = prune(
+        *[places.get(argument, argument) for argument in arguments[:1]],
+        output,
+        *[places.get(argument, argument) for argument in arguments[1:]],
+    )
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stderr.count("secateur: ") == 1
+    assert not output.exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_existing_output_and_overwrite(llama, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "keep").write_text("")
+    refused = prune(llama, output, "--pattern", "2:4", "--method", "magnitude")
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    assert (output / "keep").exists()
+    assert prune(llama, output, "--pattern", "2:4", "--method", "magnitude", "--overwrite").exit_code == 0
+    assert not (output / "keep").exists()
+
+
+def test_no_tokenizer_is_said(llama, text, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    result = prune(bare, tmp_path / "out", "--pattern", "2:4", "--calibration", text, *SMALL)
+    assert result.exit_code == 2, result.output
+    assert "no tokenizer" in result.stderr
+
+
+def test_unknown_model_type_and_wrong_shapes(llama, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    (broken / "config.json").write_text('{"model_type": "no_such_model", "architectures": ["X"]}')
+    result = prune(broken, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    assert result.exit_code == 2, result.output
+    assert "cannot be loaded by transformers" in result.stderr
+
+
+def test_code_in_a_model_directory_is_never_run(llama, tmp_path):
+    evil = tmp_path / "evil"
+    shutil.copytree(llama, evil)
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = json.loads((evil / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (evil / "config.json").write_text(json.dumps(config))
+    prune(evil, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_inspect(llama, tmp_path):
+    prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    result = run("inspect", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.output.splitlines() if "layers.0.mlp.up_proj" in line)
+    assert "50.00%" in line
+    assert "2:4" in line
+    rows = json.loads(run("inspect", tmp_path / "out", "--json").stdout)
+    assert {row["sparsity"] for row in rows if "proj" in row["name"]} == {0.5}
+    assert all("2:4" in row["patterns"] for row in rows if "proj" in row["name"])
+    assert run("inspect", tmp_path / "nowhere").exit_code == 2
+
+
+def test_inspect_one_file(tmp_path):
+    save_file({"[bold]w": torch.eye(4)}, tmp_path / "m.safetensors")
+    result = run("inspect", tmp_path / "m.safetensors")
+    assert "[bold]w" in result.output
+    assert "75.00%" in result.output
+
+
+def test_version_and_help():
+    assert secateur.__version__ in run("--version").output
+    assert "--calibration" in run("prune", "--help").output
+
+
+def test_an_interrupt_writes_nothing(llama, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("secateur._hf.prune_", interrupt)
+    result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    assert result.exit_code == 130
+    assert "nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_transformers_names_the_extra(llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    assert result.exit_code == 2
+    assert 'pip install "secateur[transformers]"' in result.stderr
+
+
+def test_the_installed_command_prints_plain_progress_lines(llama, tmp_path):
+    """In a process of its own, as users run it: lines on stderr, the table on stdout, nothing else."""
+    command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", str(llama)]
+    command += ["--output", str(tmp_path / "out"), "--pattern", "2:4", "--method", "magnitude"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert all(" % " in line for line in lines)
+    assert "100 %" in result.stderr
+    assert "pruned" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr

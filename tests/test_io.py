@@ -1,0 +1,222 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur import FormatError
+from secateur._io import INDEX, SINGLE, ModelDirectory, check_output, whole_directory, write_text
+
+
+@pytest.fixture
+def single(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 4}')
+    (path / "tokenizer.json").write_text("{}")
+    (path / "nested").mkdir()
+    (path / "nested" / "config.json").write_text("{}")
+    (path / "pytorch_model.bin").write_bytes(b"stale dense weights")
+    tensors = {"a.weight": torch.arange(16.0).view(4, 4), "half": torch.ones(3, dtype=torch.float16)}
+    save_file(tensors, path / SINGLE, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    path = tmp_path / "sharded"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file({"a": torch.ones(4, 4)}, path / names[0])
+    save_file({"b": torch.ones(4, 4, dtype=torch.bfloat16)}, path / names[1])
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}}))
+    return path
+
+
+def test_write_replaces_what_is_asked_and_copies_the_rest(single, tmp_path):
+    output = tmp_path / "new" / "out"
+    replaced = {"a.weight": torch.zeros(4, 4, dtype=torch.float64)}
+    ModelDirectory.open(single).write_pruned(output, replaced, {"config.json": '{"x": 1}', "secateur.json": "{}"})
+    written = load_file(output / SINGLE)
+    assert written["a.weight"].dtype == torch.float32
+    assert not written["a.weight"].any()
+    assert torch.equal(written["half"], torch.ones(3, dtype=torch.float16))
+    files = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
+    assert files == ["config.json", SINGLE, "nested/config.json", "secateur.json", "tokenizer.json"]
+    assert (output / "config.json").read_text() == '{"x": 1}'
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert stat.S_IMODE((output / SINGLE).stat().st_mode) == stat.S_IMODE((single / SINGLE).stat().st_mode)
+
+
+def test_write_keeps_shards_dtypes_and_untouched_bytes(sharded, tmp_path):
+    output = tmp_path / "out"
+    ModelDirectory.open(sharded).write_pruned(output, {"b": torch.zeros(4, 4)}, {})
+    assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in sharded.iterdir())
+    assert (output / INDEX).read_bytes() == (sharded / INDEX).read_bytes()
+    written = load_file(output / "model-00002-of-00002.safetensors")["b"]
+    assert written.dtype == torch.bfloat16
+    assert not written.any()
+    assert torch.equal(load_file(output / "model-00001-of-00002.safetensors")["a"], torch.ones(4, 4))
+
+
+def test_existing_output_needs_overwrite_and_is_then_replaced_whole(single, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    directory = ModelDirectory.open(single)
+    with pytest.raises(FormatError, match="already exists.*--overwrite"):
+        directory.write_pruned(output, {}, {})
+    assert (output / "old").exists()
+    directory.write_pruned(output, {}, {}, overwrite=True)
+    assert not (output / "old").exists()
+    assert (output / SINGLE).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_source_is_never_overwritten(single, overwrite):
+    with pytest.raises(FormatError):
+        ModelDirectory.open(single).write_pruned(single, {}, {}, overwrite=overwrite)
+    with pytest.raises(FormatError):
+        ModelDirectory.open(single).write_pruned(single.parent, {}, {}, overwrite=overwrite)
+    assert (single / SINGLE).exists()
+
+
+def test_a_full_disk_leaves_nothing_and_keeps_the_old(single, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("secateur._io.save_file", full)
+    with pytest.raises(FormatError, match="disk is full"):
+        ModelDirectory.open(single).write_pruned(output, {}, {}, overwrite=True)
+    assert [path.name for path in output.iterdir()] == ["old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
+    def fill():
+        with whole_directory(tmp_path / "out") as partial:
+            (partial / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").write_text("old")
+    rename = type(output).rename
+
+    def fail_for_new(path, target):
+        if path.suffix == ".partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(type(output), "rename", fail_for_new)
+
+    def fill():
+        with whole_directory(output) as partial:
+            (partial / "new").write_text("new")
+
+    with pytest.raises(FormatError, match="could not be written"):
+        fill()
+    assert [path.name for path in output.iterdir()] == ["old"]
+
+
+def test_too_small_a_disk_is_said_before_any_work(single, tmp_path):
+    with pytest.raises(FormatError, match="Free some space"):
+        check_output(single, tmp_path / "out", False, 1 << 60)
+
+
+def test_output_that_is_a_file_or_beneath_one(single, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(FormatError, match="is a file"):
+        check_output(single, file, True, 0)
+    with pytest.raises(FormatError, match="not a directory that you may write"):
+        check_output(single, file / "out", False, 0)
+
+
+def test_missing_or_wrong_sources(tmp_path, single):
+    with pytest.raises(FormatError, match="does not exist"):
+        ModelDirectory.open(tmp_path / "nowhere")
+    with pytest.raises(FormatError, match="is a file, not a directory"):
+        ModelDirectory.open(single / SINGLE)
+    with pytest.raises(FormatError, match=r"no config\.json"):
+        ModelDirectory.open(tmp_path)
+    (single / SINGLE).unlink()
+    with pytest.raises(FormatError, match=r"(?s)pytorch_model\.bin, a pickle.*save_pretrained") as refused:
+        ModelDirectory.open(single)
+    assert "safetensors only" in str(refused.value)
+    (single / "pytorch_model.bin").unlink()
+    with pytest.raises(FormatError, match="no weights"):
+        ModelDirectory.open(single)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\ud800".encode("utf-8", "surrogatepass")])
+def test_config_that_is_no_json_object(single, content):
+    (single / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(FormatError, match="JSON"):
+        ModelDirectory.open(single)
+
+
+@pytest.mark.parametrize("shard", ["../model/model.safetensors", "/etc/passwd", "x.bin", "", "..", 3, None])
+def test_index_that_names_files_elsewhere(sharded, shard):
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(FormatError):
+        ModelDirectory.open(sharded)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": 3}, {"weight_map": {"a": "no.safetensors"}}])
+def test_index_that_cannot_be_right(sharded, index):
+    (sharded / INDEX).write_text(json.dumps(index))
+    with pytest.raises(FormatError):
+        ModelDirectory.open(sharded)
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 60])
+def test_truncated_weights(single, size):
+    os.truncate(single / SINGLE, size)
+    with pytest.raises(FormatError, match="not a readable safetensors file"):
+        ModelDirectory.open(single)
+
+
+def test_tensor_in_two_shards(sharded):
+    save_file({"a": torch.ones(4, 4)}, sharded / "model-00002-of-00002.safetensors")
+    with pytest.raises(FormatError, match="in both"):
+        ModelDirectory.open(sharded)
+
+
+def test_find_tells_by_value_across_prefixes(single):
+    directory = ModelDirectory.open(single)
+    weight = torch.arange(16.0).view(4, 4)
+    assert directory.find(("a.weight",), weight) == "a.weight"
+    assert directory.find(("model.a.weight",), weight) == "a.weight"
+    assert directory.find(("weight",), weight.double()) == "a.weight"
+    assert directory.find(("a.weight",), weight + 1) is None
+    assert directory.find(("b.weight",), weight) is None
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "page.html"
+    write_text(path, "old")
+    assert path.read_text() == "old"
+
+    def fail(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(FormatError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["page.html"]
