@@ -462,7 +462,7 @@ HOPELESS = {
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
 def test_a_hopeless_gram_is_an_error(gram, damping):
     problem = replace(problem_of(NM(2, 4)), statistics=LayerStatistics(64, gram=gram))
-    with pytest.raises(SolverError, match=rf"not positive definite, even with damping raised from {damping:g} to 1"):
+    with pytest.raises(SolverError, match="not positive definite, even with a damping of 1"):
         SparseGPT(damping=damping).solve(problem)
 
 
@@ -497,7 +497,7 @@ def test_missing_statistics_are_named(solver):
 @pytest.mark.parametrize("solver", [SparseGPT(), Refit(Select(Magnitude()))], ids=repr)
 @pytest.mark.parametrize("shape", [(16, 16), (20, 16), (4, 20, 20), (2, 10, 10)], ids=str)
 def test_the_gram_of_another_layer_is_an_error(solver, shape):
-    with pytest.raises(SolverError, match="does not fit a weight"):
+    with pytest.raises(StatisticsError, match="does not fit a weight"):
         solver.solve(replace(problem_of(NM(2, 4)), statistics=LayerStatistics(64, gram=torch.ones(shape))))
 
 
@@ -607,7 +607,7 @@ def test_verify_names_what_is_broken(problem, solution, message):
 
 
 def test_verify_wants_a_bool_mask():
-    with pytest.raises(TypeError, match="must be a bool tensor"):
+    with pytest.raises(SolverError, match="must be a bool tensor"):
         verify(PLAIN, replace(GOOD, mask=KEPT.float()))
 
 

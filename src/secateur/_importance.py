@@ -124,9 +124,12 @@ class RIA(Importance):
 
     def scores(self, weight: Weight, statistics: LayerStatistics | None) -> Scores:
         norm = _norm_per_weight(weight, statistics)
-        size = _wide(weight).abs()
+        groups = 1 if statistics is None else len(statistics.require("input_norm"))
+        # A column of one group of a grouped convolution reads another input than the same column of the next.
+        size = _wide(weight).abs().reshape(groups, weight.shape[0] // groups, weight.shape[1])
         tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column has shares of 0, not 0/0
-        shares = size / size.sum(0, keepdim=True).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+        shares = size / size.sum(1, keepdim=True).clamp_min(tiny) + size / size.sum(2, keepdim=True).clamp_min(tiny)
+        shares = shares.view_as(weight)
         # 0 ** 0 is 1, which would let exponent=0 ignore that an input is dead
         return shares * torch.where(norm > 0, norm**self.exponent, 0.0)
 
@@ -155,5 +158,5 @@ class Random(Importance):
     def scores(self, weight: Weight, statistics: LayerStatistics | None) -> Scores:
         # Mixing in the weight keeps equally shaped layers from sharing one mask without threading a name through.
         content = weight.detach().float().cpu().contiguous().numpy().tobytes()
-        generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(content))
+        generator = torch.Generator().manual_seed(zlib.crc32(content, zlib.crc32(str(self.seed).encode())))
         return torch.rand(weight.shape, generator=generator).to(weight.device)

@@ -7,8 +7,9 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,7 +146,8 @@ class SparsityPattern(ABC):
         for size, step, side, name in zip(shape, self._tile(), ("output", "input"), ("rows", "columns"), strict=True):
             if size % step:
                 dense = repr(replace(self, remainder="dense")) if hasattr(self, "remainder") else None  # type: ignore[type-var]
-                advice = f", or use {dense} to leave its last {size % step} {name} dense." if dense else "."
+                tail = f"{size % step} {name if size % step > 1 else name[:-1]}"
+                advice = f", or use {dense} to leave its last {tail} dense." if dense else "."
                 raise PatternError(
                     f"{self} needs an {side} size that is a multiple of {step}, got {size}.\nExclude the layer{advice}"
                 )
@@ -182,9 +184,10 @@ class SparsityPattern(ABC):
             32
         """
         self.validate(shape)
+        sparsity = self.resolve(sparsity)
         rows, columns = self._core(shape)
-        units = self._unit_scores(torch.empty(rows, columns, device="meta")).shape
-        return 0 if not rows * columns else _num_pruned(units[1], self.resolve(sparsity)) * rows * columns // units[1]
+        units = self._unit_scores(torch.empty(rows, columns, device="meta")).shape[1]
+        return _num_pruned(units, sparsity) * (rows * columns // units) if units else 0
 
     def num_units(self, shape: Sequence[int]) -> int:
         """Return how many units compete with one another in a ``(out, in)`` matrix."""
@@ -224,6 +227,8 @@ class SparsityPattern(ABC):
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()  # exact, and CPU selection in half precision is an order of magnitude slower
         units = self._unit_scores(scores[:rows, :columns])
+        if units.isnan().any():  # squares of opposite sign, each beyond the largest float64
+            raise PatternError("the scores are too large: their squares overflow. Scale them down.")
         keep = _keep_top(units, units.shape[1] - _num_pruned(units.shape[1], sparsity))
         core = self._spread(keep, rows, columns)
         if (rows, columns) == tuple(scores.shape):
@@ -304,7 +309,13 @@ class Unstructured(SparsityPattern):
         return keep.view(rows, columns)
 
     def _violation(self, mask: Mask) -> str | None:
-        return None
+        if self.scope != "row":
+            return None
+        kept = mask.sum(1)
+        found = _first(kept != kept[0])
+        if found is None:
+            return None
+        return f"row {found[0]} keeps {int(kept[found])} weights, but row 0 keeps {int(kept[0])}; {self} keeps as many in each."
 
 
 @dataclass(frozen=True, repr=False)
@@ -415,11 +426,11 @@ class Block(SparsityPattern):
         if self.height == self.width == 1:
             return scores.reshape(1, -1)
         tiles = scores.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
-        return _sum_of_squares(tiles, (1, 3)).reshape(1, -1)
+        return _sum_of_squares(tiles.transpose(1, 2).flatten(2).flatten(0, 1))
 
     def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
         tiles = keep.view(rows // self.height, 1, columns // self.width, 1)
-        return tiles.expand(-1, self.height, -1, self.width).reshape(rows, columns)
+        return tiles.expand(-1, self.height, -1, self.width).reshape(rows, columns).contiguous()
 
     def _violation(self, mask: Mask) -> str | None:
         tiles = mask.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
@@ -459,7 +470,7 @@ class Row(SparsityPattern):
         return 1, 1
 
     def _unit_scores(self, scores: Scores) -> Tensor:
-        return _sum_of_squares(scores, (1,)).view(1, -1)
+        return _sum_of_squares(scores)
 
     def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
         return keep.view(rows, 1).expand(rows, columns).contiguous()
@@ -504,10 +515,10 @@ class Column(SparsityPattern):
         return 1, self.width
 
     def _unit_scores(self, scores: Scores) -> Tensor:
-        return _sum_of_squares(scores.unflatten(1, (-1, self.width)), (0, 2)).view(1, -1)
+        return _sum_of_squares(scores.unflatten(1, (-1, self.width)).transpose(0, 1).flatten(1))
 
     def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        return keep.view(1, -1, 1).expand(rows, -1, self.width).reshape(rows, columns)
+        return keep.view(1, -1, 1).expand(rows, -1, self.width).reshape(rows, columns).contiguous()
 
     def _violation(self, mask: Mask) -> str | None:
         channels = mask.unflatten(1, (-1, self.width))
@@ -531,13 +542,11 @@ SparsityPattern.Column = Column
 
 _GRAMMAR: tuple[tuple[str, type[SparsityPattern]], ...] = (
     (r"unstructured", Unstructured),
-    (r"(\d+):(\d+)", NM),
-    (r"block:(\d+)x(\d+)", Block),
+    (r"(\d{1,9}):(\d{1,9})", NM),
+    (r"block:(\d{1,9})x(\d{1,9})", Block),
     (r"row", Row),
-    (r"column(?::(\d+))?", Column),
+    (r"column(?::(\d{1,9}))?", Column),
 )
-
-_P = TypeVar("_P", bound=SparsityPattern)
 
 
 def with_scope(pattern: SparsityPattern, scope: Scope) -> SparsityPattern:
@@ -585,10 +594,14 @@ def _first(violations: Tensor) -> tuple[int, ...] | None:
     return tuple(int(index) for index in torch.unravel_index(torch.tensor(flat), violations.shape))
 
 
-def _sum_of_squares(scores: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Sum of signed squares, in float64 so that no float32 score over- or underflows."""
-    wide = scores.double()
-    return (wide * wide.abs()).sum(dims)
+def _sum_of_squares(elements: Tensor) -> Tensor:
+    """Scores of units, ``[1, units]``, from those of their elements, ``[units, elements]``: the sum of signed squares.
+
+    In float64, so that no float32 score over- or underflows, and summed along contiguous rows, so that the order of
+    additions is the same for every unit and equal units tie exactly.
+    """
+    wide = elements.double().contiguous()
+    return (wide * wide.abs()).sum(1).view(1, -1)
 
 
 def _num_pruned(units: int, sparsity: float) -> int:
@@ -627,11 +640,7 @@ def _keep_top_narrow(scores: Tensor, num_keep: int) -> Tensor:
 
 
 def _keep_top_wide(scores: Tensor, num_keep: int) -> Tensor:
-    rank = scores.shape[1] - num_keep + 1  # the threshold is the rank-th smallest, the lowest score that is kept
-    if len(scores) == 1:
-        threshold = _kth_smallest(scores[0], rank).view(1, 1)
-    else:
-        threshold = scores.kthvalue(rank, dim=1, keepdim=True).values
+    threshold = _kth_smallest(scores, scores.shape[1] - num_keep + 1)  # the lowest score that is kept
     keep = scores >= threshold
     counts = keep.count_nonzero().view(1) if len(keep) == 1 else keep.sum(1)  # the first is several times faster
     excess = counts - num_keep  # ties at the threshold beyond what may be kept
@@ -641,23 +650,9 @@ def _keep_top_wide(scores: Tensor, num_keep: int) -> Tensor:
     return keep
 
 
-def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest (from 1) of a long vector: exact, by selecting only inside a bracket that a sample suggests.
-
-    The sample decides nothing but speed. Ranks are counted on all values, and a bracket that misses falls back to
-    selecting among all of them.
-    """
-    stride = values.numel() >> 16
-    if stride < 8:
-        return values.kthvalue(k).values
-    sample = values[::stride].sort().values
-    position = k / values.numel() * len(sample)
-    margin = 4 * math.sqrt(len(sample))  # several standard deviations of a sample quantile
-    low = sample[max(0, math.floor(position - margin))]
-    high = sample[min(len(sample) - 1, math.ceil(position + margin))]
-    parts = values.split(_CHUNK)
-    below = sum(int((part < low).count_nonzero()) for part in parts)
-    inside = torch.cat([part[(part >= low) & (part <= high)] for part in parts])
-    if below < k <= below + len(inside):
-        return inside.kthvalue(k - below).values
-    return values.kthvalue(k).values
+def _kth_smallest(scores: Tensor, k: int) -> Tensor:
+    """The k-th smallest (from 1) of each row, ``[rows, 1]``."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(k, dim=1, keepdim=True).values
+    # On a CPU torch's selection takes quadratic time on sorted rows; numpy's does not, and is vectorised.
+    return torch.from_numpy(np.partition(scores.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())

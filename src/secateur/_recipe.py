@@ -149,7 +149,7 @@ class Recipe:
             return cls.from_toml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot read the recipe: {error}") from None
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise RecipeError(f"{path}: {error}") from None
 
 
@@ -189,7 +189,7 @@ def _method_from_dict(table: Mapping[str, Any]) -> Solver:
     settings = dict(table)
     name = settings.pop("name", None)
     kinds: dict[str, type[Importance] | type[Solver]] = {**_IMPORTANCES, **_SOLVERS}
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise RecipeError(_unknown("method", str(name), kinds))
     kind = kinds[name]
     _check_keys(f"method {name!r}", settings, [f.name for f in fields(kind)])  # type: ignore[arg-type]

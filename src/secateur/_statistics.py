@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
@@ -30,6 +30,8 @@ class LayerStatistics:
     tokens: int
     input_norm: Tensor | None = None
     gram: Tensor | None = None
+    # Factorisations of the gram, by what they depend on: layers that read the same inputs share them.
+    factors: dict[Hashable, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def require(self, need: Need) -> Tensor:
         """Return the named field with its leading group dimension, or raise because it was not gathered.
@@ -49,8 +51,9 @@ class Accumulator:
     def __init__(self, needs: Iterable[Need]) -> None:
         self._needs = frozenset(needs)
         self._tokens = 0
-        self._sum_of_squares: Tensor | None = None  # [groups, in] float64
+        self._squares: Tensor | None = None  # [groups, in] float64
         self._gram: Tensor | None = None  # [groups, in, in]
+        self._result: LayerStatistics | None = None
 
     @torch.no_grad()
     def add(self, rows: Tensor) -> None:
@@ -59,38 +62,53 @@ class Accumulator:
         Raises:
             StatisticsError: an input that is NaN or infinite.
         """
-        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-        if not rows.shape[1]:
-            return
-        squares = torch.linalg.vector_norm(rows, dim=1).double().square()
-        if not squares.isfinite().all():
+        if not rows.isfinite().all():
             bad = int((~rows.isfinite()).sum())
             raise StatisticsError(
                 f"{bad} of {rows.numel()} input values are NaN or infinite, so nothing can be learned from them.\n"
                 "Check that the model computes finite outputs on the calibration batches in its current dtype."
             )
+        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
         self._tokens += rows.shape[1]
-        if "input_norm" in self._needs and "gram" not in self._needs:
-            self._sum_of_squares = squares if self._sum_of_squares is None else self._sum_of_squares + squares
         if "gram" in self._needs:
             if self._gram is None:
                 self._gram = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
             for gram, group in zip(self._gram, rows, strict=True):  # mm is several times faster than bmm of one matrix
                 gram.addmm_(group.T, group)
+        elif "input_norm" in self._needs:
+            squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+            self._squares = squares if self._squares is None else self._squares + squares
+
+    def merge(self, other: Accumulator) -> None:
+        """Add what another one with the same needs has gathered."""
+        self._tokens += other._tokens
+        for name in ("_squares", "_gram"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if theirs is not None:
+                setattr(self, name, theirs.clone() if mine is None else mine.add_(theirs))
+
+    def copy(self) -> Accumulator:
+        """Return an independent accumulator that has gathered the same."""
+        duplicate = Accumulator(self._needs)
+        duplicate.merge(self)
+        return duplicate
 
     def result(self) -> LayerStatistics:
-        """Return what was gathered so far.
+        """Return what was gathered; nothing may be added afterwards, and asking again returns the same object.
 
         Raises:
-            StatisticsError: no input row was ever added.
+            StatisticsError: no input row was ever added, or products of inputs overflow.
         """
-        if not self._tokens:
-            raise StatisticsError("no calibration input ever reached it.")
-        norm = None
-        if "input_norm" in self._needs:
-            squares = self._sum_of_squares
+        if self._result is None:
+            if not self._tokens:
+                raise StatisticsError("no calibration input ever reached it.")
             if self._gram is not None:
-                squares = self._gram.diagonal(dim1=1, dim2=2).double()
-            assert squares is not None
-            norm = squares.sqrt().to(torch.float32)
-        return LayerStatistics(tokens=self._tokens, input_norm=norm, gram=self._gram)
+                self._squares = self._gram.diagonal(dim1=1, dim2=2).double()
+            if self._squares is not None and not self._squares.isfinite().all():
+                raise StatisticsError("its inputs are so large that their products overflow float32. Scale them down.")
+            norm = None
+            if "input_norm" in self._needs:
+                assert self._squares is not None
+                norm = self._squares.sqrt().to(torch.float32)
+            self._result = LayerStatistics(tokens=self._tokens, input_norm=norm, gram=self._gram)
+        return self._result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur._errors import SolverError
+from secateur._errors import SolverError, StatisticsError
 from secateur._statistics import LayerStatistics
 from secateur._types import Weight
 
@@ -14,13 +14,13 @@ def gram_for(weight: Weight, statistics: LayerStatistics | None) -> Tensor:
     """The Gram matrix as ``[groups, in, in]`` in the weight's dtype and on its device, checked to fit the weight.
 
     Raises:
-        SolverError: there is none, or it does not fit.
+        StatisticsError: there is none, or it does not fit.
     """
     if statistics is None:
-        raise SolverError("it needs calibration inputs: pass batches.")
+        raise StatisticsError("it needs calibration inputs: pass batches.")
     gram = statistics.require("gram").to(weight)
     if gram.shape[1:] != (weight.shape[1], weight.shape[1]) or weight.shape[0] % gram.shape[0]:
-        raise SolverError(f"a gram of shape {tuple(gram.shape)} does not fit a weight {tuple(weight.shape)}.")
+        raise StatisticsError(f"a gram of shape {tuple(gram.shape)} does not fit a weight {tuple(weight.shape)}.")
     return gram
 
 
@@ -31,21 +31,29 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     """
     diagonal = gram.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
-    mean = torch.where(mean > 0, mean, 1.0)
+    mean = torch.where(mean == 0, 1.0, mean)
     result = gram.clone()
-    result.diagonal(dim1=1, dim2=2).add_(torch.where(diagonal > 0, damping * mean, mean))
+    result.diagonal(dim1=1, dim2=2).add_(torch.where(diagonal == 0, mean, damping * mean))
     return result
 
 
-def upper_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def upper_factor(weight: Weight, statistics: LayerStatistics, damping: float) -> tuple[Tensor, float]:
     """Upper triangular R with ``R @ R.T = damped(H)``, and the damping that it took.
 
     ``inv(R)`` is the upper Cholesky factor of ``inv(H)``, the matrix that SparseGPT is usually written with; this way
-    needs one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold, up to 1.
+    needs one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold (to 0.01 at least),
+    up to 1. The factor is kept with the statistics, for the next layer that reads the same inputs.
 
     Raises:
         SolverError: H is not positive definite even with damping 1.
     """
+    key = (damping, weight.dtype, weight.device)
+    if key not in statistics.factors:
+        statistics.factors[key] = _factorise(gram_for(weight, statistics), damping)
+    return statistics.factors[key]
+
+
+def _factorise(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     attempt = damping
     while True:
         # Reversing rows and columns turns the lower factor that LAPACK gives into the upper one.
@@ -54,7 +62,7 @@ def upper_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
             return factor.flip(1, 2), attempt
         if attempt >= 1:
             raise SolverError(
-                f"the Gram matrix is not positive definite, even with damping raised from {damping:g} to {attempt:g}.\n"
+                f"the Gram matrix is not positive definite, even with a damping of {attempt:g}.\n"
                 "Calibrate on more or other text, or use a method without a factorisation, such as 'wanda'."
             )
         attempt = min(1.0, max(attempt, 1e-3) * 10)

@@ -84,9 +84,14 @@ def verify(problem: LayerProblem, solution: Solution) -> None:
     scopes: tuple[Scope, ...] = ("layer", "row")
     if pattern != problem.pattern and pattern not in [with_scope(problem.pattern, scope) for scope in scopes]:
         raise SolverError(f"the solver pruned under {pattern!r}, but {problem.pattern!r} was asked.")
+    if solution.weight.dtype != problem.weight.dtype or solution.weight.device != problem.weight.device:
+        raise SolverError(
+            f"the solver returned a weight in {solution.weight.dtype} on {solution.weight.device} "
+            f"for one in {problem.weight.dtype} on {problem.weight.device}."
+        )
     try:
         pattern.check(solution.mask)
-    except PatternError as error:
+    except (PatternError, TypeError) as error:
         raise SolverError(f"the solver broke the pattern: {error}") from None
     asked = pattern.num_pruned(problem.weight.shape, problem.sparsity)
     pruned = int((~solution.mask).count_nonzero())

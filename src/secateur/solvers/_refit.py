@@ -65,7 +65,8 @@ class Refit(Solver):
     def solve(self, problem: LayerProblem) -> Solution:
         start = self.inner.solve(problem)
         gram = damped(gram_for(problem.weight, problem.statistics), self.damping)
-        shape = (len(gram), -1, problem.weight.shape[1])  # [groups, out / groups, in]
+        rows, columns = problem.weight.shape
+        shape = (len(gram), rows // len(gram), columns)
         kept = start.mask.view(shape)
         preconditioner = gram.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(1)
 
@@ -73,15 +74,19 @@ class Refit(Solver):
         residual = ((problem.weight.reshape(shape) - solved) @ gram) * kept
         direction = preconditioner * residual
         energy = (residual * direction).sum(2, keepdim=True)
+        # Rounding leaves a solved row with a residual of pure noise, which further steps would amplify: it stands still.
+        solved_at = energy * torch.finfo(energy.dtype).eps ** 2
         for _ in range(self.iterations):
             product = (direction @ gram) * kept
-            step = _ratio(energy, (direction * product).sum(2, keepdim=True))
+            step = _ratio(energy, (direction * product).sum(2, keepdim=True)) * (energy > solved_at)
             solved += step * direction
             residual -= step * product
             preconditioned = preconditioner * residual
             previous, energy = energy, (residual * preconditioned).sum(2, keepdim=True)
             direction = preconditioned + _ratio(energy, previous) * direction
-        return replace(start, weight=solved.view_as(problem.weight))
+        solved = solved.view_as(problem.weight)
+        # What did not move keeps its bits, -0.0 among them.
+        return replace(start, weight=torch.where(solved == start.weight, start.weight, solved))
 
 
 def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:

@@ -75,9 +75,12 @@ class SparseGPT(Solver):
     @torch.no_grad()
     def solve(self, problem: LayerProblem) -> Solution:
         weight, pattern = problem.weight, with_scope(problem.pattern, "layer")
+        pattern.validate(weight.shape)
+        target = pattern.resolve(problem.sparsity)
         gram = gram_for(weight, problem.statistics)
+        assert problem.statistics is not None
         groups, (rows, columns) = len(gram), weight.shape
-        factor, damping = upper_factor(gram, self.damping)
+        factor, damping = upper_factor(weight, problem.statistics, self.damping)
         notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
         scale = factor.diagonal(dim1=1, dim2=2).masked_fill(gram.diagonal(dim1=1, dim2=2) == 0, 0)  # [groups, in]
 
@@ -88,7 +91,7 @@ class SparseGPT(Solver):
         mask = torch.empty_like(weight, dtype=torch.bool)
         scores = torch.empty_like(weight)
 
-        for start, stop, sparsity in _blocks(pattern, (rows, columns), problem.sparsity, self.block_size):
+        for start, stop, sparsity in _blocks(pattern, (rows, columns), target, self.block_size):
             inverse = torch.linalg.solve_triangular(
                 factor[:, start:stop, start:stop], torch.eye(stop - start).to(weight), upper=True
             )  # the block of U
@@ -103,9 +106,9 @@ class SparseGPT(Solver):
                 here = slice(start + begin, start + end)
                 _compensate(current, error, inverse, 0, begin, end)
                 score = current[:, begin:end].abs() * scale[:, here, None]
-                scores[:, here] = score.transpose(1, 2).reshape(rows, -1)
+                scores[:, here] = score.transpose(1, 2).reshape(rows, end - begin)
                 mask[:, here] = pattern.mask(scores[:, here], sparsity)
-                drop = ~mask[:, here].view(groups, -1, end - begin).transpose(1, 2)
+                drop = ~mask[:, here].view(groups, rows // groups, end - begin).transpose(1, 2)
                 drop = drop.to(weight.dtype, memory_format=torch.contiguous_format)
                 for panel in range(begin, end, _PANEL):
                     panel_end = min(panel + _PANEL, end)
@@ -119,6 +122,7 @@ class SparseGPT(Solver):
             removed[:, start:stop] = dense[:, start:stop] - current
 
         solved = pruned.transpose(1, 2).reshape(rows, columns)
+        solved = torch.where(solved == weight, weight, solved)  # what did not move keeps its bits, -0.0 among them
         return Solution(solved.masked_fill(~mask, 0), mask, scores, pattern, notes)
 
 
@@ -131,8 +135,8 @@ def _compensate(current: Tensor, error: Tensor, inverse: Tensor, since: int, beg
 
 
 def _blocks(
-    pattern: SparsityPattern, shape: tuple[int, int], sparsity: float | None, block_size: int
-) -> Iterator[tuple[int, int, float | None]]:
+    pattern: SparsityPattern, shape: tuple[int, int], sparsity: float, block_size: int
+) -> Iterator[tuple[int, int, float]]:
     """Column ranges whose mask is decided together, with the sparsity of each, so that the counts add up exactly."""
     rows, columns = shape
     unit = columns if pattern.width is None else pattern.width
@@ -140,7 +144,7 @@ def _blocks(
     units = pruned = 0  # competing units and how many of them are pruned, up to the start of the block
     for start in range(0, columns, step):
         stop = min(start + step, columns)
-        if pattern.sparsity is not None or sparsity is None:
+        if pattern.sparsity is not None:
             yield start, stop, sparsity
             continue
         all_units = pattern.num_units((rows, stop))
