@@ -36,11 +36,42 @@ LEVEL = {
     "cli": 8,
 }
 
-PUBLIC = """
-    Block Column Evaluation FormatError Histogram Importance LayerKind LayerProblem LayerReport LayerStatistics Magnitude
-    NM PatternError RIA Random Recipe RecipeError Refit Report Row Select SkippedLayer Solution Solver SolverError
-    SparseGPT SparsityError SparsityPattern StatisticsError Unstructured Wanda prune_ register_layer verify
-""".split()
+PUBLIC = [
+    "Block",
+    "Column",
+    "Evaluation",
+    "FormatError",
+    "Histogram",
+    "Importance",
+    "LayerKind",
+    "LayerProblem",
+    "LayerReport",
+    "LayerStatistics",
+    "Magnitude",
+    "NM",
+    "PatternError",
+    "RIA",
+    "Random",
+    "Recipe",
+    "RecipeError",
+    "Refit",
+    "Report",
+    "Row",
+    "Select",
+    "SkippedLayer",
+    "Solution",
+    "Solver",
+    "SolverError",
+    "SparseGPT",
+    "SparsityError",
+    "SparsityPattern",
+    "StatisticsError",
+    "Unstructured",
+    "Wanda",
+    "prune_",
+    "register_layer",
+    "verify",
+]
 
 
 def module_names() -> list[str]:

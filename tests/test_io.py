@@ -67,7 +67,7 @@ def test_existing_output_needs_overwrite_and_is_then_replaced_whole(single, tmp_
     output.mkdir()
     (output / "old").write_text("old")
     directory = ModelDirectory.open(single)
-    with pytest.raises(FormatError, match="already exists.*--overwrite"):
+    with pytest.raises(FormatError, match=r"already exists.*--overwrite"):
         directory.write_pruned(output, {}, {})
     assert (output / "old").exists()
     directory.write_pruned(output, {}, {}, overwrite=True)

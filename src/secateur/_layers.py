@@ -86,6 +86,7 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Conv3d: _CONVOLUTION,
 }
 
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # Last name component of the layers that turn features into predictions, as the transformers library calls them.
 _HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "output_projection"})
 
@@ -129,9 +130,10 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind registered for the module's class or its nearest base class, or None."""
     # Looked up only when transformers is loaded anyway, so that secateur never imports it for this.
     transformers = sys.modules.get("transformers.pytorch_utils")
+    fallback = None
     if transformers is not None and isinstance(module, transformers.Conv1D):
-        return _KINDS.get(type(module), _TRANSPOSED)
-    return next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), None)
+        fallback = _TRANSPOSED
+    return next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), fallback)
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Layer:
     modules: tuple[nn.Module, ...]
     kind: LayerKind
     tied_to: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The name, or words for the model itself, which has none."""
+        return self.name or "(the model itself)"
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -208,33 +215,43 @@ def select_layers(
                 else f"{glob!r} matches nothing: the model has no parameters."
             )
 
-    embeddings = {
-        id(parameter): name
-        for name, module in owners
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        for parameter in _own_parameters(module).values()
-    }
     attention = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    reasons = {
+        name: _why_not_possible(name, module, attention) or _why_not_chosen(name, module, include, exclude, head)
+        for name, module in owners
+    }
+    # A shared weight is left alone as soon as one module that uses it is; naming a layer frees it from an embedding.
+    left_alone: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in owners:
+        if reasons[name] and not (include and isinstance(module, _EMBEDDINGS)):
+            for parameter in _own_parameters(module).values():
+                left_alone.setdefault(id(parameter), (name, module))
 
     found: dict[int, Layer] = {}
     skipped: list[Skipped] = []
     for name, module in owners:
+        reason = reasons[name]
         kind = kind_of(module)
-        reason = _why_not(name, module, kind, include, exclude, embeddings, attention, head)
+        weight = id(getattr(module, kind.parameter, None)) if kind is not None else 0
+        if reason is None and weight in left_alone:
+            other, user = left_alone[weight]
+            if isinstance(user, _EMBEDDINGS):
+                reason = f"tied to the embedding {other!r}; include=[{name!r}] prunes both"
+            else:
+                reason = f"shares its weight with {other!r}: {reasons[other]}"
         if reason is not None:
             skipped.append(Skipped(name, type(module).__name__, reason))
             continue
         assert kind is not None
-        key = id(getattr(module, kind.parameter))
-        first = found.get(key)
+        first = found.get(weight)
         if first is None:
-            found[key] = Layer(name, (module,), kind)
+            found[weight] = Layer(name, (module,), kind)
         else:
-            found[key] = Layer(first.name, (*first.modules, module), first.kind, (*first.tied_to, name))
+            found[weight] = Layer(first.name, (*first.modules, module), first.kind, (*first.tied_to, name))
     if not found:
-        reasons = "\n".join(f"  {s.name or '(the model itself)'} ({s.kind}): {s.reason}" for s in skipped[:10])
-        raise RecipeError(f"the model has no layer to prune. Its modules with parameters:\n{reasons or '  none'}")
+        listed = "\n".join(f"  {s.name or '(the model itself)'} ({s.kind}): {s.reason}" for s in skipped[:10])
+        raise RecipeError(f"the model has no layer to prune. Its modules with parameters:\n{listed or '  none'}")
     return list(found.values()), skipped
 
 
@@ -242,21 +259,11 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
 
-def _why_not(
-    name: str,
-    module: nn.Module,
-    kind: LayerKind | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    embeddings: dict[int, str],
-    attention: set[str],
-    head: nn.Module | None,
-) -> str | None:
-    """The reason to leave a module alone, or None."""
-    if any(fnmatchcase(name, glob) for glob in exclude):
-        return "excluded"
+def _why_not_possible(name: str, module: nn.Module, attention: set[str]) -> str | None:
+    """The reason that a module cannot be pruned, or None."""
+    kind = kind_of(module)
     if kind is None:
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if isinstance(module, _EMBEDDINGS):
             return "embedding"
         if all(parameter.ndim < 2 for parameter in _own_parameters(module).values()):
             return "no weight matrix"
@@ -264,14 +271,23 @@ def _why_not(
     weight = getattr(module, kind.parameter, None)
     if not isinstance(weight, nn.Parameter):
         return f"its {kind.parameter} is computed from other parameters (parametrized or pruned by torch.nn.utils)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet; run the model once"
     if not weight.is_floating_point() or weight.element_size() == 1:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
     if name.rpartition(".")[0] in attention:
         return "nn.MultiheadAttention reads its weight without calling it"
+    return None
+
+
+def _why_not_chosen(
+    name: str, module: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...], head: nn.Module | None
+) -> str | None:
+    """The reason that a module was not asked to be pruned, or None."""
+    if any(fnmatchcase(name, glob) for glob in exclude):
+        return "excluded"
     if include:
         return None if any(fnmatchcase(name, glob) for glob in include) else "not included"
     if module is head or name.rpartition(".")[2] in _HEADS:
         return f"output head; include=[{name!r}] prunes it"
-    if id(weight) in embeddings:
-        return f"tied to the embedding {embeddings[id(weight)]!r}; include=[{name!r}] prunes both"
     return None

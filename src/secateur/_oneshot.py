@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._calibrate import Calibration, Forward, call_model, hash_batches, load_batches, quiet
-from secateur._errors import RecipeError, SparsityError
+from secateur._errors import RecipeError, SolverError, SparsityError
 from secateur._importance import Importance
 from secateur._layers import Layer, select_layers
 from secateur._pattern import SparsityPattern, with_channel_width
@@ -91,6 +91,8 @@ def prune_(
     given = {name: value for name, value in settings.items() if value is not None}
     if recipe is not None and given:
         raise RecipeError(f"pass either a recipe or settings, not both; got a recipe and {', '.join(given)}.")
+    if isinstance(batches, Recipe) or not isinstance(recipe, Recipe | None):
+        raise TypeError("recipe must be a Recipe: prune_(model, batches, Recipe(...)), or give pattern= and method=")
     recipe = recipe if recipe is not None else Recipe(**given)  # type: ignore[arg-type]
     needs: frozenset[Need] = recipe.method.needs
     if needs and batches is None:
@@ -110,12 +112,12 @@ def prune_(
         try:
             reports.append(_prune_layer_(layer, statistics, patterns[layer.name], recipe))
         except SparsityError as error:
-            raise type(error)(f"{layer.name or '(the model itself)'}: {error}") from None
-        tell(layer.name, float(len(reports)), total)
+            raise type(error)(f"{layer.title}: {error}") from None
 
     if batches is None:
         for layer in layers:
             finish(layer, None)
+            tell(layer.name, len(reports), total)
     else:
         loaded = load_batches(batches, layers[0].parameter.device)
         digest = hash_batches(loaded)
@@ -124,13 +126,16 @@ def prune_(
         with quiet(model):
             calibration = Calibration(model, loaded, layers, forward or call_model, recipe.sequential)
             for index, stage in enumerate(calibration.stages):
+                # Half of a stage's share of the work is calibrating it, half is solving its layers.
+                done, size = len(reports), len(stage.layers)
 
-                def on_batch(done: int, name: str = stage.name, share: float = len(stage.layers) / 2) -> None:
-                    tell(f"calibrating {name}".strip(), len(reports) + share * done / len(loaded), total)
+                def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
+                    tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
 
                 gathered = calibration.gather(index, needs, on_batch)
                 for layer in stage.layers:
                     finish(layer, gathered.pop(layer.name))
+                    tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
 
     return Report(
         layers=tuple(reports),
@@ -148,7 +153,7 @@ def prune_(
 
 def _pattern_for(layer: Layer, recipe: Recipe) -> SparsityPattern:
     """The pattern as it applies to one layer, after checking that it fits and that the weight can be worked on."""
-    name = layer.name or "(the model itself)"
+    name = layer.title
     pattern = with_channel_width(recipe.pattern, layer.channel_width)
     weight = layer.matrix()
     if weight.is_meta:
@@ -171,6 +176,9 @@ def _prune_layer_(
     problem = LayerProblem(dense, statistics, pattern, recipe.sparsity)
     solution = recipe.method.solve(problem)
     verify(problem, solution)
+    overflowing = int((~solution.weight.to(layer.parameter.dtype).isfinite()).sum())
+    if overflowing:
+        raise SolverError(f"{overflowing} new weights are beyond the range of {layer.parameter.dtype}.")
     layer.write_(solution.weight)
     seconds = time.perf_counter() - began
     stored = layer.matrix()

@@ -315,7 +315,8 @@ class Unstructured(SparsityPattern):
         found = _first(kept != kept[0])
         if found is None:
             return None
-        return f"row {found[0]} keeps {int(kept[found])} weights, but row 0 keeps {int(kept[0])}; {self} keeps as many in each."
+        counts = f"row {found[0]} keeps {int(kept[found])} weights and row 0 keeps {int(kept[0])}"
+        return f"{counts}, but {self} keeps as many in each row."
 
 
 @dataclass(frozen=True, repr=False)

@@ -41,8 +41,8 @@ def upper_factor(weight: Weight, statistics: LayerStatistics, damping: float) ->
     """Upper triangular R with ``R @ R.T = damped(H)``, and the damping that it took.
 
     ``inv(R)`` is the upper Cholesky factor of ``inv(H)``, the matrix that SparseGPT is usually written with; this way
-    needs one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold (to 0.01 at least),
-    up to 1. The factor is kept with the statistics, for the next layer that reads the same inputs.
+    needs one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold (to 0.01 at
+    least), up to 1. The factor is kept with the statistics, for the next layer that reads the same inputs.
 
     Raises:
         SolverError: H is not positive definite even with damping 1.

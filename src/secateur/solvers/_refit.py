@@ -74,7 +74,7 @@ class Refit(Solver):
         residual = ((problem.weight.reshape(shape) - solved) @ gram) * kept
         direction = preconditioner * residual
         energy = (residual * direction).sum(2, keepdim=True)
-        # Rounding leaves a solved row with a residual of pure noise, which further steps would amplify: it stands still.
+        # A solved row's residual is the noise of rounding, which further steps would amplify: it stands still.
         solved_at = energy * torch.finfo(energy.dtype).eps ** 2
         for _ in range(self.iterations):
             product = (direction @ gram) * kept
