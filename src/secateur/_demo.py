@@ -28,9 +28,9 @@ TARGETS: tuple[tuple[str, float | None], ...] = (
     ("unstructured", 0.7),
     ("2:4", None),
 )
-SAMPLES = 96  # calibration windows
+SAMPLES = 64  # calibration windows
 LENGTH = 256  # tokens in a window, the context that the model was trained with
-HELDOUT_WINDOWS = 160
+HELDOUT_WINDOWS = 96
 
 INTRO = (
     "A Llama with 4.2 million parameters, trained on the source of the Python standard library. Every row prunes it "

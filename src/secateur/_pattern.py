@@ -227,8 +227,6 @@ class SparsityPattern(ABC):
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()  # exact, and CPU selection in half precision is an order of magnitude slower
         units = self._unit_scores(scores[:rows, :columns])
-        if units.isnan().any():  # squares of opposite sign, each beyond the largest float64
-            raise PatternError("the scores are too large: their squares overflow. Scale them down.")
         keep = _keep_top(units, units.shape[1] - _num_pruned(units.shape[1], sparsity))
         core = self._spread(keep, rows, columns)
         if (rows, columns) == tuple(scores.shape):
@@ -602,7 +600,10 @@ def _sum_of_squares(elements: Tensor) -> Tensor:
     additions is the same for every unit and equal units tie exactly.
     """
     wide = elements.double().contiguous()
-    return (wide * wide.abs()).sum(1).view(1, -1)
+    sums = (wide * wide.abs()).sum(1).view(1, -1)
+    if not sums.is_meta and sums.isnan().any():  # squares of opposite sign, each beyond the largest float64
+        raise PatternError("the scores are too large: their squares overflow. Scale them down.")
+    return sums
 
 
 def _num_pruned(units: int, sparsity: float) -> int:
@@ -628,15 +629,15 @@ def _keep_top_narrow(scores: Tensor, num_keep: int) -> Tensor:
     size = scores.shape[1]
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for part, out in zip(scores.split(_CHUNK // size), keep.split(_CHUNK // size), strict=True):
-        # beaten_by[i]: how many others outrank unit i. It starts at all later units and loses one for each it beats.
-        beaten_by = [torch.full((len(part),), size - 1 - i, dtype=torch.uint8, device=part.device) for i in range(size)]
+        # How many others outrank each unit, less num_keep: first all later units, less one for each that it beats.
+        excess = [part.new_full((len(part),), size - 1 - i - num_keep, dtype=torch.int8) for i in range(size)]
         for i in range(size):
             for j in range(i + 1, size):
-                first_wins = (part[:, i] >= part[:, j]).view(torch.uint8)  # the lower index wins a tie
-                beaten_by[i] -= first_wins
-                beaten_by[j] += first_wins
+                first_wins = (part[:, i] >= part[:, j]).view(torch.int8)  # the lower index wins a tie
+                excess[i] -= first_wins
+                excess[j] += first_wins
         for i in range(size):
-            torch.lt(beaten_by[i], num_keep, out=out[:, i])
+            torch.signbit(excess[i], out=out[:, i])  # negative is kept; vectorised, where a comparison is not
     return keep
 
 

@@ -101,8 +101,8 @@ class Windows:
             fewer = f"--samples {available}, " if available else ""
             shorter = max(16, len(self._ids) // count // 16 * 16)
             raise StatisticsError(
-                f"{self._source} is too short: its {self.num_tokens:,} tokens make {available} windows of {self.length}, "
-                f"but {count} were asked.\nUse {fewer}--sequence-length {shorter} or a longer text."
+                f"{self._source} is too short: its {self.num_tokens:,} tokens make {available} windows of {self.length}"
+                f", but {count} were asked.\nUse {fewer}--sequence-length {shorter} or a longer text."
             )
         starts = sorted(random.Random(seed).sample(range(available), count))
         return [

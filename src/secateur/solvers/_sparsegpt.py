@@ -84,12 +84,12 @@ class SparseGPT(Solver):
         notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
         scale = factor.diagonal(dim1=1, dim2=2).masked_fill(gram.diagonal(dim1=1, dim2=2) == 0, 0)  # [groups, in]
 
-        # Columns are swept, so columns are made contiguous: [groups, in, out / groups].
+        # Columns are swept, so all is kept as [groups, in, out / groups], with the weights of a column side by side.
         dense = weight.view(groups, rows // groups, columns).transpose(1, 2).contiguous()
         pruned = torch.empty_like(dense)
         removed = torch.empty_like(dense)  # dense - pruned, of the columns done
-        mask = torch.empty_like(weight, dtype=torch.bool)
-        scores = torch.empty_like(weight)
+        scores = torch.empty_like(dense)
+        kept = torch.empty_like(dense, dtype=torch.bool)
 
         for start, stop, sparsity in _blocks(pattern, (rows, columns), target, self.block_size):
             inverse = torch.linalg.solve_triangular(
@@ -105,25 +105,30 @@ class SparseGPT(Solver):
                 end = min(begin + width, stop - start)
                 here = slice(start + begin, start + end)
                 _compensate(current, error, inverse, 0, begin, end)
-                score = current[:, begin:end].abs() * scale[:, here, None]
-                scores[:, here] = score.transpose(1, 2).reshape(rows, end - begin)
-                mask[:, here] = pattern.mask(scores[:, here], sparsity)
-                drop = ~mask[:, here].view(groups, rows // groups, end - begin).transpose(1, 2)
-                drop = drop.to(weight.dtype, memory_format=torch.contiguous_format)
+                torch.mul(current[:, begin:end].abs(), scale[:, here, None], out=scores[:, here])
+                mask = pattern.mask(_to_rows(scores[:, here]), sparsity)
+                kept[:, here] = mask.view(groups, rows // groups, end - begin).transpose(1, 2)
+                drop = (~kept[:, here]).to(weight.dtype)
                 for panel in range(begin, end, _PANEL):
                     panel_end = min(panel + _PANEL, end)
                     _compensate(current, error, inverse, begin, panel, panel_end)
                     for j in range(panel, panel_end):
                         _compensate(current, error, inverse, panel, j, j + 1)
                         torch.mul(current[:, j], drop[:, j - begin], out=error[:, j])
-                        current[:, j] -= error[:, j]
-                        error[:, j] /= inverse[:, j, j, None]
+                        current[:, j].sub_(error[:, j])  # what is pruned is exactly zero now: x - x
+                        error[:, j].div_(inverse[:, j, j, None])
             pruned[:, start:stop] = current
             removed[:, start:stop] = dense[:, start:stop] - current
 
-        solved = pruned.transpose(1, 2).reshape(rows, columns)
-        solved = torch.where(solved == weight, weight, solved)  # what did not move keeps its bits, -0.0 among them
-        return Solution(solved.masked_fill(~mask, 0), mask, scores, pattern, notes)
+        mask = _to_rows(kept)
+        # Where nothing is pruned nothing moves, but adding zeros would turn -0.0 into 0.0.
+        solved = weight.clone() if mask.all() else _to_rows(pruned)
+        return Solution(solved, mask, _to_rows(scores), pattern, notes)
+
+
+def _to_rows(columns: Tensor) -> Tensor:
+    """From ``[groups, in, out / groups]`` back to ``[out, in]``."""
+    return columns.transpose(1, 2).reshape(columns.shape[0] * columns.shape[2], columns.shape[1])
 
 
 def _compensate(current: Tensor, error: Tensor, inverse: Tensor, since: int, begin: int, end: int) -> None:
