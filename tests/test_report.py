@@ -233,7 +233,7 @@ def test_page_escapes_everything_a_report_holds():
         calibration_hash=HOSTILE,
         evaluation=Evaluation(HOSTILE, 1.0, 2.0, 3),
     )
-    rows = [replace(row, method=HOSTILE, pattern=HOSTILE + "\N{SNOWMAN}\N{CJK UNIFIED IDEOGRAPH-526A}") for row in RUNS]
+    rows = [replace(row, method=HOSTILE, target=HOSTILE + "\N{SNOWMAN}\N{CJK UNIFIED IDEOGRAPH-526A}") for row in RUNS]
     for text in (report.to_html(), comparison_page(HOSTILE, HOSTILE, rows, report, {HOSTILE: HOSTILE})):
         assert "<script" not in text
         assert html.escape("<script>", quote=False) in text

@@ -64,10 +64,12 @@ class DemoModel:
         model = copy.deepcopy(self.model)
         report = prune_(model, batches, recipe)
         errors = [layer.relative_error for layer in report.layers if layer.relative_error is not None]
-        target = str(recipe.pattern) if recipe.sparsity is None else f"{recipe.pattern} {recipe.sparsity:.0%}"
+        target = (
+            str(recipe.pattern) if recipe.sparsity is None else f"{recipe.pattern} {round(100 * recipe.sparsity)} %"
+        )
         comparison = Comparison(
             method=method_name(recipe.method),
-            pattern=target,
+            target=target,
             sparsity=report.sparsity,
             before=before,
             after=self.perplexity(model),

@@ -94,8 +94,8 @@ def comparison_page(
         ImportError: matplotlib or jinja2 is missing; the message names the extra to install.
     """
     _require()
-    keys = [(row.pattern, row.sparsity) for row in rows]
-    best: dict[tuple[str, float], float] = {}
+    keys = [row.target for row in rows]
+    best: dict[str, float] = {}
     for key, row in zip(keys, rows, strict=True):
         if math.isfinite(row.after):
             best[key] = min(row.after, best.get(key, math.inf))
@@ -358,11 +358,11 @@ def _bands(axes: Axes, layers: Sequence[LayerReport]) -> None:
 
 
 def _comparison_chart(rows: Sequence[Comparison]) -> Markup | str:
-    """Perplexity after, one group a pattern, one colour a method; bars start at the dense model, the axis is log."""
+    """Perplexity after, one group a target, one colour a method; bars start at the dense model, the axis is log."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     methods = list(dict.fromkeys(row.method for row in rows))
-    groups = list(dict.fromkeys((row.pattern, row.sparsity) for row in rows))
+    groups = list(dict.fromkeys(row.target for row in rows))
     values = [value for row in rows for value in (row.before, row.after) if math.isfinite(value) and value > 0]
     if not values:
         return ""
@@ -377,7 +377,7 @@ def _comparison_chart(rows: Sequence[Comparison]) -> Markup | str:
             if not (math.isfinite(row.after) and row.after > 0):
                 continue
             place = methods.index(row.method)
-            middle = groups.index((row.pattern, row.sparsity)) + (place - (len(methods) - 1) / 2) * thickness
+            middle = groups.index(row.target) + (place - (len(methods) - 1) / 2) * thickness
             colour = _METHODS[place % len(_METHODS)]
             axes.bar(middle, row.after - dense, thickness * 0.86, bottom=dense, color=colour)
         axes.axhline(dense, color=_INK, linewidth=1.4, linestyle=(0, (4, 3)))
@@ -390,7 +390,7 @@ def _comparison_chart(rows: Sequence[Comparison]) -> Markup | str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("perplexity after pruning")
         axes.set_xlim(-0.55, len(groups) - 0.45)
-        axes.set_xticks(range(len(groups)), [f"{pattern}\n{_share(sparsity)}" for pattern, sparsity in groups])
+        axes.set_xticks(range(len(groups)), groups)
         for label in axes.get_xticklabels():
             label.set_color(_INK)
 

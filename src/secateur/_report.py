@@ -101,8 +101,8 @@ class Comparison:
 
     Args:
         method: as text.
-        pattern: as text.
-        sparsity: of the pruned layers.
+        target: what runs are compared at: the pattern as text and, where it is free, the sparsity that was asked for.
+        sparsity: that the pruned layers have.
         before: perplexity of the dense model.
         after: perplexity of the pruned model.
         error: mean relative error of the layers' outputs, None if it was not measured.
@@ -110,7 +110,7 @@ class Comparison:
     """
 
     method: str
-    pattern: str
+    target: str
     sparsity: float
     before: float
     after: float

@@ -165,13 +165,13 @@ def demo(
         if as_json:
             print(json.dumps(rows, indent=1))
             return
-        table = Table("method", "pattern", box=None)
+        table = Table("method", "target", box=None)
         for heading in ("sparsity", "perplexity before", "after", "layer error", "seconds"):
             table.add_column(heading, justify="right")
         for row in rows:
             table.add_row(
                 row["method"],
-                row["pattern"],
+                row["target"],
                 f"{row['sparsity']:.2%}",
                 f"{row['before']:.2f}",
                 f"{row['after']:.2f}",

@@ -1,0 +1,57 @@
+import json
+import math
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from secateur import Recipe, _demo
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(_demo, "METHODS", ("magnitude", "sparsegpt+refit"))
+    monkeypatch.setattr(_demo, "TARGETS", (("2:4", None), ("unstructured", 0.7)))
+    monkeypatch.setattr(_demo, "SAMPLES", 16)
+    monkeypatch.setattr(_demo, "HELDOUT_WINDOWS", 16)
+
+
+def test_the_demo_prunes_the_model_that_the_package_carries(small, tmp_path):
+    steps = []
+    rows = _demo.run(tmp_path, lambda description, done, total: steps.append((done, total)))
+    assert [(row["method"], row["target"]) for row in rows] == [
+        ("magnitude", "2:4"),
+        ("sparsegpt+refit", "2:4"),
+        ("magnitude", "unstructured 70 %"),
+        ("sparsegpt+refit", "unstructured 70 %"),
+    ]
+    assert steps[-1] == (4, 4)
+    assert {row["sparsity"] for row in rows[:2]} == {0.5}
+    for worse, better in (rows[:2], rows[2:]):
+        assert better["before"] < better["after"] < worse["after"]
+        assert better["error"] < worse["error"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "unstructured 70 %" in page
+    assert json.dumps(rows)
+
+
+def test_the_model_knows_its_language(small):
+    """An untrained model would be at the size of the vocabulary."""
+    demo = _demo.DemoModel()
+    perplexity = demo.perplexity(demo.model)
+    assert 5 < perplexity < 25 < len(demo.model.get_input_embeddings().weight)
+    assert math.isfinite(perplexity)
+
+
+def test_pruning_a_copy_leaves_the_model_alone(small):
+    demo = _demo.DemoModel()
+    before = demo.perplexity(demo.model)
+    demo.prune(Recipe(pattern="2:4", method="magnitude"), demo.batches(), before)
+    assert demo.perplexity(demo.model) == before
+
+
+def test_calibration_windows_follow_the_seed(small):
+    demo = _demo.DemoModel()
+    first, again, other = demo.batches(0), demo.batches(0), demo.batches(1)
+    assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(first, again, strict=True))
+    assert any((a["input_ids"] != b["input_ids"]).any() for a, b in zip(first, other, strict=True))
