@@ -157,6 +157,56 @@ def test_recipe_file_with_options_that_win(llama, tmp_path):
     assert not any("mlp" in layer["name"] for layer in report["layers"])
 
 
+def test_an_option_completes_a_recipe(llama, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('method = "magnitude"\n')
+    result = prune(llama, tmp_path / "out", "--recipe", recipe, "--sparsity", "0.25", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["recipe"]["sparsity"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"model_type": ["llama"]}, {"vocab_size": 16}]
+)
+def test_a_config_that_cannot_be_right(llama, tmp_path, change):
+    source = tmp_path / "model"
+    shutil.copytree(llama, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    result = prune(source, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    assert result.exit_code == 2, result.output
+    assert "cannot be loaded" in result.stderr
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, llama, text):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    source = tmp_path / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / name, source / name)
+    result = prune(source, tmp_path / "out", "--pattern", "2:4", "--calibration", text, *SMALL)
+    assert result.exit_code == 2, result.output
+    assert "the tokenizer is its own" in result.stderr
+
+
+@pytest.mark.parametrize("stored_twice", [False, True])
+def test_a_tied_head_that_is_included_is_written_wherever_it_is_stored(tmp_path, stored_twice):
+    with as_file(files("secateur") / "demo_model") as demo:
+        source = tmp_path / "model"
+        shutil.copytree(demo, source)
+    if stored_twice:
+        tensors = load_file(source / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = prune(source, tmp_path / "out", "--sparsity", "0.5", "--method", "magnitude", "--include", "lm_head")
+    assert result.exit_code == 0, result.output
+    written = weights(tmp_path / "out")
+    for name in ["model.embed_tokens.weight", "lm_head.weight"][: 1 + stored_twice]:
+        assert 0.5 <= (written[name] == 0).float().mean() < 0.51
+
+
 def test_html_report(llama, tmp_path):
     result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude", "--html", tmp_path / "r.html")
     assert result.exit_code == 0, result.output
@@ -197,6 +247,15 @@ MISTAKES = {
         "matches none",
     ),
     "missing recipe": (["MODEL", "--recipe", "nowhere.toml"], "cannot read the recipe"),
+    "unknown device": (
+        ["MODEL", "--pattern", "2:4", "--method", "magnitude", "--device", "foo"],
+        "'foo' cannot be used",
+    ),
+    "no values": (["MODEL", "--pattern", "2:4", "--method", "magnitude", "--device", "meta"], "'meta' cannot be used"),
+    "page that cannot be written": (
+        ["MODEL", "--pattern", "2:4", "--method", "magnitude", "--html", "TEXT/report.html"],
+        "cannot be made",
+    ),
     "not a model": (["TEXT", "--pattern", "2:4"], "is a file, not a directory"),
 }
 
@@ -205,7 +264,12 @@ MISTAKES = {
 def test_a_mistake_gives_one_message_status_2_and_no_output(llama, text, tmp_path, mistake):
     arguments, message = MISTAKES[mistake]
     (tmp_path / "empty.txt").write_text("")
-    places = {"MODEL": llama, "TEXT": text, "EMPTY": tmp_path / "empty.txt"}
+    places = {
+        "MODEL": llama,
+        "TEXT": text,
+        "TEXT/report.html": text / "report.html",
+        "EMPTY": tmp_path / "empty.txt",
+    }
     output = tmp_path / "out"
     result = prune(
         *[places.get(argument, argument) for argument in arguments[:1]],

@@ -200,11 +200,46 @@ def test_tensor_in_two_shards(sharded):
 def test_find_tells_by_value_across_prefixes(single):
     directory = ModelDirectory.open(single)
     weight = torch.arange(16.0).view(4, 4)
-    assert directory.find(("a.weight",), weight) == "a.weight"
-    assert directory.find(("model.a.weight",), weight) == "a.weight"
-    assert directory.find(("weight",), weight.double()) == "a.weight"
-    assert directory.find(("a.weight",), weight + 1) is None
-    assert directory.find(("b.weight",), weight) is None
+    assert directory.find("a.weight", weight) == "a.weight"
+    assert directory.find("model.a.weight", weight) == "a.weight"
+    assert directory.find("weight", weight.double()) == "a.weight"
+    assert directory.find("a.weight", weight + 1) is None
+    assert directory.find("b.weight", weight) is None
+
+
+def test_the_very_name_wins_over_a_copy_under_a_longer_one(single):
+    weight = torch.tensor([[1.0, float("nan")]])
+    save_file({"ema.w.weight": weight.clone(), "w.weight": weight}, single / SINGLE)
+    assert ModelDirectory.open(single).find("w.weight", weight) == "w.weight"
+
+
+def test_weights_of_other_modules_in_folders_are_copied(single, tmp_path):
+    save_file({"linear.weight": torch.ones(2, 2)}, single / "nested" / SINGLE)
+    ModelDirectory.open(single).write_pruned(tmp_path / "out", {}, {})
+    assert load_file(tmp_path / "out" / "nested" / SINGLE)["linear.weight"].all()
+
+
+def test_an_output_inside_the_source_or_with_an_impossible_name(single, tmp_path):
+    with pytest.raises(FormatError, match="inside the model"):
+        check_output(single, single / "out", False, 0)
+    with pytest.raises(FormatError, match="cannot be made: File name too long"):
+        check_output(single, tmp_path / ("x" * 300), False, 0)
+
+
+def test_overwriting_through_a_link_leaves_nothing_aside(single, tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    ModelDirectory.open(single).write_pruned(tmp_path / "link", {}, {}, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target" / SINGLE).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model", "target"]
+
+
+@pytest.mark.parametrize(("name", "content"), [(INDEX, '{"weight_map": {"a": ["x"]}}'), ("config.json", "[" * 100_000)])
+def test_json_of_the_wrong_form(single, name, content):
+    (single / name).write_text(content)
+    with pytest.raises(FormatError, match=name):
+        ModelDirectory.open(single)
 
 
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):

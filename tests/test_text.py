@@ -55,6 +55,14 @@ def test_too_short_a_text_says_what_would_fit():
     assert "--sequence-length 64" in str(error.value)
     assert len(Windows(Letters(), long, 64).sample(8, 0)) == 8  # the advice works
     assert len(Windows(Letters(), long, 100).sample(5, 0)) == 5
+    with pytest.raises(StatisticsError, match=r"Use --samples 32 or a longer text"):
+        Windows(Letters(), long, 16).sample(40, 0)
+
+
+def test_json_lines_end_at_newlines_only_and_may_start_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf-8-sig")
+    assert read_text(path) == "a\u2028b\x85c"
 
 
 def test_no_room_and_no_tokens():
@@ -88,6 +96,8 @@ def test_plain_text_and_json_lines(tmp_path):
         ("a.jsonl", b'{"text": 3}', "line 1"),
         ("a.jsonl", b"plain", "line 1: not JSON"),
         ("a.jsonl", json.dumps({"text": " "}).encode(), "holds no text"),
+        ("a.jsonl", json.dumps({"text": "a \ud800 b"}).encode(), "line 1: the text has half of a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )
 def test_unusable_text_is_named(tmp_path, name, content, message):

@@ -278,16 +278,16 @@ class _Gathered:
     def observing(self, batch: Any) -> Iterator[None]:
         """Add what the layers read while one batch runs."""
         masks = _padding_masks(batch)
-        parts: dict[
-            Hashable, tuple[Tensor, Accumulator]
-        ] = {}  # by input; the tensor is kept so that none takes its place
+        # By input, with the tensor itself, so that no other takes its place in memory.
+        parts: dict[Hashable, tuple[Tensor, Accumulator]] = {}
         read: dict[str, list[Accumulator]] = {layer.name: [] for layer in self._layers}
 
         def observe(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             try:
                 rows = layer.kind.input_rows(module, x)
-                view = rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+                # Where rows are not the input itself, or changes to it leave no trace, nothing is known to be alike.
+                view = not x.is_inference() and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
                 key = (rows.data_ptr(), rows.shape, rows.stride(), x.shape, x._version) if view else object()
                 if key not in parts:
                     part = Accumulator(self._needs)

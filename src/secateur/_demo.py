@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur._evaluate import perplexity
 from secateur._hf import load_model, load_tokenizer
 from secateur._html import comparison_page
-from secateur._io import ModelDirectory, write_text
+from secateur._io import ModelDirectory, check_place, write_text
 from secateur._oneshot import prune_
 from secateur._recipe import Recipe, method_name
 from secateur._report import Comparison, Report
@@ -86,6 +86,7 @@ def run(output: Path, progress: Callable[[str, float, float], None]) -> list[dic
         ImportError: transformers, matplotlib or jinja2 is missing.
         FormatError: the page cannot be written.
     """
+    check_place(output / "report.html")
     recipes = [
         Recipe(pattern=pattern, sparsity=sparsity, method=method)  # type: ignore[arg-type]
         for pattern, sparsity in TARGETS

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import FormatError, RecipeError
+from secateur._errors import FormatError, RecipeError, StatisticsError
 from secateur._evaluate import outputs, perplexity, similarity
 from secateur._io import ModelDirectory, check_output
 from secateur._layers import Layer, select_layers
@@ -106,8 +106,10 @@ def prune_directory(
         length = calibration.sequence_length or longest
         if length > longest:
             raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
-        windows = Windows(tokenizer, calibration_text, length, not causal, source=str(calibration.path))
-        batches = [{"input_ids": ids} for ids in batched(windows.sample(calibration.samples, calibration.seed))]
+        text = Windows(tokenizer, calibration_text, length, not causal, source=str(calibration.path))
+        windows = text.sample(calibration.samples, calibration.seed)
+        _try_out(model, windows)
+        batches = [{"input_ids": ids} for ids in batched(windows)]
         provenance = {
             "file": calibration.path.name,
             "samples": calibration.samples,
@@ -118,10 +120,13 @@ def prune_directory(
     measure = None
     if evaluation_text is not None:
         length = (calibration.sequence_length if calibration is not None else None) or longest
-        measure = _Measure(model, causal, list(Windows(tokenizer, evaluation_text, length, not causal).all()), progress)
+        text = Windows(tokenizer, evaluation_text, length, not causal, source=str(evaluate))
+        windows = list(text.all())
+        _try_out(model, windows)
+        measure = _Measure(model, causal, windows, progress)
     report = prune_(model, batches, recipe, progress=progress)
-    for layer_name, stored_name in stored.items():
-        _round_like_stored_(model, layer_name, directory, stored_name)
+    for stored_name, parameter_name in stored.items():
+        _round_like_stored_(model, parameter_name, directory, stored_name)
     if measure is not None:
         report = replace(report, evaluation=measure.after())
 
@@ -144,10 +149,9 @@ def prune_directory(
         },
     }
     progress("writing", 0, 1)
-    parameters = dict(model.named_parameters())
     directory.write_pruned(
         output,
-        {name: parameters[parameter] for parameter, name in stored.items()},
+        {name: model.get_parameter(parameter) for name, parameter in stored.items()},
         {"config.json": json.dumps(config, indent=2) + "\n", REPORT_NAME: report.to_json() + "\n"},
         overwrite,
     )
@@ -166,7 +170,7 @@ def load_model(
         FormatError: transformers does not know the model type, or cannot load the weights.
     """
     transformers = _transformers()
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = _usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
@@ -179,7 +183,9 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except ImportError:
+        raise  # says what to install
+    except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
     if getattr(model.config, "is_encoder_decoder", False):
         raise FormatError(
@@ -200,7 +206,9 @@ def load_tokenizer(directory: ModelDirectory) -> Any:
         return _transformers().AutoTokenizer.from_pretrained(
             directory.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError:
+        raise
+    except Exception as error:
         raise FormatError(
             f"{directory.path} has no tokenizer that transformers can load, so text cannot be read: {error}"
         ) from None
@@ -208,8 +216,34 @@ def load_tokenizer(directory: ModelDirectory) -> Any:
 
 def is_causal(directory: ModelDirectory) -> bool:
     """Whether the config says that the checkpoint is a causal language model."""
-    architectures = directory.config.get("architectures") or []
+    architectures = directory.config.get("architectures")
+    if not isinstance(architectures, list):
+        return False
     return any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+
+
+def _usable(name: str | torch.device) -> torch.device:
+    """Return the device, after asking it for a tensor."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"the device {str(name)!r} cannot be used: {reason}\nGive another --device, or cpu."
+        ) from None
+    return torch.device(name)
+
+
+def _try_out(model: nn.Module, windows: list[Tensor]) -> None:
+    """Run the window with the highest token id, which shows ids and lengths that the model does not take."""
+    window = max(windows, key=lambda ids: int(ids.max()))
+    try:
+        outputs(model, [window[None]])
+    except Exception as error:
+        raise StatisticsError(
+            f"the model fails on a window of {len(window)} tokens with ids up to {int(window.max())}: {error}\n"
+            "Give a shorter --sequence-length, and check that the model reads text and that the tokenizer is its own."
+        ) from None
 
 
 class _Measure:
@@ -238,25 +272,27 @@ class _Measure:
 def _match_checkpoint(
     model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
 ) -> tuple[Recipe, dict[str, str]]:
-    """Find each parameter to prune in the checkpoint; leave out layers whose values do not come from it."""
+    """Map stored names to parameters to prune, and leave out layers whose values do not come from the checkpoint."""
     layers, _ = select_layers(model, recipe.include, recipe.exclude)
     untrained = tuple(layer.name for layer in layers if layer.name in missing)
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
+    names: dict[int, list[str]] = {}  # of each parameter; a tied one may be stored under some or all of them
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     stored: dict[str, str] = {}
     lost: list[Layer] = []
     for layer in layers:
         if layer.name in untrained:
             continue
-        name = directory.find(layer.parameter_names, layer.parameter)
-        if name is None:
+        found = {directory.find(name, layer.parameter) for name in names[id(layer.parameter)]} - {None}
+        if not found:
             lost.append(layer)
-        else:
-            stored[layer.parameter_names[0]] = name
+        stored.update({name: layer.parameter_names[0] for name in found if name is not None})
     if lost:
-        names = ", ".join(layer.name for layer in lost[:5])
+        listed = ", ".join(layer.name for layer in lost[:5])
         raise FormatError(
-            f"{directory.path} stores {len(lost)} layers in another form than the model uses them ({names}), so they "
+            f"{directory.path} stores {len(lost)} layers in another form than the model uses them ({listed}), so they "
             "cannot be written back.\nUse secateur.prune_ in Python and model.save_pretrained, or exclude them."
         )
     return recipe, stored

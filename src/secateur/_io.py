@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -76,21 +75,22 @@ class ModelDirectory:
         """Size of the weights on disk."""
         return sum((self.path / shard).stat().st_size for shard in self.shards)
 
-    def find(self, names: tuple[str, ...], weight: Tensor) -> str | None:
+    def find(self, name: str, weight: Tensor) -> str | None:
         """Return the name under which the checkpoint stores a parameter, or None.
 
         A base model's parameters may bear a prefix in the checkpoint, or lack one; values decide, bit for bit.
 
         Args:
-            names: qualified names of the parameter in the model.
+            name: qualified name of the parameter in the model.
             weight: its value, as it was loaded.
         """
-        for name in names:
-            for stored in self.tensors:
-                if stored == name or stored.endswith(f".{name}") or name.endswith(f".{stored}"):
-                    tensor = self.read(stored)
-                    if tensor.shape == weight.shape and torch.equal(weight.detach().cpu().to(tensor.dtype), tensor):
-                        return stored
+        alike = [n for n in self.tensors if n == name or n.endswith(f".{name}") or name.endswith(f".{n}")]
+        for stored in sorted(alike, key=lambda n: n != name):  # the very name first: others may be copies of it
+            tensor = self.read(stored)
+            if tensor.shape == weight.shape:
+                loaded = weight.detach().cpu().to(tensor.dtype)
+                if bool(((loaded == tensor) | (loaded.isnan() & tensor.isnan())).all()):
+                    return stored
         return None
 
     def write_pruned(
@@ -138,14 +138,13 @@ def find_shards(path: Path) -> tuple[str, ...]:
         weight_map = _read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{path / INDEX} has no weight_map; it should map tensor names to file names.")
-        shards = tuple(dict.fromkeys(weight_map.values()))
-        for shard in shards:
+        for shard in weight_map.values():
             # A name with a path in it could make us read, and later write, outside of the directory.
             if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                 raise FormatError(f"{path / INDEX} names the file {shard!r}; expected a plain .safetensors file name.")
             if not (path / shard).is_file():
                 raise FormatError(f"{path} lacks {shard}, which its index names. Complete the directory first.")
-        return shards
+        return tuple(dict.fromkeys(weight_map.values()))
     if (path / SINGLE).is_file():
         return (SINGLE,)
     pickled = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"})
@@ -178,6 +177,9 @@ def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) ->
     Raises:
         FormatError: it exists and ``overwrite`` is off, is the source, is no directory, or does not fit on the disk.
     """
+    existing = check_place(output)
+    if output.resolve() != source.resolve() and output.resolve().is_relative_to(source.resolve()):
+        raise FormatError(f"{output} is inside the model that is read. Give an output directory outside of it.")
     if output.exists():
         if not output.is_dir():
             raise FormatError(f"{output} is a file. Give another output directory.")
@@ -185,13 +187,26 @@ def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) ->
             raise FormatError(f"{output} holds the model that is read. Give another output directory.")
         if not overwrite:
             raise FormatError(f"{output} already exists. Give another output directory, or --overwrite to replace it.")
-    parent = output.absolute().parent
-    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise FormatError(f"{output} cannot be made: {existing} is not a directory that you may write to.")
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise FormatError(f"{output} needs {num_bytes:,} bytes, but the disk has {free:,} left. Free some space first.")
+
+
+def check_place(path: Path) -> Path:
+    """Return the nearest existing directory above a path to write; worth asking before hours of work, too.
+
+    Raises:
+        FormatError: nothing can be made there.
+    """
+    parent = path.absolute().parent
+    try:
+        path.exists()  # raises for a name that is too long
+        existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    except OSError as error:
+        raise FormatError(f"{path} cannot be made: {error.strerror}.") from None
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise FormatError(f"{path} cannot be made: {existing} is not a directory that you may write to.")
+    return existing
 
 
 @contextmanager
@@ -203,8 +218,9 @@ def whole_directory(output: Path) -> Iterator[Path]:
     """
     partial: Path | None = None
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.absolute().parent))
+        output = output.resolve()  # what a link points to is replaced, not the link
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
         partial.chmod(0o777 & ~_umask())
         yield partial
         _sync(partial)
@@ -266,13 +282,15 @@ def _umask() -> int:
 
 
 def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:
-    return relative.as_posix() in shards or relative.suffix in _OTHER_WEIGHTS or relative.suffix == ".safetensors"
+    # Below the top, safetensors belong to another module, such as a sentence encoder's 2_Dense.
+    stale = len(relative.parts) == 1 and relative.suffix == ".safetensors"
+    return relative.as_posix() in shards or relative.suffix in _OTHER_WEIGHTS or stale
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not readable JSON: {error}.") from None
     if not isinstance(table, dict):
         raise FormatError(f"{path} should hold a JSON object, but holds a {type(table).__name__}.")

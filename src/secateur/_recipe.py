@@ -139,16 +139,18 @@ class Recipe:
             raise RecipeError(f"the recipe is not TOML: {error}.") from None
 
     @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Return the recipe in a TOML file.
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Return the recipe in a TOML file; overrides are settings that win over the file's, or complete them.
 
         Raises:
             RecipeError: no such file, or not a recipe; the file is named.
         """
         try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict({**tomllib.loads(Path(path).read_text(encoding="utf-8")), **(overrides or {})})
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot read the recipe: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path}: the recipe is not TOML: {error}.") from None
         except (TypeError, ValueError) as error:
             raise RecipeError(f"{path}: {error}") from None
 

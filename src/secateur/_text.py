@@ -22,7 +22,7 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
     except OSError as error:
         raise StatisticsError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -35,15 +35,19 @@ def read_text(path: str | Path) -> str:
 
 
 def _text_fields(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines also cuts at characters that JSON may hold
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise StatisticsError(f"{path}, line {number}: not JSON: {error}.") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise StatisticsError(f'{path}, line {number}: expected an object with a "text" field, {{"text": "..."}}.')
+        if not entry["text"].isascii() and any("\ud800" <= character <= "\udfff" for character in entry["text"]):
+            raise StatisticsError(
+                f"{path}, line {number}: the text has half of a surrogate pair, which is no character."
+            )
         yield entry["text"]
 
 
@@ -98,11 +102,11 @@ class Windows:
         """
         available = len(self._ids) // self._room
         if available < count:
-            fewer = f"--samples {available}, " if available else ""
-            shorter = max(16, len(self._ids) // count // 16 * 16)
+            shorter = len(self._ids) // count // 16 * 16
+            fits = [f"--samples {available}"] * bool(available) + [f"--sequence-length {shorter}"] * bool(shorter)
             raise StatisticsError(
                 f"{self._source} is too short: its {self.num_tokens:,} tokens make {available} windows of {self.length}"
-                f", but {count} were asked.\nUse {fewer}--sequence-length {shorter} or a longer text."
+                f", but {count} were asked.\nUse {' or '.join([*fits, 'a longer text'])}."
             )
         starts = sorted(random.Random(seed).sample(range(available), count))
         return [

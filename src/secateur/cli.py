@@ -87,15 +87,17 @@ def prune(
     """Prune a model directory. The output loads with from_pretrained, unchanged."""
     with _user_errors():
         from secateur._hf import CalibrationText, prune_directory
+        from secateur._io import check_place, write_text
 
         settings = {"pattern": pattern, "sparsity": sparsity, "method": method, "include": include, "exclude": exclude}
         given = {name: value for name, value in settings.items() if value is not None}
-        base = {} if recipe is None else Recipe.load(recipe).to_dict()
+        if html is not None:
+            check_place(html)
         with _progress() as progress:
             report = prune_directory(
                 model,
                 output,
-                Recipe.from_dict({**base, **given}),
+                Recipe.from_dict(given) if recipe is None else Recipe.load(recipe, given),
                 calibration=None
                 if calibration is None
                 else CalibrationText(calibration, samples, sequence_length, seed),
@@ -105,8 +107,6 @@ def prune(
                 progress=progress,
             )
         if html is not None:
-            from secateur._io import write_text
-
             write_text(html, report.to_html())
         if as_json:
             print(report.to_json())
