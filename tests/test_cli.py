@@ -287,6 +287,7 @@ def test_a_mistake_gives_one_message_status_2_and_no_output(llama, text, tmp_pat
 def test_existing_output_and_overwrite(llama, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "keep").write_text("")
     refused = prune(llama, output, "--pattern", "2:4", "--method", "magnitude")
     assert refused.exit_code == 2
@@ -378,3 +379,13 @@ def test_the_installed_command_prints_plain_progress_lines(llama, tmp_path):
     assert "100 %" in result.stderr
     assert "pruned" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
+
+
+def test_a_quantized_checkpoint_is_refused(llama, tmp_path):
+    quantized = tmp_path / "quantized"
+    shutil.copytree(llama, quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "zzz"}}))
+    result = prune(quantized, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
+    assert result.exit_code == 2, result.output
+    assert "is quantized" in result.stderr

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import stat
 
 import pytest
@@ -65,6 +66,7 @@ def test_write_keeps_shards_dtypes_and_untouched_bytes(sharded, tmp_path):
 def test_existing_output_needs_overwrite_and_is_then_replaced_whole(single, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "old").write_text("old")
     directory = ModelDirectory.open(single)
     with pytest.raises(FormatError, match=r"already exists.*--overwrite"):
@@ -88,6 +90,7 @@ def test_the_source_is_never_overwritten(single, overwrite):
 def test_a_full_disk_leaves_nothing_and_keeps_the_old(single, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "old").write_text("old")
 
     def full(*args, **kwargs):
@@ -96,7 +99,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(single, tmp_path, monkeypa
     monkeypatch.setattr("secateur._io.save_file", full)
     with pytest.raises(FormatError, match="disk is full"):
         ModelDirectory.open(single).write_pruned(output, {}, {}, overwrite=True)
-    assert [path.name for path in output.iterdir()] == ["old"]
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
@@ -114,6 +117,7 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path):
 def test_a_failed_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
+    (output / "config.json").write_text("{}")
     (output / "old").write_text("old")
     rename = type(output).rename
 
@@ -130,7 +134,7 @@ def test_a_failed_swap_puts_the_old_directory_back(tmp_path, monkeypatch):
 
     with pytest.raises(FormatError, match="could not be written"):
         fill()
-    assert [path.name for path in output.iterdir()] == ["old"]
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "old"]
 
 
 def test_too_small_a_disk_is_said_before_any_work(single, tmp_path):
@@ -255,3 +259,40 @@ def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in path.parent.iterdir()] == ["page.html"]
+
+
+def test_overwrite_deletes_nothing_but_a_model(single, tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    ModelDirectory.open(single).write_pruned(notes, {}, {}, overwrite=True)  # empty: nothing to lose
+    shutil.rmtree(notes)
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("years of work")
+    with pytest.raises(FormatError, match="something else than a model"):
+        ModelDirectory.open(single).write_pruned(notes, {}, {}, overwrite=True)
+    assert (notes / "thesis.txt").exists()
+
+
+def test_links_that_lead_nowhere_or_to_directories_are_said_before_any_work(single, tmp_path):
+    (single / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FormatError, match="link to nothing"):
+        check_output(single, tmp_path / "out", False, 0)
+    (single / "gone").unlink()
+    (single / "linked").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(FormatError, match="link to a directory"):
+        check_output(single, tmp_path / "out", False, 0)
+
+
+def test_linked_files_are_copied(single, tmp_path):
+    """As in a download cache, where every file is a link."""
+    (single / SINGLE).rename(tmp_path / "blob")
+    (single / SINGLE).symlink_to(tmp_path / "blob")
+    output = tmp_path / "out"
+    ModelDirectory.open(single).write_pruned(output, {}, {})
+    assert not (output / SINGLE).is_symlink()
+    assert torch.equal(load_file(output / SINGLE)["a.weight"], torch.arange(16.0).view(4, 4))
+
+
+def test_the_widest_dtype_is_that_of_the_tensors(single, sharded):
+    assert ModelDirectory.open(single).widest_dtype == torch.float32
+    assert ModelDirectory.open(sharded).widest_dtype == torch.float32

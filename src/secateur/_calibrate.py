@@ -385,7 +385,9 @@ def _fingerprint(output: Any) -> list[Any]:
     """Enough of an output to tell it from another: at most 4096 values of each tensor. Other leaves count by type."""
     leaves = tree_leaves(output)
     return [
-        leaf.detach().flatten()[:: max(1, leaf.numel() // 4096)].clone() if isinstance(leaf, Tensor) else type(leaf)
+        leaf.detach().flatten()[:: math.ceil(leaf.numel() / 4096) or 1].clone()
+        if isinstance(leaf, Tensor)
+        else type(leaf)
         for leaf in leaves
     ]
 

@@ -27,8 +27,9 @@ def perplexity(model: nn.Module, batches: Iterable[Tensor]) -> tuple[float, int]
         for ids in batches:
             target = ids[:, 1:].to(device)
             logits: Tensor = model(input_ids=ids.to(device)).logits[:, :-1]
-            losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-            total += float(losses.sum(dtype=torch.float64))
+            for scores, right in zip(logits, target, strict=True):  # one window's logits at a time in float32
+                losses = nn.functional.cross_entropy(scores.float(), right, reduction="none")
+                total += float(losses.sum(dtype=torch.float64))
             count += target.numel()
     mean = total / max(count, 1)
     return (math.exp(mean) if mean < 700 else math.inf), count

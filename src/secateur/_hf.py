@@ -170,14 +170,19 @@ def load_model(
         FormatError: transformers does not know the model type, or cannot load the weights.
     """
     transformers = _transformers()
+    if directory.config.get("quantization_config"):
+        raise FormatError(
+            f"{directory.path} is quantized, and its packed weights cannot be pruned.\n"
+            "Prune the model in full or half precision, and quantize it afterwards."
+        )
     device = _usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else directory.widest_dtype
     auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
     try:
         model, info = auto.from_pretrained(
             directory.path,
-            dtype=dtype or "auto",
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -192,7 +197,7 @@ def load_model(
             f"{directory.path} is an encoder-decoder model, which needs pairs of texts to calibrate on.\n"
             "Use secateur.prune_ in Python, with batches of your own."
         )
-    missing = {name.rpartition(".")[0] for name in info["missing_keys"]}
+    missing = {name.removesuffix(".weight") for name in info["missing_keys"] if name.endswith(".weight")}
     return model.to(device).eval(), missing
 
 

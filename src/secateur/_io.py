@@ -10,9 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +25,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf"})
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,16 @@ class ModelDirectory:
         with open_safetensors(self.path / self.tensors[name]) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    @property
+    def widest_dtype(self) -> torch.dtype:
+        """The dtype that holds all stored floating-point tensors, whatever the config says; float32 if none is stored."""
+        dtypes: set[torch.dtype] = set()
+        for shard in self.shards:
+            with open_safetensors(self.path / shard) as file:
+                stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            dtypes |= {_DTYPES[name] for name in stored if name in _DTYPES}
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     @property
     def num_bytes(self) -> int:
@@ -178,6 +193,11 @@ def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) ->
         FormatError: it exists and ``overwrite`` is off, is the source, is no directory, or does not fit on the disk.
     """
     existing = check_place(output)
+    for entry in source.rglob("*"):
+        if not entry.exists():
+            raise FormatError(f"{entry} is a link to nothing. Complete the model directory first.")
+        if entry.is_symlink() and entry.is_dir():
+            raise FormatError(f"{entry} is a link to a directory. Copy the model without such links first.")
     if output.resolve() != source.resolve() and output.resolve().is_relative_to(source.resolve()):
         raise FormatError(f"{output} is inside the model that is read. Give an output directory outside of it.")
     if output.exists():
@@ -187,6 +207,11 @@ def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) ->
             raise FormatError(f"{output} holds the model that is read. Give another output directory.")
         if not overwrite:
             raise FormatError(f"{output} already exists. Give another output directory, or --overwrite to replace it.")
+        if any(output.iterdir()) and not (output / "config.json").is_file():
+            raise FormatError(
+                f"{output} holds something else than a model, which --overwrite would delete. "
+                "Give another output directory."
+            )
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise FormatError(f"{output} needs {num_bytes:,} bytes, but the disk has {free:,} left. Free some space first.")
@@ -258,11 +283,12 @@ def _replace(partial: Path, output: Path) -> None:
         return
     # A directory cannot be renamed over another: step the old one aside, and back if the new one cannot take its place.
     old = partial.with_suffix(".old")
-    output.rename(old)
     try:
+        output.rename(old)
         partial.rename(output)
     except BaseException:
-        old.rename(output)
+        if old.exists() and not output.exists():
+            old.rename(output)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

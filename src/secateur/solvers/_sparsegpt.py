@@ -36,7 +36,8 @@ class SparseGPT(Solver):
     Differs from the paper: inputs that are never active are pruned first, but their weights are untouched at sparsity
     0, where the public code zeroes them; a failed factorisation raises the damping tenfold, up to 1, and says so.
 
-    Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications; memory: three ``[in, in]`` matrices.
+    Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications; memory: three ``[in, in]`` and five
+    ``[out, in]`` matrices.
 
     Args:
         block_size: columns whose mask is decided together, the paper's B_s.
