@@ -77,7 +77,7 @@ class ModelDirectory:
 
     @property
     def widest_dtype(self) -> torch.dtype:
-        """The dtype that holds all stored floating-point tensors, whatever the config says; float32 if there are none."""
+        """The dtype that holds all stored floating-point tensors, whatever the config says; float32 without any."""
         dtypes: set[torch.dtype] = set()
         for shard in self.shards:
             with open_safetensors(self.path / shard) as file:
