@@ -162,7 +162,7 @@ def test_a_parameter_in_two_layers_is_one_layer():
     layers, skipped = select_layers(model)
     assert [(layer.name, layer.tied_to) for layer in layers] == [("0", ("2",)), ("1", ())]
     assert layers[0].modules == (model[0], model[2])
-    assert layers[0].parameter_names == ("0.weight", "2.weight")
+    assert layers[0].parameter_name == "0.weight"
     assert not skipped
 
 
@@ -346,7 +346,7 @@ def test_a_registered_class_and_its_subclasses_are_layers(own_kinds):
         select_layers(model)
     secateur.register_layer(OwnLinear, kind)
     layers, skipped = select_layers(model)
-    assert [layer.parameter_names for layer in layers] == [("0.kernel",), ("1.kernel",)]
+    assert [layer.parameter_name for layer in layers] == ["0.kernel", "1.kernel"]
     assert not skipped
     x = torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(output_from_rows(model[1], x)[0], model[1](x))

@@ -45,6 +45,10 @@ class CalibrationText:
     sequence_length: int | None = None
     seed: int = 0
 
+    def provenance(self, length: int) -> dict[str, Any]:
+        """Return what the report says of the text, given the length of windows that was used."""
+        return {"file": self.path.name, "samples": self.samples, "sequence_length": length, "seed": self.seed}
+
 
 def prune_directory(
     source: str | Path,
@@ -88,74 +92,60 @@ def prune_directory(
         raise RecipeError(
             "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
         )
-    calibration_text = None if calibration is None else read_text(calibration.path)
-    evaluation_text = None if evaluate is None else read_text(evaluate)
+    text = None if calibration is None else read_text(calibration.path)
+    heldout = None if evaluate is None else read_text(evaluate)
 
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, device, dtype)
     recipe, stored = _match_checkpoint(model, directory, recipe, missing)
+    asked = None if calibration is None else calibration.sequence_length
+    reader = _Reader(model, directory, asked) if text or heldout else None
 
     batches = None
-    provenance: dict[str, Any] = {}
-    needs_tokenizer = calibration is not None or evaluate is not None
-    tokenizer = load_tokenizer(directory) if needs_tokenizer else None
-    causal = is_causal(directory)
-    longest = _longest_sequence(model, tokenizer) if needs_tokenizer else 0
     if calibration is not None:
-        assert calibration_text is not None
-        length = calibration.sequence_length or longest
-        if length > longest:
-            raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
-        text = Windows(tokenizer, calibration_text, length, not causal, source=str(calibration.path))
-        windows = text.sample(calibration.samples, calibration.seed)
-        _try_out(model, windows)
-        batches = [{"input_ids": ids} for ids in batched(windows)]
-        provenance = {
-            "file": calibration.path.name,
-            "samples": calibration.samples,
-            "sequence_length": length,
-            "seed": calibration.seed,
-        }
-
+        assert reader is not None
+        assert text is not None
+        windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+        batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
     measure = None
-    if evaluation_text is not None:
-        length = (calibration.sequence_length if calibration is not None else None) or longest
-        text = Windows(tokenizer, evaluation_text, length, not causal, source=str(evaluate))
-        windows = list(text.all())
-        _try_out(model, windows)
-        measure = _Measure(model, causal, windows, progress)
+    if evaluate is not None:
+        assert reader is not None
+        assert heldout is not None
+        windows = list(reader.windows(heldout, evaluate).all())
+        measure = _Measure(model, is_causal(directory), reader.tried(windows), progress)
+
     report = prune_(model, batches, recipe, progress=progress)
     for stored_name, parameter_name in stored.items():
         _round_like_stored_(model, parameter_name, directory, stored_name)
-    if measure is not None:
-        report = replace(report, evaluation=measure.after())
 
     reasons = {entry.name: _NOT_STORED for entry in report.skipped if entry.name in missing}
     report = replace(
         report,
-        calibration=provenance,
+        evaluation=None if measure is None else measure.after(),
+        calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
         versions={**report.versions, "transformers": _transformers().__version__},
         skipped=tuple(
             SkippedLayer(entry.name, entry.kind, reasons.get(entry.name, entry.reason)) for entry in report.skipped
         ),
     )
-    config = {
-        **directory.config,
-        "sparsity": {
-            "method": "secateur",
-            "recipe": report.recipe,
-            "sparsity": report.sparsity,
-            "layers": [layer.name for layer in report.layers],
-        },
-    }
     progress("writing", 0, 1)
     directory.write_pruned(
         output,
         {name: model.get_parameter(parameter) for name, parameter in stored.items()},
-        {"config.json": json.dumps(config, indent=2) + "\n", REPORT_NAME: report.to_json() + "\n"},
+        {"config.json": _config_with_sparsity(directory, report), REPORT_NAME: report.to_json() + "\n"},
         overwrite,
     )
     return report
+
+
+def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
+    sparsity = {
+        "method": "secateur",
+        "recipe": report.recipe,
+        "sparsity": report.sparsity,
+        "layers": [layer.name for layer in report.layers],
+    }
+    return json.dumps({**directory.config, "sparsity": sparsity}, indent=2) + "\n"
 
 
 def load_model(
@@ -239,16 +229,49 @@ def _usable(name: str | torch.device) -> torch.device:
     return torch.device(name)
 
 
-def _try_out(model: nn.Module, windows: list[Tensor]) -> None:
-    """Run the window with the highest token id, which shows ids and lengths that the model does not take."""
-    window = max(windows, key=lambda ids: int(ids.max()))
-    try:
-        outputs(model, [window[None]])
-    except Exception as error:
-        raise StatisticsError(
-            f"the model fails on a window of {len(window)} tokens with ids up to {int(window.max())}: {error}\n"
-            "Give a shorter --sequence-length, and check that the model reads text and that the tokenizer is its own."
-        ) from None
+class _Reader:
+    """Cuts texts into windows for one model.
+
+    Args:
+        model: that will read them.
+        directory: with its tokenizer.
+        length: of the windows in tokens; None for the longest that the model takes, at most 2048.
+
+    Raises:
+        RecipeError: the model takes no windows of that length.
+        FormatError: there is no tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, directory: ModelDirectory, length: int | None) -> None:
+        self._model = model
+        self._tokenizer = load_tokenizer(directory)
+        self._special_tokens = not is_causal(directory)
+        limits = [MAX_SEQUENCE_LENGTH, self._tokenizer.model_max_length]
+        limits.append(getattr(model.config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH)
+        longest = int(min(limits))
+        self.length = length or longest
+        if self.length > longest:
+            raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
+
+    def windows(self, text: str, source: Path) -> Windows:
+        """Return a text as windows."""
+        return Windows(self._tokenizer, text, self.length, self._special_tokens, source=str(source))
+
+    def tried(self, windows: list[Tensor]) -> list[Tensor]:
+        """Return the windows after running the one with the highest token id.
+
+        Raises:
+            StatisticsError: the model does not take ids that high, or windows that long.
+        """
+        window = max(windows, key=lambda ids: int(ids.max()))
+        try:
+            outputs(self._model, [window[None]])
+        except Exception as error:
+            raise StatisticsError(
+                f"the model fails on a window of {len(window)} tokens with ids up to {int(window.max())}: {error}\n"
+                "Give a shorter --sequence-length; check that the model reads text and that the tokenizer is its own."
+            ) from None
+        return windows
 
 
 class _Measure:
@@ -293,7 +316,7 @@ def _match_checkpoint(
         found = {directory.find(name, layer.parameter) for name in names[id(layer.parameter)]} - {None}
         if not found:
             lost.append(layer)
-        stored.update({name: layer.parameter_names[0] for name in found if name is not None})
+        stored.update({name: layer.parameter_name for name in found if name is not None})
     if lost:
         listed = ", ".join(layer.name for layer in lost[:5])
         raise FormatError(
@@ -308,12 +331,6 @@ def _round_like_stored_(model: nn.Module, parameter_name: str, directory: ModelD
     """Give a computed weight the precision that it will have on disk."""
     parameter = model.get_parameter(parameter_name)
     parameter.copy_(parameter.to(directory.read(stored_name).dtype))
-
-
-def _longest_sequence(model: nn.Module, tokenizer: Any) -> int:
-    limits = [MAX_SEQUENCE_LENGTH, tokenizer.model_max_length]
-    limits.append(getattr(model.config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH)
-    return int(min(limits))
 
 
 def _transformers() -> ModuleType:

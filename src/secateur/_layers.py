@@ -164,8 +164,9 @@ class Layer:
         return parameter
 
     @property
-    def parameter_names(self) -> tuple[str, ...]:
-        return tuple(f"{name}.{self.kind.parameter}".lstrip(".") for name in (self.name, *self.tied_to))
+    def parameter_name(self) -> str:
+        """Qualified name of the parameter, under the first module."""
+        return f"{self.name}.{self.kind.parameter}".lstrip(".")
 
     @property
     def channel_width(self) -> int:
