@@ -187,7 +187,7 @@ class SparsityPattern(ABC):
         sparsity = self.resolve(sparsity)
         rows, columns = self._core(shape)
         units = self._unit_scores(torch.empty(rows, columns, device="meta")).shape[1]
-        return _num_pruned(units, sparsity) * (rows * columns // units) if units else 0
+        return units_to_prune(units, sparsity) * (rows * columns // units) if units else 0
 
     def num_units(self, shape: Sequence[int]) -> int:
         """Return how many units compete with one another in a ``(out, in)`` matrix."""
@@ -227,7 +227,7 @@ class SparsityPattern(ABC):
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()  # exact, and CPU selection in half precision is an order of magnitude slower
         units = self._unit_scores(scores[:rows, :columns])
-        keep = _keep_top(units, units.shape[1] - _num_pruned(units.shape[1], sparsity))
+        keep = _keep_top(units, units.shape[1] - units_to_prune(units.shape[1], sparsity))
         core = self._spread(keep, rows, columns)
         if (rows, columns) == tuple(scores.shape):
             return core
@@ -606,7 +606,7 @@ def _sum_of_squares(elements: Tensor) -> Tensor:
     return sums
 
 
-def _num_pruned(units: int, sparsity: float) -> int:
+def units_to_prune(units: int, sparsity: float) -> int:
     """The one place that turns a fraction into a count."""
     return round(sparsity * units)
 

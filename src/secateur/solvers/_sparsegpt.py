@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import SolverError
-from secateur._pattern import SparsityPattern, with_scope
+from secateur._pattern import SparsityPattern, units_to_prune, with_scope
 from secateur._statistics import Need
 from secateur.solvers._gram import gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
@@ -154,7 +154,7 @@ def _blocks(
             yield start, stop, sparsity
             continue
         all_units = pattern.num_units((rows, stop))
-        all_pruned = round(sparsity * all_units)
+        all_pruned = units_to_prune(all_units, sparsity)
         share = (all_pruned - pruned) / (all_units - units) if all_units > units else 0.0
         yield start, stop, share
         units, pruned = all_units, all_pruned
