@@ -33,6 +33,10 @@ from secateur._report import LayerReport as LayerReport
 from secateur._report import Report as Report
 from secateur._report import SkippedLayer as SkippedLayer
 from secateur._statistics import LayerStatistics as LayerStatistics
+from secateur.nn import SparseConv2d as SparseConv2d
+from secateur.nn import SparseLinear as SparseLinear
+from secateur.nn import densify_ as densify_
+from secateur.nn import sparsify_ as sparsify_
 from secateur.solvers import LayerProblem as LayerProblem
 from secateur.solvers import Refit as Refit
 from secateur.solvers import Select as Select

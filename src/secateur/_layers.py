@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import RecipeError
+from secateur._errors import RecipeError, SparsityError
+from secateur._pattern import SparsityPattern, with_channel_width
 from secateur._types import Weight
 
 
@@ -136,6 +137,11 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), fallback)
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded over processes (a DTensor); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 @dataclass(frozen=True)
 class Layer:
     """One weight to prune: a parameter, and every module that uses it.
@@ -173,8 +179,29 @@ class Layer:
         return self.kind.channel_width(self.modules[0])
 
     def matrix(self) -> Weight:
-        """The weight as ``[out, in]``, detached; a view where possible."""
-        return self.kind.to_matrix(self.modules[0], self.parameter.detach())
+        """The weight as ``[out, in]``, detached and whole; a view where possible."""
+        return self.kind.to_matrix(self.modules[0], full_tensor(self.parameter.detach()))
+
+    def fit(self, pattern: SparsityPattern) -> SparsityPattern:
+        """Return the pattern as it applies to this layer, after checking that it fits and the weight can be worked on.
+
+        Raises:
+            RecipeError: the weight has no values, or values that are not finite; naming the layer.
+            PatternError: the pattern does not fit; naming the layer.
+        """
+        pattern = with_channel_width(pattern, self.channel_width)
+        weight = self.matrix()
+        if weight.is_meta:
+            raise RecipeError(
+                f"{self.title}: its weight is on the meta device, without values. Load the weights first."
+            )
+        if not (finite := weight.isfinite()).all():
+            raise RecipeError(f"{self.title}: {int((~finite).sum())} of its weights are NaN or infinite.\nExclude it.")
+        try:
+            pattern.validate(weight.shape)
+        except SparsityError as error:
+            raise type(error)(f"{self.title}: {error}") from None
+        return pattern
 
     @torch.no_grad()
     def write_(self, matrix: Weight) -> None:

@@ -15,7 +15,7 @@ from secateur._calibrate import Calibration, Forward, call_model, hash_batches, 
 from secateur._errors import RecipeError, SolverError, SparsityError
 from secateur._importance import Importance
 from secateur._layers import Layer, select_layers
-from secateur._pattern import SparsityPattern, with_channel_width
+from secateur._pattern import SparsityPattern
 from secateur._recipe import Recipe
 from secateur._report import Histogram, LayerReport, Report, SkippedLayer
 from secateur._statistics import LayerStatistics, Need
@@ -102,7 +102,7 @@ def prune_(
         )
 
     layers, skipped = select_layers(model, recipe.include, recipe.exclude)
-    patterns = {layer.name: _pattern_for(layer, recipe) for layer in layers}
+    patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
     reports: list[LayerReport] = []
@@ -149,22 +149,6 @@ def prune_(
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
     )
-
-
-def _pattern_for(layer: Layer, recipe: Recipe) -> SparsityPattern:
-    """The pattern as it applies to one layer, after checking that it fits and that the weight can be worked on."""
-    name = layer.title
-    pattern = with_channel_width(recipe.pattern, layer.channel_width)
-    weight = layer.matrix()
-    if weight.is_meta:
-        raise RecipeError(f"{name}: its weight is on the meta device, without values. Load the weights first.")
-    if not weight.isfinite().all():
-        raise RecipeError(f"{name}: {int((~weight.isfinite()).sum())} of its weights are NaN or infinite.\nExclude it.")
-    try:
-        pattern.validate(weight.shape)
-    except SparsityError as error:
-        raise type(error)(f"{name}: {error}") from None
-    return pattern
 
 
 def _prune_layer_(

@@ -69,12 +69,17 @@ class SparsityPattern(ABC):
         """Height and width that the matrix must divide into, or has a remainder of."""
 
     @abstractmethod
-    def _unit_scores(self, scores: Scores) -> Tensor:
-        """Scores of a matrix without remainder, as ``[competitions, units]``."""
+    def _units(self, matrix: Tensor) -> Tensor:
+        """The elements of a matrix without remainder, as ``[competitions, units, elements]``; a view where possible."""
 
     @abstractmethod
-    def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        """Turn ``[competitions, units]`` bools into a ``[rows, columns]`` mask."""
+    def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
+        """Give every element of a ``[rows, columns]`` matrix the value of its unit in ``[competitions, units]``."""
+
+    def _unit_scores(self, scores: Scores) -> Tensor:
+        """Scores of a matrix without remainder, as ``[competitions, units]``."""
+        units = self._units(scores)
+        return units[..., 0] if units.shape[2] == 1 else _sum_of_squares(units)
 
     @abstractmethod
     def _violation(self, mask: Mask) -> str | None:
@@ -300,11 +305,11 @@ class Unstructured(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, 1
 
-    def _unit_scores(self, scores: Scores) -> Tensor:
-        return scores if self.scope == "row" else scores.reshape(1, -1)
+    def _units(self, matrix: Tensor) -> Tensor:
+        return matrix.unsqueeze(2) if self.scope == "row" else matrix.reshape(1, -1, 1)
 
-    def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        return keep.view(rows, columns)
+    def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
+        return units.view(rows, columns)
 
     def _violation(self, mask: Mask) -> str | None:
         if self.scope != "row":
@@ -366,11 +371,11 @@ class NM(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, self.m
 
-    def _unit_scores(self, scores: Scores) -> Tensor:
-        return scores.reshape(scores.numel() // self.m, self.m)
+    def _units(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(matrix.numel() // self.m, self.m, 1)
 
-    def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        return keep.view(rows, columns)
+    def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
+        return units.view(rows, columns)
 
     def _violation(self, mask: Mask) -> str | None:
         kept = mask.unflatten(1, (-1, self.m)).sum(2)
@@ -421,14 +426,12 @@ class Block(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return self.height, self.width
 
-    def _unit_scores(self, scores: Scores) -> Tensor:
-        if self.height == self.width == 1:
-            return scores.reshape(1, -1)
-        tiles = scores.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
-        return _sum_of_squares(tiles.transpose(1, 2).flatten(2).flatten(0, 1))
+    def _units(self, matrix: Tensor) -> Tensor:
+        tiles = matrix.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
+        return tiles.transpose(1, 2).flatten(2).flatten(0, 1).unsqueeze(0)
 
-    def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        tiles = keep.view(rows // self.height, 1, columns // self.width, 1)
+    def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
+        tiles = units.view(rows // self.height, 1, columns // self.width, 1)
         return tiles.expand(-1, self.height, -1, self.width).reshape(rows, columns).contiguous()
 
     def _violation(self, mask: Mask) -> str | None:
@@ -468,11 +471,11 @@ class Row(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, 1
 
-    def _unit_scores(self, scores: Scores) -> Tensor:
-        return _sum_of_squares(scores)
+    def _units(self, matrix: Tensor) -> Tensor:
+        return matrix.unsqueeze(0)
 
-    def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        return keep.view(rows, 1).expand(rows, columns).contiguous()
+    def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
+        return units.view(rows, 1).expand(rows, columns).contiguous()
 
     def _violation(self, mask: Mask) -> str | None:
         found = _first(mask.any(1) & ~mask.all(1))
@@ -513,11 +516,11 @@ class Column(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, self.width
 
-    def _unit_scores(self, scores: Scores) -> Tensor:
-        return _sum_of_squares(scores.unflatten(1, (-1, self.width)).transpose(0, 1).flatten(1))
+    def _units(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(1, (-1, self.width)).transpose(0, 1).flatten(1).unsqueeze(0)
 
-    def _spread(self, keep: Tensor, rows: int, columns: int) -> Mask:
-        return keep.view(1, -1, 1).expand(rows, -1, self.width).reshape(rows, columns).contiguous()
+    def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
+        return units.view(1, -1, 1).expand(rows, -1, self.width).reshape(rows, columns).contiguous()
 
     def _violation(self, mask: Mask) -> str | None:
         channels = mask.unflatten(1, (-1, self.width))
@@ -594,13 +597,13 @@ def _first(violations: Tensor) -> tuple[int, ...] | None:
 
 
 def _sum_of_squares(elements: Tensor) -> Tensor:
-    """Scores of units, ``[1, units]``, from those of their elements, ``[units, elements]``: the sum of signed squares.
+    """Scores of units from those of their elements, in the last dimension: the sum of signed squares.
 
     In float64, so that no float32 score over- or underflows, and summed along contiguous rows, so that the order of
     additions is the same for every unit and equal units tie exactly.
     """
     wide = elements.double().contiguous()
-    sums = (wide * wide.abs()).sum(1).view(1, -1)
+    sums = (wide * wide.abs()).sum(-1)
     if not sums.is_meta and sums.isnan().any():  # squares of opposite sign, each beyond the largest float64
         raise PatternError("the scores are too large: their squares overflow. Scale them down.")
     return sums
@@ -658,3 +661,36 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
         return scores.kthvalue(k, dim=1, keepdim=True).values
     # On a CPU torch's selection takes quadratic time on sorted rows; numpy's does not, and is vectorised.
     return torch.from_numpy(np.partition(scores.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+
+
+@torch.no_grad()
+def cut_between(scores: Tensor, num_pruned: int) -> Tensor:
+    """The value halfway between the highest pruned and the lowest kept unit of each competition.
+
+    Args:
+        scores: ``[competitions, units]``, finite.
+        num_pruned: units to prune in each competition.
+
+    Returns:
+        ``[competitions, 1]``; -inf where nothing and inf where everything is pruned.
+    """
+    competitions, units = scores.shape
+    if num_pruned in (0, units):
+        return scores.new_full((competitions, 1), math.inf if num_pruned else -math.inf)
+    if units <= _NARROW:
+        # A network of comparators on whole columns: regular passes over memory, as for masks.
+        columns = list(scores.T.contiguous().unbind())
+        for passes in range(units - 1, num_pruned - 2, -1):  # the highest of the rest rises to its place
+            for i in range(passes):
+                low = torch.minimum(columns[i], columns[i + 1])
+                columns[i + 1] = torch.maximum(columns[i], columns[i + 1])
+                columns[i] = low
+        highest_pruned, lowest_kept = columns[num_pruned - 1].unsqueeze(1), columns[num_pruned].unsqueeze(1)
+    elif scores.device.type != "cpu":
+        highest_pruned = scores.kthvalue(num_pruned, dim=1, keepdim=True).values
+        lowest_kept = scores.kthvalue(num_pruned + 1, dim=1, keepdim=True).values
+    else:
+        parted = np.partition(scores.numpy(), num_pruned, axis=1)
+        lowest_kept = torch.from_numpy(parted[:, num_pruned : num_pruned + 1].copy())
+        highest_pruned = torch.from_numpy(parted[:, :num_pruned].max(1, keepdims=True))
+    return highest_pruned + (lowest_kept - highest_pruned) / 2

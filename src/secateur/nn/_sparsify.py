@@ -1,0 +1,160 @@
+"""Swap a model's layers for ones that learn their mask, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from secateur._errors import RecipeError, SparsityError
+from secateur._layers import Layer, Skipped, select_layers
+from secateur._pattern import SparsityPattern
+from secateur.nn._sparse import THRESHOLD, SparseConv2d, SparseLinear
+
+
+def sparsify_(
+    model: nn.Module,
+    *,
+    pattern: SparsityPattern | str | None = None,
+    sparsity: float | None = None,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    structured: bool = True,
+    temperature: float | None = None,
+    threshold: float = THRESHOLD,
+    hard: bool = False,
+) -> dict[str, SparseLinear | SparseConv2d]:
+    """Replace a model's linear layers and two-dimensional convolutions, in place, by ones that learn their mask.
+
+    Their parameters move over, the same objects: an optimizer that has them keeps them. Without a pattern each new
+    layer brings a learned ``threshold`` that the optimizer still has to be given. The output head, and layers that
+    share their weight with an embedding, are left alone unless ``include`` names them; other kinds of layers stay.
+
+    Args:
+        model: any module but a bare layer.
+        pattern: learn under this pattern; None learns thresholds without a budget.
+        sparsity: the fraction of units to prune in each layer, where the pattern leaves it free.
+        include: glob patterns on qualified names; given, exactly these layers are replaced.
+        exclude: glob patterns that win over ``include``.
+        structured: see :class:`SparseLinear`, like all that follow.
+        temperature: see :class:`SparseLinear`.
+        threshold: see :class:`SparseLinear`.
+        hard: see :class:`SparseLinear`.
+
+    Returns:
+        The new layers by qualified name.
+
+    Raises:
+        RecipeError: no layer to replace, one that was included but cannot be replaced, or a glob that matches nothing.
+        PatternError: a pattern that does not fit a layer, which is named; the model is unchanged.
+
+    Example:
+        >>> import torch, secateur
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> list(secateur.sparsify_(model, pattern="unstructured", sparsity=0.9))
+        ['0', '2']
+        >>> model[0]  # doctest: +ELLIPSIS
+        SparseLinear(in_features=8, out_features=16, bias=True, structured=False, pattern='unstructured', ...)
+    """
+    layers, _ = replaceable_layers(model, include, exclude)
+    made: dict[str, SparseLinear | SparseConv2d] = {}
+    swaps: list[tuple[nn.Module, SparseLinear | SparseConv2d]] = []
+    for layer in layers:
+        fitted = None
+        if pattern is not None:
+            fitted = layer.fit(SparsityPattern.parse(pattern) if isinstance(pattern, str) else pattern)
+        for name, module in zip((layer.name, *layer.tied_to), layer.modules, strict=True):
+            make = SparseLinear.from_linear if isinstance(module, nn.Linear) else SparseConv2d.from_conv2d
+            try:
+                new = make(
+                    module,  # type: ignore[arg-type]
+                    structured=structured,
+                    pattern=fitted,
+                    sparsity=sparsity,
+                    temperature=temperature,
+                    threshold=threshold,
+                    hard=hard,
+                )
+            except SparsityError as error:
+                raise type(error)(f"{layer.title}: {error}") from None
+            made[name] = new
+            swaps.append((module, new))
+    _swap_(model, swaps)
+    return made
+
+
+def densify_(model: nn.Module) -> list[str]:
+    """Replace a model's sparse layers, in place, by plain ones with the effective weight: true zeros, no mask.
+
+    The parameters move over, the same objects.
+
+    Returns:
+        The qualified names of the layers that were replaced.
+
+    Example:
+        >>> import torch, secateur
+        >>> model = torch.nn.Sequential(secateur.SparseLinear(8, 4, pattern="2:4"))
+        >>> secateur.densify_(model), model[0], int((model[0].weight == 0).sum())
+        (['0'], Linear(in_features=8, out_features=4, bias=True), 16)
+    """
+    swaps: list[tuple[nn.Module, nn.Module]] = []
+    names = []
+    for name, module in sparse_layers(model).items():
+        names.append(name)
+        swaps.append((module, module.to_linear() if isinstance(module, SparseLinear) else module.to_conv2d()))
+    _swap_(model, swaps)
+    return names
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
+    """The model's sparse layers by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear | SparseConv2d)}
+
+
+def replaceable_layers(
+    model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> tuple[list[Layer], list[Skipped]]:
+    """Split the prunable layers into those that have a sparse counterpart and the rest, each with its reason.
+
+    Raises:
+        RecipeError: nothing is left, or a layer that ``include`` names has no counterpart.
+    """
+    include = tuple(include)
+    layers, skipped = select_layers(model, include, exclude)
+    found = []
+    for layer in layers:
+        reason = next(filter(None, (_why_not_replaceable(model, module) for module in layer.modules)), None)
+        if reason is None:
+            found.append(layer)
+        elif include:
+            raise RecipeError(f"{layer.title}: {reason}.\nExclude it, or use a method that needs no sparse layer.")
+        else:
+            skipped.append(Skipped(layer.name, type(layer.modules[0]).__name__, reason))
+    if not found:
+        listed = "\n".join(
+            f"  {skip.name or '(the model itself)'} ({skip.kind}): {skip.reason}" for skip in skipped[:10]
+        )
+        raise RecipeError(f"the model has no layer that can learn its mask. Its modules with parameters:\n{listed}")
+    return found, skipped
+
+
+def _why_not_replaceable(model: nn.Module, module: nn.Module) -> str | None:
+    if module is model:
+        return "a bare layer cannot be replaced in place; build the sparse layer with from_linear or from_conv2d"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"only nn.Linear and nn.Conv2d have a counterpart that learns its mask, not {type(module).__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks, which a replacement would lose"
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer) and any(child is module for child in parent.children()):
+            return "nn.TransformerEncoderLayer reads its weight without calling it"
+    return None
+
+
+def _swap_(model: nn.Module, swaps: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Replace modules wherever they hang in the model."""
+    new = {id(old): replacement for old, replacement in swaps}
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
