@@ -12,6 +12,7 @@ from secateur._errors import RecipeError as RecipeError
 from secateur._errors import SolverError as SolverError
 from secateur._errors import SparsityError as SparsityError
 from secateur._errors import StatisticsError as StatisticsError
+from secateur._group import GroupSparsity as GroupSparsity
 from secateur._importance import RIA as RIA
 from secateur._importance import Importance as Importance
 from secateur._importance import Magnitude as Magnitude
@@ -44,5 +45,6 @@ from secateur.solvers import Solution as Solution
 from secateur.solvers import Solver as Solver
 from secateur.solvers import SparseGPT as SparseGPT
 from secateur.solvers import verify as verify
+from secateur.training import SparseTraining as SparseTraining
 
 __version__ = _version("secateur")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -15,15 +13,13 @@ from secateur._calibrate import Calibration, Forward, call_model, hash_batches, 
 from secateur._errors import RecipeError, SolverError, SparsityError
 from secateur._importance import Importance
 from secateur._layers import Layer, select_layers
+from secateur._measure import histogram, thumbnail, versions
 from secateur._pattern import SparsityPattern
 from secateur._recipe import Recipe
-from secateur._report import Histogram, LayerReport, Report, SkippedLayer
+from secateur._report import LayerReport, Report, SkippedLayer
 from secateur._statistics import LayerStatistics, Need
-from secateur._types import Mask, Scores, Weight
-from secateur.solvers import LayerProblem, Solution, Solver, verify
-
-_BINS = 48
-_THUMBNAIL = 48
+from secateur._types import Weight
+from secateur.solvers import LayerProblem, Solver, verify
 
 
 def prune_(
@@ -141,11 +137,7 @@ def prune_(
         layers=tuple(reports),
         skipped=tuple(SkippedLayer(entry.name, entry.kind, entry.reason) for entry in skipped),
         recipe=recipe.to_dict(),
-        versions={
-            "secateur": metadata.version("secateur"),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        versions=versions(),
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
     )
@@ -181,8 +173,8 @@ def _prune_layer_(
         seconds=seconds,
         tied_to=layer.tied_to,
         notes=solution.notes,
-        histogram=_histogram(solution),
-        thumbnail=_thumbnail(solution.mask),
+        histogram=histogram(solution.scores, solution.mask),
+        thumbnail=thumbnail(solution.mask),
     )
 
 
@@ -205,31 +197,3 @@ def _dead_inputs(statistics: LayerStatistics | None) -> int | None:
     if statistics.gram is not None:
         energy = statistics.require("gram").diagonal(dim1=1, dim2=2)
     return None if energy is None else int((energy == 0).sum())
-
-
-def _histogram(solution: Solution) -> Histogram | None:
-    scores: Scores = solution.scores.float()
-    usable = (scores > 0) & scores.isfinite()
-    if not usable.any():
-        return None
-    logs = torch.where(usable, scores, scores[usable].min()).log10()
-    low, high = float(logs.min()), float(logs.max())
-    high = high if high > low else low + 1
-    bins = ((logs - low) / (high - low) * _BINS).long().clamp_(0, _BINS - 1)
-    kept = torch.bincount(bins[solution.mask], minlength=_BINS)
-    pruned = torch.bincount(bins[~solution.mask], minlength=_BINS)
-    lowest = scores[solution.mask].min() if solution.mask.any() else scores.new_zeros(())
-    return Histogram(
-        edges=tuple(round(low + (high - low) * i / _BINS, 4) for i in range(_BINS + 1)),
-        kept=tuple(kept.tolist()),
-        pruned=tuple(pruned.tolist()),
-        cut=round(float(lowest.log10()), 4) if lowest > 0 and lowest.isfinite() else None,
-    )
-
-
-def _thumbnail(mask: Mask) -> tuple[tuple[int, ...], ...]:
-    if not mask.numel():
-        return ()
-    size = (min(_THUMBNAIL, mask.shape[0]), min(_THUMBNAIL, mask.shape[1]))
-    picture = nn.functional.adaptive_avg_pool2d(mask[None, None].float(), size)[0, 0]
-    return tuple(tuple(row) for row in (picture * 100).round().int().tolist())

@@ -694,3 +694,14 @@ def cut_between(scores: Tensor, num_pruned: int) -> Tensor:
         lowest_kept = torch.from_numpy(parted[:, num_pruned : num_pruned + 1].copy())
         highest_pruned = torch.from_numpy(parted[:, :num_pruned].max(1, keepdims=True))
     return highest_pruned + (lowest_kept - highest_pruned) / 2
+
+
+def on_the_way(pattern: SparsityPattern, sparsity: float) -> tuple[SparsityPattern, float]:
+    """The pattern and sparsity to prune with while a schedule has only come to ``sparsity``.
+
+    N:M has no sparsity but its own: on the way each group of m keeps more than n.
+    """
+    if isinstance(pattern, NM):
+        pattern = replace(pattern, n=max(pattern.n, pattern.m - units_to_prune(pattern.m, sparsity)))
+        return pattern, pattern.resolve(None)
+    return pattern, sparsity

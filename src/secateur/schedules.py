@@ -13,9 +13,10 @@ from secateur._errors import RecipeError
 
 
 class Schedule(ABC):
-    """A frozen dataclass with a ``final`` sparsity that is callable with a step."""
+    """A frozen dataclass with a ``final`` sparsity, reached at step ``end``, that is callable with a step."""
 
     final: float
+    end: int
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -60,6 +61,11 @@ class OneShot(Schedule):
 
     def __post_init__(self) -> None:
         self._check(self.initial, self.at, self.at)
+
+    @property
+    def end(self) -> int:  # type: ignore[override]
+        """The first step at the final sparsity."""
+        return self.at
 
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
