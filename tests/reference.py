@@ -110,6 +110,27 @@ def nm_mask(scores: np.ndarray, n: int, m: int) -> np.ndarray:
     return kept
 
 
+# Group lasso
+
+
+def group_penalty(weight: np.ndarray, pattern: SparsityPattern, strength: float) -> float:
+    """``strength * sum of sqrt(|g|) * ||w_g||`` over units, with the norm by ``math.hypot``."""
+    units = itertools.chain.from_iterable(competitions(pattern, *weight.shape))
+    return strength * math.fsum(math.sqrt(len(unit)) * math.hypot(*(weight[place] for place in unit)) for unit in units)
+
+
+def group_prox(weight: np.ndarray, pattern: SparsityPattern, threshold: float) -> np.ndarray:
+    """The proximal step by Moreau's decomposition: each unit less its projection on the dual norm's ball."""
+    shrunk = weight.astype(np.float64).copy()
+    for unit in itertools.chain.from_iterable(competitions(pattern, *weight.shape)):
+        norm = math.hypot(*(weight[place] for place in unit))
+        radius = threshold * math.sqrt(len(unit))
+        for place in unit:
+            projected = weight[place] if norm <= radius else weight[place] * (radius / norm)
+            shrunk[place] = weight[place] - projected
+    return shrunk
+
+
 # Second-order methods
 
 

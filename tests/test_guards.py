@@ -18,6 +18,7 @@ LEVEL = {
     "_errors": 0,
     "_types": 0,
     "_pattern": 1,
+    "_optimizer": 1,
     "_statistics": 1,
     "_layers": 2,
     "_report": 1,
@@ -35,6 +36,7 @@ LEVEL = {
     "_calibrate": 4,
     "_evaluate": 5,
     "_oneshot": 5,
+    "training": 5,
     "_hf": 6,
     "_demo": 7,
     "cli": 8,
@@ -70,6 +72,7 @@ PUBLIC = [
     "SparseConv2d",
     "SparseGPT",
     "SparseLinear",
+    "SparseTraining",
     "SparsityError",
     "SparsityPattern",
     "StatisticsError",
@@ -97,7 +100,7 @@ def imported_siblings(source: str) -> set[str]:
 
 
 def test_public_names_are_the_declared_ones():
-    modules = {"solvers", "cli", "nn", "schedules"}
+    modules = {"solvers", "cli", "nn", "schedules", "training"}
     public = {name for name in vars(secateur) if not name.startswith("_")} - modules
     assert public == set(PUBLIC)
 
@@ -121,7 +124,7 @@ def test_imports_point_down():
 
 
 def test_every_module_has_a_level():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"solvers", "nn"} == set(LEVEL)
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"solvers", "nn", "training"} == set(LEVEL)
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -68,6 +68,10 @@ class SparsityPattern(ABC):
     def _tile(self) -> tuple[int, int]:
         """Height and width that the matrix must divide into, or has a remainder of."""
 
+    def _unit_size(self, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width of a unit of a matrix of this size."""
+        return 1, 1
+
     @abstractmethod
     def _units(self, matrix: Tensor) -> Tensor:
         """The elements of a matrix without remainder, as ``[competitions, units, elements]``; a view where possible."""
@@ -426,9 +430,13 @@ class Block(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return self.height, self.width
 
+    def _unit_size(self, rows: int, columns: int) -> tuple[int, int]:
+        return self._tile()
+
     def _units(self, matrix: Tensor) -> Tensor:
         tiles = matrix.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
-        return tiles.transpose(1, 2).flatten(2).flatten(0, 1).unsqueeze(0)
+        units: Tensor = tiles.transpose(1, 2).flatten(2).flatten(0, 1).unsqueeze(0)
+        return units
 
     def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
         tiles = units.view(rows // self.height, 1, columns // self.width, 1)
@@ -470,6 +478,9 @@ class Row(SparsityPattern):
 
     def _tile(self) -> tuple[int, int]:
         return 1, 1
+
+    def _unit_size(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, columns
 
     def _units(self, matrix: Tensor) -> Tensor:
         return matrix.unsqueeze(0)
@@ -516,8 +527,12 @@ class Column(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, self.width
 
+    def _unit_size(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows, self.width
+
     def _units(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(1, (-1, self.width)).transpose(0, 1).flatten(1).unsqueeze(0)
+        units: Tensor = matrix.unflatten(1, (-1, self.width)).transpose(0, 1).flatten(1).unsqueeze(0)
+        return units
 
     def _spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
         return units.view(1, -1, 1).expand(rows, -1, self.width).reshape(rows, columns).contiguous()
@@ -664,12 +679,14 @@ def _kth_smallest(scores: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
-def cut_between(scores: Tensor, num_pruned: int) -> Tensor:
+def cut_between(scores: Tensor, num_pruned: int, near: float | None = None) -> Tensor:
     """The value halfway between the highest pruned and the lowest kept unit of each competition.
 
     Args:
-        scores: ``[competitions, units]``, finite.
+        scores: ``[competitions, units]``, finite and not negative.
         num_pruned: units to prune in each competition.
+        near: where the value may be expected if there is one competition, such as where it was a step ago. It saves
+            time and never changes the result.
 
     Returns:
         ``[competitions, 1]``; -inf where nothing and inf where everything is pruned.
@@ -678,22 +695,51 @@ def cut_between(scores: Tensor, num_pruned: int) -> Tensor:
     if num_pruned in (0, units):
         return scores.new_full((competitions, 1), math.inf if num_pruned else -math.inf)
     if units <= _NARROW:
-        # A network of comparators on whole columns: regular passes over memory, as for masks.
-        columns = list(scores.T.contiguous().unbind())
-        for passes in range(units - 1, num_pruned - 2, -1):  # the highest of the rest rises to its place
-            for i in range(passes):
-                low = torch.minimum(columns[i], columns[i + 1])
-                columns[i + 1] = torch.maximum(columns[i], columns[i + 1])
-                columns[i] = low
-        highest_pruned, lowest_kept = columns[num_pruned - 1].unsqueeze(1), columns[num_pruned].unsqueeze(1)
-    elif scores.device.type != "cpu":
+        return torch.cat([_cut_narrow(part, num_pruned) for part in scores.split(_CHUNK // units)])
+    if scores.device.type != "cpu":
         highest_pruned = scores.kthvalue(num_pruned, dim=1, keepdim=True).values
         lowest_kept = scores.kthvalue(num_pruned + 1, dim=1, keepdim=True).values
+        return highest_pruned + (lowest_kept - highest_pruned) / 2
+    values = scores.numpy()
+    if competitions == 1 and near is not None:
+        values, num_pruned = _around(values, num_pruned, near)
+    parted = np.partition(values, num_pruned, axis=1)
+    highest = torch.from_numpy(parted[:, :num_pruned].max(1, keepdims=True))
+    lowest = torch.from_numpy(parted[:, num_pruned : num_pruned + 1].copy())
+    return highest + (lowest - highest) / 2
+
+
+def _cut_narrow(scores: Tensor, num_pruned: int) -> Tensor:
+    columns = list(scores.unbind(1))
+    units = len(columns)
+    if (units, num_pruned) == (4, 2):  # the two in the middle are the winner of the losers and the loser of the winners
+        a, b, c, d = columns
+        low = torch.maximum(torch.minimum(a, b), torch.minimum(c, d))
+        high = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
     else:
-        parted = np.partition(scores.numpy(), num_pruned, axis=1)
-        lowest_kept = torch.from_numpy(parted[:, num_pruned : num_pruned + 1].copy())
-        highest_pruned = torch.from_numpy(parted[:, :num_pruned].max(1, keepdims=True))
-    return highest_pruned + (lowest_kept - highest_pruned) / 2
+        # A network of comparators on whole columns: regular passes over memory, as for masks.
+        for passes in range(units - 1, num_pruned - 2, -1):  # the highest of the rest rises to its place
+            for i in range(passes):
+                lower = torch.minimum(columns[i], columns[i + 1])
+                columns[i + 1] = torch.maximum(columns[i], columns[i + 1])
+                columns[i] = lower
+        low, high = columns[num_pruned - 1], columns[num_pruned]
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    return (low + (high - low) / 2).unsqueeze(1)
+
+
+def _around(values: np.ndarray, num_pruned: int, near: float) -> tuple[np.ndarray, int]:
+    """The values around the cut, and how many of them are pruned: two passes over memory instead of a selection."""
+    for reach in (0.03, 0.3):
+        above = values > near * (1 - reach)
+        below = values.size - int(np.count_nonzero(above))
+        if below >= num_pruned:
+            continue
+        above &= values < near * (1 + reach)
+        inside = np.flatnonzero(above)
+        if below + len(inside) > num_pruned:
+            return values[0, inside][None], num_pruned - below
+    return values, num_pruned
 
 
 def on_the_way(pattern: SparsityPattern, sparsity: float) -> tuple[SparsityPattern, float]:

@@ -22,17 +22,18 @@ class Schedule(ABC):
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
 
-    def _check(self, initial: float, begin: int, end: int) -> None:
+    def _check(self, initial: float, **steps: int) -> None:
         for name, value in (("final", self.final), ("initial", initial)):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number, a sparsity, got {type(value).__name__}")
             if not 0 <= value <= 1:
                 raise RecipeError(f"{name} is a sparsity, the fraction of zeros, between 0 and 1; got {value:g}.")
-        for name, step in (("begin", begin), ("end", end)):
+        for name, step in steps.items():
             if isinstance(step, bool) or not isinstance(step, int):
                 raise TypeError(f"{name} must be an int, a step of training, got {type(step).__name__}")
-        if begin < 0 or end < begin:
-            raise RecipeError(f"a schedule must not end before it begins, nor begin before 0; got {begin} to {end}.")
+        first, *_, last = *steps.values(), *steps.values()
+        if first < 0 or last < first:
+            raise RecipeError(f"a schedule must not end before it begins, nor begin before 0; got {first} to {last}.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class OneShot(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check(self.initial, self.at, self.at)
+        self._check(self.initial, at=self.at)
 
     @property
     def end(self) -> int:  # type: ignore[override]
@@ -99,7 +100,7 @@ class Linear(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check(self.initial, self.begin, self.end)
+        self._check(self.initial, begin=self.begin, end=self.end)
 
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
@@ -137,7 +138,7 @@ class Cubic(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check(self.initial, self.begin, self.end)
+        self._check(self.initial, begin=self.begin, end=self.end)
 
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
@@ -147,7 +148,7 @@ class Cubic(Schedule):
 def _progress(step: int, begin: int, end: int) -> float:
     if step >= end:
         return 1.0
-    return max(0.0, (step - begin) / (end - begin))
+    return 0.0 if step <= begin else (step - begin) / (end - begin)
 
 
 def _travel(schedule: Linear | Cubic, part: float) -> float:

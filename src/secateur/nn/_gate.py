@@ -16,7 +16,7 @@ Without the second term the task can lower its loss only by raising all scores a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,17 +30,23 @@ _TINY = 1e-30
 
 def unit_scores(matrix: Weight, pattern: SparsityPattern) -> Tensor:
     """Scores ``[competitions, units]`` of a matrix without remainder: the root mean square of each unit."""
-    units = pattern._units(matrix)
-    if units.shape[2] == 1:
-        return units[..., 0].abs()
-    return torch.linalg.vector_norm(units, dim=2) * units.shape[2] ** -0.5
+    height, width = pattern._unit_size(*matrix.shape)
+    if height * width == 1:
+        return pattern._units(matrix)[..., 0].abs()
+    norms: Tensor
+    if height == 1:
+        norms = torch.linalg.vector_norm(matrix.reshape(len(matrix), -1, width), dim=2)
+    else:
+        norms = _unit_sums(matrix * matrix, height, width).sqrt_()
+    scores: Tensor = norms.view(1, -1) * (height * width) ** -0.5
+    return scores
 
 
-def solve_threshold(matrix: Weight, pattern: SparsityPattern, sparsity: float) -> Tensor:
+def solve_threshold(matrix: Weight, pattern: SparsityPattern, sparsity: float, near: float | None = None) -> Tensor:
     """The threshold of each competition, ``[competitions, 1]``, at which exactly the asked sparsity is pruned."""
     rows, columns = pattern._core(matrix.shape)
     scores = unit_scores(matrix[:rows, :columns], pattern)
-    return cut_between(scores, units_to_prune(scores.shape[1], sparsity))
+    return cut_between(scores, units_to_prune(scores.shape[1], sparsity), near)
 
 
 def hard_mask(matrix: Weight, threshold: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -79,20 +85,23 @@ class _Gate(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, solved: bool, hard: bool
     ) -> Tensor:
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        units = pattern._units(wide)
-        if units.shape[2] > 1:
-            mask, _ = _mask_and_slope(unit_scores(wide, pattern), threshold, temperature, solved, hard)
-            return (wide * pattern._spread(mask, *matrix.shape)).to(matrix.dtype)
-        weights = units[..., 0]
-        effective = torch.empty_like(weights)
-        for w, t, out in _in_parts(weights, threshold, effective):
-            mask, _ = _mask_and_slope(w.abs(), t, temperature, solved, hard)
-            torch.mul(mask, w, out=out)
-        return pattern._spread(effective, *matrix.shape).to(matrix.dtype)
+        height, width = pattern._unit_size(*matrix.shape)
+        if height * width > 1:
+            scores = unit_scores(wide, pattern)
+            mask = (scores >= threshold).to(wide.dtype) if hard else _soft_mask(scores, threshold, temperature, solved)
+            return _times_units(wide, mask, height, width).to(matrix.dtype)
+        weights = pattern._units(wide)[..., 0]
+
+        def part(w: Tensor, t: Tensor) -> Tensor:
+            scores = w.abs()
+            mask = (scores >= t).to(w.dtype) if hard else _soft_mask_(scores, t, temperature, solved)
+            return mask.mul_(w)
+
+        return _in_parts(part, weights, threshold).view(matrix.shape).to(matrix.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -100,99 +109,160 @@ class _Gate(torch.autograd.Function):
         ctx.save_for_backward(matrix, threshold, temperature)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         matrix, threshold, temperature = ctx.saved_tensors
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         grad = grad.to(wide.dtype)
-        learned = not ctx.solved and ctx.needs_input_grad[1]
-        backward = _backward_by_elements if ctx.pattern._units(wide).shape[2] == 1 else _backward_by_units
-        by_matrix, by_threshold = backward(
-            grad, wide, threshold, temperature, ctx.pattern, solved=ctx.solved, hard=ctx.hard, learned=learned
-        )
+        by_threshold = None
+        if max(ctx.pattern._unit_size(*matrix.shape)) > 1:
+            by_matrix = _backward_of_units(grad, wide, threshold, temperature, ctx.pattern, hard=ctx.hard)
+        else:
+            weights, grads = ctx.pattern._units(wide)[..., 0], ctx.pattern._units(grad)[..., 0]
+            if ctx.solved:
+                by_matrix = _backward_solved(grads, weights, threshold, temperature, hard=ctx.hard)
+            else:
+                by_matrix, by_threshold = _backward_learned(grads, weights, threshold, temperature, hard=ctx.hard)
+            by_matrix = by_matrix.view(matrix.shape)
         return by_matrix.to(matrix.dtype), by_threshold, None, None, None, None
 
 
-def _backward_by_elements(
-    grad: Tensor,
-    matrix: Tensor,
-    threshold: Tensor,
-    temperature: Tensor,
-    pattern: SparsityPattern,
-    *,
-    solved: bool,
-    hard: bool,
-    learned: bool,
-) -> tuple[Tensor, Tensor | None]:
-    weights, grads = pattern._units(matrix)[..., 0], pattern._units(grad)[..., 0]
-    by_weight = torch.empty_like(weights)
-    by_threshold = torch.empty_like(threshold) if learned else None
+def _backward_learned(
+    grads: Tensor, weights: Tensor, threshold: Tensor, temperature: Tensor, *, hard: bool
+) -> tuple[Tensor, Tensor]:
+    by_threshold = grads.new_empty(threshold.shape)
 
-    def score_gradient(w: Tensor, t: Tensor, g: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k q = dm/ds dL/dm to ``out``; return the mask and k."""
+    def part(w: Tensor, t: Tensor, g: Tensor, by_t: Tensor) -> Tensor:
         scores = w.abs()
-        mask, slope = _mask_and_slope(scores, t, temperature, solved, hard=False)
-        pull = torch.addcmul(mask, mask, mask, value=-1).mul_(slope)
-        torch.mul(g, w, out=out).mul_(pull)
-        if hard:
-            mask = (scores >= t).to(scores.dtype)
-        return mask, pull
+        kept = (scores >= t).to(w.dtype) if hard else None
+        mask = _soft_mask_(scores, t, temperature, solved=False)
+        rest = torch.addcmul(w, w, mask, value=-1)  # w (1 - m)
+        through = g * mask
+        by_t.copy_((through * rest).sum_to_size(t.shape).mul_(-temperature))
+        # g |w| dm/d|w|, since dm/d|w| = temperature m (1 - m)
+        pull = through * rest.abs_().mul_(temperature)
+        return pull.add_(through) if kept is None else pull.addcmul_(g, kept)
 
-    one_competition = solved and len(weights) == 1
-    shift: Tensor | float = 0.0
-    if one_competition:  # its parts share their sums, so they are needed before the first part is finished
-        pulls, products = threshold.new_zeros(()), threshold.new_zeros(())
-        for w, t, g, out in _in_parts(weights, threshold, grads, by_weight):
-            _, pull = score_gradient(w, t, g, out)
-            pulls, products = pulls + pull.sum(), products + out.sum()
-        shift = products / pulls.clamp_min(_TINY)
-    for w, t, g, out, *to_threshold in _in_parts(
-        weights, threshold, grads, by_weight, *([] if by_threshold is None else [by_threshold])
-    ):
-        mask, pull = score_gradient(w, t, g, out)
-        if solved:
-            if not one_competition:
-                shift = out.sum(1, keepdim=True) / pull.sum(1, keepdim=True).clamp_min(_TINY)
-            out.sub_(pull.mul_(shift))
-        for by_t in to_threshold:
-            torch.neg(out.sum_to_size(t.shape), out=by_t)
-        out.mul_(torch.sign(w)).addcmul_(g, mask)  # ds/dw = sign(w)
-    return pattern._spread(by_weight, *matrix.shape), by_threshold
+    return _in_parts(part, weights, threshold, grads, by_threshold), by_threshold
 
 
-def _backward_by_units(
-    grad: Tensor,
-    matrix: Tensor,
-    threshold: Tensor,
-    temperature: Tensor,
-    pattern: SparsityPattern,
-    *,
-    solved: bool,
-    hard: bool,
-    learned: bool,
-) -> tuple[Tensor, None]:
-    assert solved
-    assert not learned
+def _backward_solved(grads: Tensor, weights: Tensor, threshold: Tensor, temperature: Tensor, *, hard: bool) -> Tensor:
+    """``g m + k (g w - shift) sign(w) temperature / threshold``, with k = m (1 - m)."""
+
+    def shares(mask: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of k g w and of k over each competition."""
+        pull = torch.addcmul(mask, mask, mask, value=-1)
+        products = (g * w).mul_(pull)
+        return _sum_units(products), _sum_units(pull)
+
+    shift: Tensor | None = None
+    masks: Tensor | None = None
+    if len(weights) == 1 and _several_parts(weights):
+        # Parts of one competition share their sums, so a first round is needed before any part can be finished.
+        sums = []
+
+        def first_round(w: Tensor, t: Tensor, g: Tensor) -> Tensor:
+            mask = _soft_mask_(w.abs(), t, temperature, solved=True)
+            sums.append(torch.cat(shares(mask, w, g)))
+            return mask
+
+        masks = _in_parts(first_round, weights, threshold, grads)
+        products, pulls = torch.stack(sums).sum(0).unbind()
+        shift = (products / pulls.clamp_min(_TINY)).view(1, 1)
+
+    def part(w: Tensor, t: Tensor, g: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = w.abs()
+        kept = (scores >= t).to(w.dtype) if hard else None
+        if mask is None:
+            mask = _soft_mask_(scores, t, temperature, solved=True)
+        moved = shift
+        if moved is None:
+            products, pulls = shares(mask, w, g)
+            moved = products.div_(pulls.clamp_min_(_TINY))
+        slope = _slope(t, temperature)
+        pull = torch.addcmul(mask, mask, mask, value=-1)
+        by_score = (g * w).sub_(_over_units(moved, w.shape[1])).mul_(pull)
+        by_score.mul_(torch.sign(w)).mul_(_over_units(slope, w.shape[1]))
+        return by_score.addcmul_(g, mask if kept is None else kept)
+
+    return _in_parts(part, weights, threshold, grads, *([] if masks is None else [masks]))
+
+
+def _backward_of_units(
+    grad: Tensor, matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, *, hard: bool
+) -> Tensor:
+    height, width = pattern._unit_size(*matrix.shape)
     scores = unit_scores(matrix, pattern)
-    mask, slope = _mask_and_slope(scores, threshold, temperature, solved, hard=False)
-    pull = torch.addcmul(mask, mask, mask, value=-1).mul_(slope)
-    products = pattern._units(grad * matrix)
-    by_score = products.sum(2).mul_(pull)
-    shift = by_score.sum(1, keepdim=True) / pull.sum(1, keepdim=True).clamp_min(_TINY)
-    by_score.addcmul_(pull, shift, value=-1)
-    by_score.div_((scores * products.shape[2]).clamp_min_(_TINY))  # ds/dw = w / (elements * s)
+    mask = _soft_mask(scores, threshold, temperature, solved=True)
+    pull = torch.addcmul(mask, mask, mask, value=-1)
+    products = grad * matrix
+    by_score = _unit_sums(products, height, width).view(1, -1)
+    shift = (by_score * pull).sum(1, keepdim=True) / pull.sum(1, keepdim=True).clamp_min(_TINY)
+    by_score = by_score.sub_(shift).mul_(pull).mul_(_slope(threshold, temperature))
+    by_score.div_((scores * (height * width)).clamp_min_(_TINY))  # ds/dw = w / (elements * s)
     if hard:
         mask = (scores >= threshold).to(scores.dtype)
-    by_matrix = matrix * pattern._spread(by_score, *matrix.shape)
-    return by_matrix.addcmul_(grad, pattern._spread(mask, *matrix.shape)), None
+    by_matrix = _times_units(grad, mask, height, width)
+    return by_matrix.add_(_times_units(matrix, by_score, height, width))
 
 
-def _mask_and_slope(
-    scores: Tensor, threshold: Tensor, temperature: Tensor, solved: bool, hard: bool
-) -> tuple[Tensor, Tensor]:
-    if hard:
-        return (scores >= threshold).to(scores.dtype), temperature
-    slope = temperature / threshold.abs().clamp(_TINY, 1 / _TINY) if solved else temperature
-    return (scores - threshold).mul_(slope).sigmoid_(), slope
+def _slope(threshold: Tensor, temperature: Tensor) -> Tensor:
+    """The slope at a solved threshold; flat where the budget keeps or prunes everything."""
+    return torch.where(threshold.isinf(), 0.0, temperature / threshold.clamp_min(_TINY))
+
+
+def _soft_mask(scores: Tensor, threshold: Tensor, temperature: Tensor, solved: bool) -> Tensor:
+    return _soft_mask_(scores.clone(), threshold, temperature, solved)
+
+
+def _soft_mask_(scores: Tensor, threshold: Tensor, temperature: Tensor, solved: bool) -> Tensor:
+    """The mask, in the place of the scores."""
+    if not solved:
+        return scores.sub_(threshold).mul_(temperature).sigmoid_()
+    # An infinite threshold, of a budget that keeps or prunes everything, becomes an infinite offset. All competitions
+    # prune the same number, so that one offset serves them all, and a pass over the scores is saved.
+    offset = torch.where(threshold[:1].isinf(), threshold[:1], temperature)
+    slope = _over_units(_slope(threshold, temperature), scores.shape[1])
+    return scores.mul_(slope).sub_(offset).sigmoid_()
+
+
+# Short rows: a broadcast or a sum over them is several times slower than the same along long ones.
+_SHORT = 8
+
+
+def _over_units(value: Tensor, units: int) -> Tensor:
+    """One number a competition, ``[competitions, 1]``, made ready to be combined with ``[competitions, units]``."""
+    if value.ndim < 2 or value.shape[1] > 1 or value.numel() == 1 or not 1 < units <= _SHORT:
+        return value
+    return value.view(-1).repeat_interleave(units).view(-1, units)
+
+
+def _sum_units(values: Tensor) -> Tensor:
+    """Sums over the units of each competition, ``[competitions, 1]``."""
+    if not 1 < values.shape[1] <= _SHORT:
+        return values.sum(1, keepdim=True)
+    first, *others = values.unbind(1)
+    total = first.clone()
+    for other in others:
+        total += other
+    return total.unsqueeze(1)
+
+
+def _unit_sums(matrix: Tensor, height: int, width: int) -> Tensor:
+    """The sum over each unit, ``[rows / height, columns / width]``: down the rows first, where memory is contiguous."""
+    rows, columns = matrix.shape
+    if height > 1:
+        matrix = matrix.reshape(rows // height, height, columns).sum(1)
+    return matrix.reshape(rows // height, columns // width, width).sum(2)
+
+
+def _times_units(matrix: Tensor, units: Tensor, height: int, width: int) -> Tensor:
+    """A matrix times one number for each unit."""
+    rows, columns = matrix.shape
+    across = units.view(rows // height, columns // width)
+    if 1 < width < columns:
+        across = across.repeat_interleave(width, dim=1)
+    shape = (rows // height, height, columns)
+    return (matrix.reshape(shape) * across.unsqueeze(1)).reshape(rows, columns)
 
 
 # Weights worked on at a time: intermediates stay in cache, and no fresh memory is asked for, which for a large weight
@@ -200,31 +270,21 @@ def _mask_and_slope(
 _PART = 1 << 17
 
 
-def _in_parts(weights: Tensor, threshold: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cut ``[competitions, units]`` tensors, and the threshold that broadcasts to them, into cache-sized parts."""
+def _several_parts(weights: Tensor) -> bool:
+    return weights.device.type == "cpu" and weights.numel() > _PART and not torch.compiler.is_compiling()
+
+
+def _in_parts(function: Callable[..., Tensor], weights: Tensor, threshold: Tensor, *others: Tensor) -> Tensor:
+    """``function(weights, threshold, *others)`` on ``[competitions, units]``, a cache-sized part at a time."""
+    if not _several_parts(weights):
+        return function(weights, threshold, *others)
+    result = torch.empty_like(others[0] if others else weights)  # gradients may be batched where weights are not
     competitions, units = weights.shape
-    if torch.compiler.is_compiling() or weights.numel() <= _PART:
-        return [(weights, threshold, *others)]
     if competitions == 1:
-        cut = [tensor.split(_PART, 1) for tensor in (weights, *others)]
-        return [(w, threshold, *rest) for w, *rest in zip(*cut, strict=True)]
-    rows = max(1, _PART // units)
-    return zip(*(tensor.split(rows) for tensor in (weights, threshold, *others)), strict=True)
-
-
-class StraightThrough(torch.autograd.Function):
-    """``weight * mask``, with the gradient of the product passed to every weight, kept or not."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return weight * mask
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
-        return grad, None
+        for out, w, *rest in zip(*(x.split(_PART, 1) for x in (result, weights, *others)), strict=True):
+            out.copy_(function(w, threshold, *rest))
+    else:
+        rows = max(1, _PART // units)
+        for out, w, t, *rest in zip(*(x.split(rows) for x in (result, weights, threshold, *others)), strict=True):
+            out.copy_(function(w, t, *rest))
+    return result

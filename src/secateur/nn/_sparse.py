@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own documentation uses
 
-from secateur._errors import PatternError
+from secateur._errors import PatternError, RecipeError
 from secateur._layers import full_tensor
-from secateur._pattern import SparsityPattern, Unstructured, with_channel_width
+from secateur._optimizer import clear_state_, local_part, sharded_like
+from secateur._pattern import SparsityPattern, Unstructured, check_sparsity, with_channel_width
 from secateur._types import Mask, Weight
-from secateur.nn._gate import StraightThrough, gated, hard_mask, solve_threshold
+from secateur.nn._gate import gated, hard_mask, solve_threshold
 
 TEMPERATURE = 10.0
 THRESHOLD = 0.01
@@ -22,6 +24,30 @@ THRESHOLD = 0.01
 RELATIVE_TEMPERATURE = 4.0
 
 _ELEMENTWISE = Unstructured("row")
+
+
+class _Masked(torch.autograd.Function):
+    """The weight where the mask keeps it, zero elsewhere; even if what is stored there, or its gradient, is not finite.
+
+    The threshold takes no part and gets no gradient. It is an input because DistributedDataParallel waits until the
+    backward pass has come by each of its parameters.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Mask, threshold: Tensor, straight_through: bool) -> Tensor:
+        return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, mask, _, ctx.straight_through = inputs
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (mask,) = ctx.saved_tensors
+        return grad if ctx.straight_through else torch.where(mask, grad, 0), None, None, None
 
 
 class _SparseLayer(nn.Module, ABC):
@@ -35,8 +61,8 @@ class _SparseLayer(nn.Module, ABC):
 
     def _set_up(
         self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        weight: Tensor,
+        bias: Tensor | None,
         *,
         structured: bool,
         pattern: SparsityPattern | str | None,
@@ -49,6 +75,13 @@ class _SparseLayer(nn.Module, ABC):
             pattern = SparsityPattern.parse(pattern)
         if not isinstance(pattern, SparsityPattern | None):
             raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
+        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
+            raise TypeError(
+                "weight and bias must be parameters of their own; here torch computes them from others, by a "
+                "parametrization or torch.nn.utils.prune. Remove that first."
+            )
+        if sparsity is not None:
+            check_sparsity(sparsity)
         if pattern is None and sparsity is not None:
             raise PatternError(
                 f"sparsity={sparsity:g} needs a pattern to be met under, such as pattern='unstructured'.\n"
@@ -60,7 +93,7 @@ class _SparseLayer(nn.Module, ABC):
             )
         self.weight, self.bias = weight, bias
         if pattern is not None:
-            pattern = with_channel_width(pattern, weight[0, 0].numel() if weight.ndim > 2 and len(weight) else 1)
+            pattern = with_channel_width(pattern, math.prod(weight.shape[2:]))
             pattern.validate(self._matrix().shape)
             sparsity = pattern.resolve(sparsity)
         self.pattern, self.target, self.structured = pattern, sparsity, structured
@@ -102,10 +135,11 @@ class _SparseLayer(nn.Module, ABC):
 
     def _effective(self) -> Tensor:
         """The weight that the forward pass uses, in the parameter's shape."""
-        if self.mask is not None:
-            if self.straight_through:
-                return StraightThrough.apply(self.weight, self.mask)  # type: ignore[no-any-return,no-untyped-call]
-            return self.weight * self.mask
+        mask = self.mask
+        if mask is None and not self.weight.numel():
+            mask = torch.ones_like(self.weight, dtype=torch.bool)  # a unit without elements has no score
+        if mask is not None:
+            return _Masked.apply(self.weight, mask, self.threshold, self.straight_through)  # type: ignore[no-any-return,no-untyped-call]
         matrix = gated(
             self._matrix(),
             self._threshold_by_competition(),
@@ -133,13 +167,21 @@ class _SparseLayer(nn.Module, ABC):
     def hard_mask(self) -> Mask:
         """Return the mask of the hard rule, in the weight's shape: kept where ``|weight| >= threshold``.
 
-        After :meth:`hard_prune` it is the frozen mask. Under a pattern the score of a whole unit is compared.
+        After :meth:`hard_prune` it is the frozen mask. Under a pattern the score of a whole unit is compared. Before,
+        with weights sharded over processes (FSDP), every process has to call it, and what is built on it.
         """
-        if self.mask is not None:
-            return self.mask.clone()
-        matrix = full_tensor(self.weight).flatten(1)
-        mask = hard_mask(matrix, full_tensor(self._threshold_by_competition()), self.pattern or _ELEMENTWISE)
-        return mask.view(self.weight.shape)
+        return self.mask.clone() if self.mask is not None else self._mask_by_threshold()
+
+    def _mask_by_threshold(self) -> Mask:
+        if not self.weight.numel():
+            return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        threshold = full_tensor(self._threshold_by_competition())
+        return hard_mask(self._whole_matrix(), threshold, self.pattern or _ELEMENTWISE).view(self.weight.shape)
+
+    def _whole_matrix(self) -> Weight:
+        """The weight as forward compares it: at least float32, and whole if it is sharded over processes."""
+        matrix = full_tensor(self.weight.detach()).flatten(1)
+        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
     @torch.no_grad()
     def effective_weight(self) -> Weight:
@@ -167,7 +209,7 @@ class _SparseLayer(nn.Module, ABC):
         """Set every threshold to ``value``.
 
         Under a pattern the next :meth:`solve_threshold` replaces it. After :meth:`hard_prune` it changes nothing that
-        is computed until a further ``hard_prune`` prunes more.
+        is computed until, without a pattern, a further ``hard_prune`` prunes more.
 
         Raises:
             TypeError: the value is not a number.
@@ -192,84 +234,137 @@ class _SparseLayer(nn.Module, ABC):
             raise PatternError("the threshold is learned, since the layer has no pattern; reset_threshold sets it.")
         if sparsity is None:
             sparsity = self.target
-        elif not 0 <= sparsity <= 1:
-            raise PatternError(f"sparsity is the fraction of zeros, between 0 and 1, got {sparsity:g}.")
+        check_sparsity(sparsity)
         self.threshold.copy_(self._solved(sparsity))
 
     @torch.no_grad()
     def _solved(self, sparsity: float) -> Tensor:
         assert self.pattern is not None
-        matrix = full_tensor(self.weight.detach()).flatten(1)
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        if wide.is_meta:
+        wide = self._whole_matrix()
+        if wide.is_meta or not wide.numel():
             rows, columns = self.pattern._core(wide.shape)
             return wide.new_zeros(self.pattern._units(wide[:rows, :columns]).shape[0], 1)
-        return solve_threshold(wide, self.pattern, sparsity)
+        threshold = self._buffers.get("threshold")
+        known = threshold is not None and threshold.numel() == 1 and threshold.device.type == "cpu"
+        near = float(threshold) if known else None  # type: ignore[arg-type]  # it has not moved far since the last step
+        return solve_threshold(wide, self.pattern, sparsity, near)
 
     @torch.no_grad()
-    def hard_prune(self) -> None:
+    def hard_prune(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Set the pruned weights to zero for good, freeze the mask, and reset the threshold to zero.
 
         Without a pattern the hard rule decides; under a pattern exactly its budget is pruned, the lowest scores first.
 
         One departure from the formula, without which pruning would not be for good: from here on the sigmoid no longer
         takes part, and forward is ``x @ effective_weight().T + bias`` in training and evaluation alike. Pruned weights
-        then have no gradient. An optimizer with momentum left from before may still move the numbers stored behind
-        the mask; no result, count or conversion reads them.
+        then have no gradient. Momentum from before may still move the numbers stored behind the mask, and a learned
+        threshold; no result, count, conversion or ``state_dict`` reads those numbers.
+
+        Args:
+            optimizer: if given, its momenta of what is pruned, and of the threshold, are set to zero, so that the
+                stored numbers stay zero as well.
+
+        Raises:
+            TypeError: ``optimizer`` is not an optimizer.
+            PatternError: under a pattern, weights that are NaN; nothing has changed.
         """
-        if self.pattern is None or self.mask is not None:
-            mask = self.hard_mask()
-            if self.mask is not None and self.pattern is None:  # a later hard_prune prunes more, never less
-                matrix = full_tensor(self.weight).flatten(1)
-                again = hard_mask(matrix, full_tensor(self._threshold_by_competition()), _ELEMENTWISE)
-                mask &= again.view(mask.shape)
+        if not isinstance(optimizer, torch.optim.Optimizer | None):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if self.pattern is None:
+            mask = self._mask_by_threshold()
+            if self.mask is not None:  # a later hard_prune prunes more, never less
+                mask &= self.mask
+        elif self.mask is None:
+            mask = self.pattern.mask(self._whole_matrix().abs(), self.target).view(self.weight.shape)
         else:
-            scores = full_tensor(self.weight).abs().flatten(1)
-            mask = self.pattern.mask(scores, self.target).view(self.weight.shape)
+            mask = self.mask
         self.freeze(mask)
+        if optimizer is not None:
+            clear_state_(optimizer, self.weight, mask)
+            if isinstance(self.threshold, nn.Parameter):
+                nothing = torch.zeros(self.threshold.shape, dtype=torch.bool, device=self.threshold.device)
+                clear_state_(optimizer, self.threshold, nothing)
 
     @torch.no_grad()
     def freeze(self, mask: Mask, *, straight_through: bool = False) -> None:
         """Use this mask from now on, as :meth:`hard_prune` does with its own.
 
         Args:
-            mask: bool, in the weight's shape, True = kept.
+            mask: bool, in the weight's shape, True = kept. It is copied.
             straight_through: keep the pruned weights and give every weight the gradient of its place in the effective
                 weight, so that a pruned one can grow back when the mask is set again.
 
         Raises:
             PatternError: the mask's shape is not the weight's.
-            TypeError: the mask is not bool.
+            TypeError: the mask is not a bool tensor.
         """
-        if mask.dtype != torch.bool:
-            raise TypeError(f"a mask must be a bool tensor, got {mask.dtype}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask.shape != self.weight.shape:
             raise PatternError(f"a mask for this layer has shape {tuple(self.weight.shape)}, got {tuple(mask.shape)}.")
-        self.mask = mask
+        self.mask = mask.to(self.weight.device, copy=True)
         self.straight_through = straight_through
         if not straight_through:
-            if not hasattr(self.weight, "full_tensor"):
-                self.weight.masked_fill_(~mask, 0)
+            pruned = ~sharded_like(self.mask, self.weight)
+            for stored in (self.weight, self.weight.grad):
+                if stored is not None:
+                    local_part(stored).masked_fill_(pruned, 0)
             self.threshold.fill_(0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts the layer. A solved threshold and the temperature never become narrower than float32.
+
+        Rounded to the precision of the weights, a threshold halfway between two of them would fall on one.
+        """
+        before = {name: buffer for name, buffer in self._buffers.items() if name != "mask" and buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in before.items():
+            cast = self._buffers[name]
+            assert cast is not None
+            wide = torch.promote_types(cast.dtype, torch.float32)
+            if cast.dtype != wide:
+                self._buffers[name] = exact.to(cast.device, wide)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A checkpoint has zeros where the mask has them, whatever an optimizer left behind it."""
+        if self.mask is not None and not self.straight_through and not hasattr(self.weight, "full_tensor"):
+            # Nothing reads these numbers, so a backward pass under way must not hear of the change: hence .data.
+            self.weight.data.masked_fill_(~self.mask, 0)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with a mask makes the layer a pruned one, a checkpoint without makes it one that learns."""
-        key = prefix + "mask"
-        if key in state_dict:
-            self.mask = torch.empty(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        mask = state_dict.get(prefix + "mask")
+        if mask is not None and mask.shape == self.weight.shape:
+            self.mask = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
         elif prefix + "weight" in state_dict:
             self.mask = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _describe(self) -> str:
         learned = "" if self.pattern is None else f", pattern={str(self.pattern)!r}"
-        density = "?" if self.weight.is_meta else f"{self.density():.4f}"
+        # Printing must not wait for other processes, which may not print.
+        unknown = self.weight.is_meta or (self.mask is None and hasattr(self.weight, "full_tensor"))
+        density = "?" if unknown else f"{self.density():.4f}"
         return f"bias={self.bias is not None}, structured={self.is_structured}{learned}, density={density}"
 
     @torch.no_grad()
     def _bake_(self) -> None:
-        """Write the effective weight into the parameter, so that a plain layer can take it over."""
-        self.weight.copy_(self.effective_weight())
+        """Write the effective weight into the parameter, so that a plain layer can take it over.
+
+        Under a pattern the budget counts, so what is not frozen yet is pruned exactly.
+        """
+        if self.mask is None and self.pattern is not None:
+            self.hard_prune()
+        local_part(self.weight).copy_(sharded_like(self.effective_weight(), self.weight))
+
+    def _must_be_whole(self, method: str) -> None:
+        if hasattr(self.weight, "full_tensor"):
+            raise RecipeError(
+                f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
+                "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."
+            )
 
 
 class SparseLinear(_SparseLayer):
@@ -347,7 +442,8 @@ class SparseLinear(_SparseLayer):
         super().__init__()
         self.in_features, self.out_features = _size("in_features", in_features), _size("out_features", out_features)
         weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        _initialise_(weight)
+        if weight.numel():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
         zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self._set_up(
             weight,
@@ -385,7 +481,7 @@ class SparseLinear(_SparseLayer):
         """Return a sparse layer that takes over the parameters of ``linear``: the same objects, not copies.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
+            TypeError: ``linear`` is not an ``nn.Linear``, or its weight is not a parameter of its own.
             PatternError: as for the class.
 
         Example:
@@ -414,8 +510,13 @@ class SparseLinear(_SparseLayer):
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with the effective weight, true zeros in the pruned places.
 
-        It takes over the parameters of this layer, which is of no use afterwards: optimizers keep working.
+        It takes over the parameters of this layer, which is of no use afterwards: optimizers keep working. Under a
+        pattern exactly the budget is pruned first, as by :meth:`hard_prune`.
+
+        Raises:
+            RecipeError: the weight is sharded over processes.
         """
+        self._must_be_whole("to_linear")
         self._bake_()
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
@@ -491,7 +592,6 @@ class SparseConv2d(_SparseLayer):
         dense = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        _initialise_(dense.weight)
         if dense.bias is not None:
             nn.init.zeros_(dense.bias)
         self._take_over(dense)
@@ -532,7 +632,7 @@ class SparseConv2d(_SparseLayer):
         """Return a sparse layer that takes over the parameters of ``convolution``: the same objects, not copies.
 
         Raises:
-            TypeError: ``convolution`` is not an ``nn.Conv2d``.
+            TypeError: ``convolution`` is not an ``nn.Conv2d``, or its weight is not a parameter of its own.
             PatternError: as for the class.
         """
         if not isinstance(convolution, nn.Conv2d):
@@ -555,8 +655,13 @@ class SparseConv2d(_SparseLayer):
     def to_conv2d(self) -> nn.Conv2d:
         """Return an ``nn.Conv2d`` with the effective weight, true zeros in the pruned places.
 
-        It takes over the parameters of this layer, which is of no use afterwards: optimizers keep working.
+        It takes over the parameters of this layer, which is of no use afterwards: optimizers keep working. Under a
+        pattern exactly the budget is pruned first, as by :meth:`hard_prune`.
+
+        Raises:
+            RecipeError: the weight is sharded over processes.
         """
+        self._must_be_whole("to_conv2d")
         self._bake_()
         dense = nn.Conv2d(
             self.in_channels,
@@ -583,12 +688,9 @@ class SparseConv2d(_SparseLayer):
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the brackets."""
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        return f"{shape}, {self._describe()}"
-
-
-def _initialise_(weight: Tensor) -> None:
-    if weight.numel():
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear and nn.Conv2d
+        usual = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        other = [f"{name}={getattr(self, name)!r}, " for name, value in usual.items() if getattr(self, name) != value]
+        return f"{shape}, {''.join(other)}{self._describe()}"
 
 
 def _number(name: str, value: float) -> float:

@@ -28,7 +28,8 @@ def sparsify_(
 
     Their parameters move over, the same objects: an optimizer that has them keeps them. Without a pattern each new
     layer brings a learned ``threshold`` that the optimizer still has to be given. The output head, and layers that
-    share their weight with an embedding, are left alone unless ``include`` names them; other kinds of layers stay.
+    share their weight with an embedding, are left alone unless ``include`` names them; other kinds of layers stay. So
+    do layers that share their weight with one another if there is no pattern: each would learn thresholds of its own.
 
     Args:
         model: any module but a bare layer.
@@ -47,6 +48,7 @@ def sparsify_(
     Raises:
         RecipeError: no layer to replace, one that was included but cannot be replaced, or a glob that matches nothing.
         PatternError: a pattern that does not fit a layer, which is named; the model is unchanged.
+        TypeError: the pattern is neither a pattern nor text.
 
     Example:
         >>> import torch, secateur
@@ -56,13 +58,20 @@ def sparsify_(
         >>> model[0]  # doctest: +ELLIPSIS
         SparseLinear(in_features=8, out_features=16, bias=True, structured=False, pattern='unstructured', ...)
     """
-    layers, _ = replaceable_layers(model, include, exclude)
+    if isinstance(pattern, str):
+        pattern = SparsityPattern.parse(pattern)
+    if not isinstance(pattern, SparsityPattern | None):
+        raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
+    if pattern is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise RecipeError(
+            "DistributedDataParallel would not synchronise thresholds that are added to the model inside it.\n"
+            "Call sparsify_ first and wrap the model then."
+        )
+    layers, _ = replaceable_layers(model, include, exclude, own_thresholds=pattern is None)
     made: dict[str, SparseLinear | SparseConv2d] = {}
     swaps: list[tuple[nn.Module, SparseLinear | SparseConv2d]] = []
     for layer in layers:
-        fitted = None
-        if pattern is not None:
-            fitted = layer.fit(SparsityPattern.parse(pattern) if isinstance(pattern, str) else pattern)
+        fitted = None if pattern is None else layer.fit(pattern)
         for name, module in zip((layer.name, *layer.tied_to), layer.modules, strict=True):
             make = SparseLinear.from_linear if isinstance(module, nn.Linear) else SparseConv2d.from_conv2d
             try:
@@ -91,19 +100,27 @@ def densify_(model: nn.Module) -> list[str]:
     Returns:
         The qualified names of the layers that were replaced.
 
+    Raises:
+        RecipeError: the model itself is a sparse layer, or one is sharded over processes; the model is unchanged.
+
     Example:
         >>> import torch, secateur
         >>> model = torch.nn.Sequential(secateur.SparseLinear(8, 4, pattern="2:4"))
         >>> secateur.densify_(model), model[0], int((model[0].weight == 0).sum())
         (['0'], Linear(in_features=8, out_features=4, bias=True), 16)
     """
-    swaps: list[tuple[nn.Module, nn.Module]] = []
-    names = []
-    for name, module in sparse_layers(model).items():
-        names.append(name)
-        swaps.append((module, module.to_linear() if isinstance(module, SparseLinear) else module.to_conv2d()))
-    _swap_(model, swaps)
-    return names
+    layers = sparse_layers(model)
+    if "" in layers:
+        raise RecipeError("a bare layer cannot be replaced in place: its to_linear or to_conv2d returns the plain one.")
+    for name, layer in layers.items():
+        try:
+            layer._must_be_whole("densify_")
+        except SparsityError as error:
+            raise type(error)(f"{name}: {error}") from None
+    _swap_(
+        model, [(old, old.to_linear() if isinstance(old, SparseLinear) else old.to_conv2d()) for old in layers.values()]
+    )
+    return list(layers)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
@@ -112,9 +129,15 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
 
 
 def replaceable_layers(
-    model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()
+    model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), *, own_thresholds: bool = False
 ) -> tuple[list[Layer], list[Skipped]]:
     """Split the prunable layers into those that have a sparse counterpart and the rest, each with its reason.
+
+    Args:
+        model: any module.
+        include: as for :func:`sparsify_`, like ``exclude``.
+        exclude: see there.
+        own_thresholds: every module would learn thresholds, so that none may share its weight.
 
     Raises:
         RecipeError: nothing is left, or a layer that ``include`` names has no counterpart.
@@ -122,8 +145,17 @@ def replaceable_layers(
     include = tuple(include)
     layers, skipped = select_layers(model, include, exclude)
     found = []
+    reads_weights = {
+        id(child)
+        for parent in model.modules()
+        if isinstance(parent, nn.TransformerEncoderLayer)
+        for child in parent.children()
+    }
     for layer in layers:
-        reason = next(filter(None, (_why_not_replaceable(model, module) for module in layer.modules)), None)
+        reasons = (_why_not_replaceable(model, module, reads_weights) for module in layer.modules)
+        reason = next(filter(None, reasons), None)
+        if reason is None and own_thresholds and layer.tied_to:
+            reason = f"shares its weight with {layer.tied_to[0]!r}, so it needs a pattern: one mask for both"
         if reason is None:
             found.append(layer)
         elif include:
@@ -138,16 +170,19 @@ def replaceable_layers(
     return found, skipped
 
 
-def _why_not_replaceable(model: nn.Module, module: nn.Module) -> str | None:
+def _why_not_replaceable(model: nn.Module, module: nn.Module, reads_weights: set[int]) -> str | None:
     if module is model:
         return "a bare layer cannot be replaced in place; build the sparse layer with from_linear or from_conv2d"
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"only nn.Linear and nn.Conv2d have a counterpart that learns its mask, not {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which a replacement would lose"
-    for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer) and any(child is module for child in parent.children()):
-            return "nn.TransformerEncoderLayer reads its weight without calling it"
+    if "forward" in vars(module):
+        return "its forward was replaced on the object, which a replacement would lose"
+    if hasattr(module.weight, "full_tensor"):
+        return "its weight is sharded over processes already; call sparsify_ before fully_shard"
+    if id(module) in reads_weights:
+        return "nn.TransformerEncoderLayer reads its weight without calling it"
     return None
 
 

@@ -1,4 +1,4 @@
-"""How masks move during training: one frozen dataclass a method, its fields the settings that the method's paper has."""
+"""How masks move during training: one frozen dataclass a method, its fields the settings of the method's paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from secateur._errors import RecipeError
 from secateur._optimizer import clear_state_
@@ -87,8 +86,8 @@ class Gate(Method):
     """Learn which weights to keep: an annealed soft mask on an exact budget, then training on the frozen mask.
 
     Each weight is multiplied by ``sigmoid((|w| / threshold - 1) * temperature)``, with the threshold solved after each
-    step so that the budget is met exactly, see :class:`SparseLinear`. The sparsity ramps up early, the temperature rises
-    geometrically, and at ``freeze`` the mask becomes exact, hard and final. Any pattern; the method to choose first.
+    step so that the budget is met exactly, see :class:`SparseLinear`. The sparsity ramps up early, the temperature
+    rises geometrically, and at ``freeze`` the mask becomes exact, hard and final. Any pattern; choose it first.
 
     Args:
         temperature: sharpness at the start and when the mask freezes.
@@ -392,10 +391,8 @@ def exchange(
     scores = pattern._unit_scores(_magnitudes(weight)[:rows, :columns])
     gains = pattern._unit_scores(growth.to(scores.dtype)[:rows, :columns])
     staying = _keep_top(torch.where(kept, scores, -math.inf), count - moving)
-    if not regrow_dropped and kept.shape[1] - count >= moving:
-        candidates = ~kept
-    else:
-        candidates = ~staying
+    enough_others = kept.shape[1] - count >= moving
+    candidates = ~kept if enough_others and not regrow_dropped else ~staying
     coming = _keep_top(torch.where(candidates, gains, -math.inf), moving)
     result = mask.clone()
     result[:rows, :columns] = pattern._spread(staying | coming, rows, columns)

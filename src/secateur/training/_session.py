@@ -43,7 +43,8 @@ class SparseTraining:
         optimizer: that trains it; it must hold the weights already.
         method: ``"gate"``, ``"magnitude"``, ``"sr-ste"``, ``"set"``, ``"rigl"``, ``"static"``, or a :class:`Method`
             with settings of your own.
-        pattern: a :class:`SparsityPattern` or its text; unstructured by default, or what the model's sparse layers have.
+        pattern: a :class:`SparsityPattern` or its text; unstructured by default, or that of the model's sparse
+            layers.
         sparsity: fraction of the units of each layer to prune; to be left out for N:M, which fixes its own.
         steps: optimizer steps of the whole training; the method shares them out.
         schedule: the sparsity at each step, a :class:`~secateur.schedules.Schedule` or ``"one_shot"``, ``"linear"`` or
@@ -151,7 +152,7 @@ class SparseTraining:
             for layer in layers:
                 if hasattr(layer.parameter, "device_mesh"):
                     raise RecipeError(
-                        f"{layer.title}: its weight is sharded already, and {self.method.name} needs layers of its own.\n"
+                        f"{layer.title}: its weight is sharded already, and {self.method.name} needs its own layers.\n"
                         "Call secateur.sparsify_(model, pattern=..., sparsity=...) before fully_shard."
                     )
             return layers, skipped, []
@@ -231,17 +232,7 @@ class SparseTraining:
     @property
     def masks(self) -> dict[str, Mask]:
         """The hard masks, ``[out, in]`` bool, True = kept, by layer name: where they are soft, what they would keep."""
-        masks = {}
-        for name, weight in self._weights.items():
-            mask = weight.mask
-            if mask is None:
-                matrix = weight.matrix()
-                learned = isinstance(weight, LearnedWeight)
-                mask = (
-                    weight.modules[0].hard_mask().flatten(1) if learned else torch.ones_like(matrix, dtype=torch.bool)
-                )
-            masks[name] = mask.clone()
-        return masks
+        return {name: weight.hard_mask() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -361,13 +352,13 @@ class SparseTraining:
             "pattern": str(self.pattern),
             "sparsity": self.sparsity,
             "steps": self.steps,
-            "schedule": {"name": type(schedule).__name__} | {k: v for k, v in vars(schedule).items()},
+            "schedule": {"name": type(schedule).__name__} | dict(vars(schedule)),
             "update_every": self.update_every,
             "seed": self.seed,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on, beside the state of the model and of the optimizer: plain values, tensors.
+        """Return all that is needed to go on beside the states of the model and the optimizer: plain values, tensors.
 
         An interrupted run that loads all three goes on exactly as the uninterrupted one.
         """

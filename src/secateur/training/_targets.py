@@ -17,9 +17,9 @@ from secateur.nn import SparseConv2d, SparseLinear
 class MaskedWeight:
     """A plain parameter that is kept at zero in the pruned places, under any kind of layer.
 
-    Its gradient is zero there too, by a hook on the parameter that :meth:`release` removes, so that clipping by norm and
-    momenta see the sparse network only. The gradients of sharded parameters do not pass such a hook; their zeros are
-    restored after each step all the same.
+    Its gradient is zero there too, by a hook on the parameter that :meth:`release` removes, so that clipping by norm
+    and momenta see the sparse network only. The gradients of sharded parameters do not pass such a hook; their zeros
+    are restored after each step all the same.
     """
 
     def __init__(self, layer: Layer, pattern: SparsityPattern, sparsity: float) -> None:
@@ -39,6 +39,10 @@ class MaskedWeight:
     def matrix(self) -> Weight:
         """The weight as ``[out, in]``, detached and whole."""
         return self.layer.matrix()
+
+    def hard_mask(self) -> Mask:
+        """The mask, ``[out, in]``; all True before there is one."""
+        return torch.ones_like(self.matrix(), dtype=torch.bool) if self.mask is None else self.mask.clone()
 
     @property
     def num_pruned(self) -> int:
@@ -111,6 +115,10 @@ class LearnedWeight:
     def matrix(self) -> Weight:
         """The weight as ``[out, in]``, detached and whole."""
         return full_tensor(self.parameter.detach()).flatten(1)
+
+    def hard_mask(self) -> Mask:
+        """The frozen mask, ``[out, in]``, or what the soft one would keep."""
+        return self.modules[0].hard_mask().flatten(1)
 
     def set_threshold(self, sparsity: float, temperature: float) -> None:
         """Put the soft mask on a budget."""
