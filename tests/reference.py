@@ -131,6 +131,86 @@ def group_prox(weight: np.ndarray, pattern: SparsityPattern, threshold: float) -
     return shrunk
 
 
+# Gate
+
+
+def gate_schedule(final: float, begin: int, end: int, step: int) -> float:
+    """Zhu and Gupta's cubic, from zero."""
+    part = 1.0 if step >= end else max(0.0, (step - begin) / (end - begin))
+    return final * (1 - (1 - part) ** 3)
+
+
+def gate_thresholds(weight: np.ndarray, pattern: SparsityPattern, sparsity: float) -> list[float | None]:
+    """Halfway between the last score that goes and the first that stays; None where all go or all stay."""
+    cuts: list[float | None] = []
+    for units in competitions(pattern, *weight.shape):
+        scores = sorted(_root_mean_square(weight, unit) for unit in units)
+        prune = round(sparsity * len(scores))
+        cuts.append((scores[prune - 1] + scores[prune]) / 2 if 0 < prune < len(scores) else None)
+    return cuts
+
+
+def gate_effective(weight: np.ndarray, pattern: SparsityPattern, sparsity: float, temperature: float) -> np.ndarray:
+    """``w * sigmoid((score / threshold - 1) * temperature)``, the threshold solved from these very weights."""
+    return weight * _gate_mask(weight, weight, pattern, sparsity, temperature)
+
+
+def gate_gradient(
+    weight: np.ndarray, upstream: np.ndarray, pattern: SparsityPattern, sparsity: float, temperature: float
+) -> np.ndarray:
+    """The gradient of ``sum(upstream * weight * mask)`` by central differences.
+
+    After each nudge the offset of the sigmoids is found anew, by bisection, so that the masks of a competition keep
+    their sum; the slope stays what it was.
+    """
+    gradient = np.zeros(weight.shape)
+    nudge = 1e-5
+    for place in np.ndindex(*weight.shape):
+        for sign in (1, -1):
+            moved = weight.copy()
+            moved[place] += sign * nudge
+            mask = _gate_mask(moved, weight, pattern, sparsity, temperature)
+            gradient[place] += sign * float((upstream * moved * mask).sum()) / (2 * nudge)
+    return gradient
+
+
+def _gate_mask(
+    weight: np.ndarray, origin: np.ndarray, pattern: SparsityPattern, sparsity: float, temperature: float
+) -> np.ndarray:
+    """The mask of ``weight``, with the slopes and the sums of the masks of ``origin``."""
+    result = np.ones(weight.shape)
+    thresholds = gate_thresholds(origin, pattern, sparsity)
+    for units, threshold in zip(competitions(pattern, *weight.shape), thresholds, strict=True):
+        if threshold is None:
+            value = 0.0 if round(sparsity * len(units)) else 1.0
+            for place in itertools.chain.from_iterable(units):
+                result[place] = value
+            continue
+        slope = temperature / threshold
+        before = [slope * _root_mean_square(origin, unit) - temperature for unit in units]
+        now = [slope * _root_mean_square(weight, unit) - temperature for unit in units]
+        total = math.fsum(map(_sigmoid, before))
+        low, high = -1.0, 1.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            if math.fsum(_sigmoid(x + middle) for x in now) < total:
+                low = middle
+            else:
+                high = middle
+        for unit, x in zip(units, now, strict=True):
+            for place in unit:
+                result[place] = _sigmoid(x + (low + high) / 2)
+    return result
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def _root_mean_square(weight: np.ndarray, unit: Unit) -> float:
+    return math.sqrt(math.fsum(float(weight[place]) ** 2 for place in unit) / len(unit))
+
+
 # Second-order methods
 
 

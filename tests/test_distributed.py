@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import secateur
-from secateur import RecipeError, SparseLinear
+from secateur import RecipeError, SparseLinear, SparseTraining
+from secateur.training import SET, RigL
 
 PROCESSES = 2
 
@@ -174,3 +175,127 @@ def _fsdp(rank):
 
 def test_fsdp_keeps_zeros_and_matches_one_process(tmp_path):
     on_two_processes(_fsdp, tmp_path)
+
+
+# Sparse training
+
+
+def a_larger_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 7))
+
+
+def some_rows(step):
+    x, y = a_batch(step)
+    return x.view(8, 2, 6), y
+
+
+def sparse_step(model, optimizer, training, step, rank=None):
+    part = slice(None) if rank is None else slice(rank, None, PROCESSES)
+    x, y = some_rows(step)
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x[part]), y[part]).backward()
+    optimizer.step()
+    training.step()
+
+
+def _train_ddp(rank):
+    for number, (method, pattern) in enumerate(
+        [("gate", "unstructured"), ("rigl", "unstructured"), (SET(initial="random"), "2:4"), ("gate", "2:4")]
+    ):
+        keywords = {"method": method, "pattern": pattern, "sparsity": 0.5, "steps": 8, "update_every": 2}
+        keywords["exclude"] = ["*0"]  # 2:4 does not fit it
+        model, single = a_larger_model(), a_larger_model()
+        if number % 2:  # wrapped afterwards, or before
+            optimizer = optimizer_of(model)
+            training = SparseTraining(model, optimizer, **keywords)
+            parallel = DistributedDataParallel(model)
+        else:
+            parallel = DistributedDataParallel(model)
+            optimizer = optimizer_of(parallel)
+            training = SparseTraining(parallel, optimizer, **keywords)
+        its_optimizer = optimizer_of(single)
+        its_training = SparseTraining(single, its_optimizer, **keywords)
+        moved = 0
+        for step in range(8):
+            before = training.masks
+            sparse_step(parallel, optimizer, training, step, rank)
+            sparse_step(single, its_optimizer, its_training, step)
+            for name, mask in training.masks.items():
+                others = [torch.empty_like(mask) for _ in range(PROCESSES)]
+                distributed.all_gather(others, mask)
+                assert all(torch.equal(other, mask) for other in others), (method, step, name)
+                assert torch.equal(mask, its_training.masks[name.removeprefix("module.")]), (method, step, name)
+                moved += int((mask ^ before[name]).sum())
+        assert moved
+        assert_same_everywhere(parallel)
+        assert_close_to(parallel, single)
+        report = training.finalize()
+        assert report.num_pruned == its_training.finalize().num_pruned == (16 * 16 + 16 * 7) // 2
+        assert_same_everywhere(parallel)
+        assert [type(module) for module in parallel.module] == [type(module) for module in a_larger_model()]
+
+
+def test_masks_are_alike_at_every_step_under_ddp(tmp_path):
+    on_two_processes(_train_ddp, tmp_path)
+
+
+def _train_fsdp(rank):
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+
+    def sharded(model):
+        for child in (model[3], model[5]):  # the last one has 7 rows: uneven shards; the first stays with the root
+            fully_shard(child, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    for method in ("magnitude", RigL(initial="random"), "set", "static", "gate", "sr-ste"):
+        keywords = {"method": method, "steps": 8, "update_every": 2}
+        model, single = a_larger_model(), a_larger_model()
+        learned = method in ("gate", "sr-ste")
+        if learned:
+            for either in (model, single):
+                secateur.sparsify_(either, pattern="2:4", include=["3", "5"])
+        else:
+            keywords |= {"pattern": "unstructured", "sparsity": 0.5}
+        model = sharded(model)
+        optimizer, its_optimizer = optimizer_of(model), optimizer_of(single)
+        training = SparseTraining(model, optimizer, **keywords)
+        its_training = SparseTraining(single, its_optimizer, **keywords)
+        for step in range(8):
+            sparse_step(model, optimizer, training, step)
+            sparse_step(single, its_optimizer, its_training, step)
+            with torch.no_grad():
+                model(some_rows(step)[0])  # leaves the root's weights whole
+            for name, mask in training.masks.items():
+                assert torch.equal(mask, its_training.masks[name]), (method, step, name)
+                layer = model.get_submodule(name)
+                if not learned or (method == "gate" and step + 1 >= 6):
+                    layer.reshard() if hasattr(layer, "reshard") else model.reshard()
+                    assert not layer.weight.full_tensor().flatten(1)[~mask].any(), (method, step, name)
+            if step == 3:
+                state = training.state_dict()
+                training.load_state_dict(state)
+        with torch.no_grad():
+            before = model(some_rows(9)[0])
+        report = training.finalize()
+        assert report.num_pruned == its_training.finalize().num_pruned
+        assert [layer.pruned for layer in report.layers] == [n // 2 for n in ([] if learned else [24]) + [256, 112]]
+        assert bool(report.layers[0].notes) == learned
+        with torch.no_grad():
+            assert torch.equal(model(some_rows(9)[0]), before)
+        model.reshard()
+        if not learned:  # there the sparse layers stay, with buffers of their own
+            assert_close_to(model, single)
+        for name, mask in training.masks.items():
+            weight = model.get_submodule(name).weight.full_tensor().flatten(1)
+            assert not weight[~mask].any()
+            torch.testing.assert_close(weight, single.get_submodule(name).weight.detach().flatten(1))
+
+    model = sharded(a_larger_model())
+    for method in ("gate", "sr-ste"):
+        with pytest.raises(RecipeError, match=r"0: its weight is sharded already.*\nCall secateur.sparsify_"):
+            SparseTraining(model, optimizer_of(model), method=method, pattern="2:4", steps=4)
+
+
+def test_zeros_stay_zero_while_fsdp_trains(tmp_path):
+    on_two_processes(_train_fsdp, tmp_path)

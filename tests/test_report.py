@@ -316,6 +316,17 @@ def test_method_that_a_file_cannot_name_is_said_to_be_one():
     assert "Recipe.load" not in text
 
 
+def test_training_is_not_repeated_by_pruning():
+    recipe = {"method": {"name": "gate", "freeze": 0.8}, "pattern": "2:4", "steps": 400, "seed": 3}
+    text = Page(replace(REPORT, recipe=recipe).to_html()).text
+    assert "the settings of secateur.SparseTraining" in text
+    assert "steps = 400" in text
+    assert "freeze = 0.8" in text
+    assert "Recipe.load" not in text
+    assert "prune_" not in text
+    assert "Recipe.load" in Page(REPORT.to_html()).text
+
+
 def test_large_model_has_a_small_page():
     report = many(300)
     began = time.perf_counter()

@@ -45,6 +45,7 @@ from secateur.solvers import Solution as Solution
 from secateur.solvers import Solver as Solver
 from secateur.solvers import SparseGPT as SparseGPT
 from secateur.solvers import verify as verify
+from secateur.training import LotteryTicket as LotteryTicket
 from secateur.training import SparseTraining as SparseTraining
 
 __version__ = _version("secateur")

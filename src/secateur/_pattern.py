@@ -699,14 +699,20 @@ def cut_between(scores: Tensor, num_pruned: int, near: float | None = None) -> T
     if scores.device.type != "cpu":
         highest_pruned = scores.kthvalue(num_pruned, dim=1, keepdim=True).values
         lowest_kept = scores.kthvalue(num_pruned + 1, dim=1, keepdim=True).values
-        return highest_pruned + (lowest_kept - highest_pruned) / 2
+        return _between(highest_pruned, lowest_kept)
     values = scores.numpy()
     if competitions == 1 and near is not None:
         values, num_pruned = _around(values, num_pruned, near)
     parted = np.partition(values, num_pruned, axis=1)
     highest = torch.from_numpy(parted[:, :num_pruned].max(1, keepdims=True))
     lowest = torch.from_numpy(parted[:, num_pruned : num_pruned + 1].copy())
-    return highest + (lowest - highest) / 2
+    return _between(highest, lowest)
+
+
+def _between(low: Tensor, high: Tensor) -> Tensor:
+    """The middle; between neighbours among floats, which have none, the higher one, so that ``>=`` tells them apart."""
+    middle = low + (high - low) / 2
+    return torch.where(middle > low, middle, high)
 
 
 def _cut_narrow(scores: Tensor, num_pruned: int) -> Tensor:
@@ -725,7 +731,7 @@ def _cut_narrow(scores: Tensor, num_pruned: int) -> Tensor:
                 columns[i] = lower
         low, high = columns[num_pruned - 1], columns[num_pruned]
     low, high = torch.minimum(low, high), torch.maximum(low, high)
-    return (low + (high - low) / 2).unsqueeze(1)
+    return _between(low, high).unsqueeze(1)
 
 
 def _around(values: np.ndarray, num_pruned: int, near: float) -> tuple[np.ndarray, int]:

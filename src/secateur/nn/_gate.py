@@ -16,10 +16,12 @@ Without the second term the task can lower its loss only by raising all scores a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from secateur._pattern import SparsityPattern, cut_between, units_to_prune
 from secateur._types import Weight
@@ -79,6 +81,25 @@ def gated(
     return torch.cat([right, matrix[rows:]])
 
 
+def gated_linear(
+    x: Tensor,
+    matrix: Weight,
+    bias: Tensor | None,
+    threshold: Tensor,
+    temperature: Tensor,
+    pattern: SparsityPattern,
+    *,
+    solved: bool,
+    hard: bool,
+) -> Tensor:
+    """Return ``x @ gated(...).T + bias``, as one node of the graph: its backward pass needs no memory of its own."""
+    if pattern._core(matrix.shape) != tuple(matrix.shape):
+        weight = gated(matrix, threshold, temperature, pattern, solved=solved, hard=hard)
+        return F.linear(x, weight, bias)
+    y, _ = _GatedLinear.apply(x, matrix, bias, threshold, temperature, pattern, solved, hard)  # type: ignore[no-untyped-call]
+    return y  # type: ignore[no-any-return]
+
+
 class _Gate(torch.autograd.Function):
     """Saves its inputs only and computes the mask again in the backward pass: cheaper than keeping it in memory."""
 
@@ -88,20 +109,7 @@ class _Gate(torch.autograd.Function):
     def forward(
         matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, solved: bool, hard: bool
     ) -> Tensor:
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        height, width = pattern._unit_size(*matrix.shape)
-        if height * width > 1:
-            scores = unit_scores(wide, pattern)
-            mask = (scores >= threshold).to(wide.dtype) if hard else _soft_mask(scores, threshold, temperature, solved)
-            return _times_units(wide, mask, height, width).to(matrix.dtype)
-        weights = pattern._units(wide)[..., 0]
-
-        def part(w: Tensor, t: Tensor) -> Tensor:
-            scores = w.abs()
-            mask = (scores >= t).to(w.dtype) if hard else _soft_mask_(scores, t, temperature, solved)
-            return mask.mul_(w)
-
-        return _in_parts(part, weights, threshold).view(matrix.shape).to(matrix.dtype)
+        return _forward(matrix, threshold, temperature, pattern, solved=solved, hard=hard)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -111,23 +119,104 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         matrix, threshold, temperature = ctx.saved_tensors
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        grad = grad.to(wide.dtype)
-        by_threshold = None
-        if max(ctx.pattern._unit_size(*matrix.shape)) > 1:
-            by_matrix = _backward_of_units(grad, wide, threshold, temperature, ctx.pattern, hard=ctx.hard)
-        else:
-            weights, grads = ctx.pattern._units(wide)[..., 0], ctx.pattern._units(grad)[..., 0]
-            if ctx.solved:
-                by_matrix = _backward_solved(grads, weights, threshold, temperature, hard=ctx.hard)
-            else:
-                by_matrix, by_threshold = _backward_learned(grads, weights, threshold, temperature, hard=ctx.hard)
-            by_matrix = by_matrix.view(matrix.shape)
-        return by_matrix.to(matrix.dtype), by_threshold, None, None, None, None
+        by_matrix, by_threshold = _backward(
+            grad, matrix, threshold, temperature, ctx.pattern, solved=ctx.solved, hard=ctx.hard
+        )
+        return by_matrix, by_threshold, None, None, None, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    """The gate and the product. The gradient of the effective weight is nobody else's, so it is worked on in place."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor,
+        temperature: Tensor,
+        pattern: SparsityPattern,
+        solved: bool,
+        hard: bool,
+    ) -> tuple[Tensor, Tensor]:
+        effective = _forward(matrix, threshold, temperature, pattern, solved=solved, hard=hard)
+        return F.linear(x, effective, bias), effective
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, matrix, _, threshold, temperature, ctx.pattern, ctx.solved, ctx.hard = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, matrix, threshold, temperature, output[1])
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        x, matrix, threshold, temperature, effective = ctx.saved_tensors
+        by_x = by_matrix = by_bias = by_threshold = None
+        if grad is None:
+            return (None,) * 8
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0]:
+            by_x = (grad @ effective.to(grad.dtype)).to(x.dtype)  # autocast may have made the output's dtype another
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            by_effective = rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
+            by_matrix, by_threshold = _backward(
+                by_effective, matrix, threshold, temperature, ctx.pattern, solved=ctx.solved, hard=ctx.hard, owned=True
+            )
+        if ctx.needs_input_grad[2]:
+            by_bias = rows.sum(0).to(matrix.dtype)
+        return by_x, by_matrix, by_bias, by_threshold, None, None, None, None
+
+
+def _forward(
+    matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, *, solved: bool, hard: bool
+) -> Tensor:
+    """``matrix * mask``."""
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    height, width = pattern._unit_size(*matrix.shape)
+    if height * width > 1:
+        scores = unit_scores(wide, pattern)
+        mask = (scores >= threshold).to(wide.dtype) if hard else _soft_mask(scores, threshold, temperature, solved)
+        return _times_units(wide, mask, height, width).to(matrix.dtype)
+
+    def part(w: Tensor, t: Tensor) -> Tensor:
+        scores = w.abs()
+        mask = (scores >= t).to(w.dtype) if hard else _soft_mask_(scores, t, temperature, solved)
+        return mask.mul_(w)
+
+    weights = pattern._units(wide)[..., 0]
+    return _in_parts(part, weights, threshold).view(matrix.shape).to(matrix.dtype)
+
+
+def _backward(
+    grad: Tensor,
+    matrix: Tensor,
+    threshold: Tensor,
+    temperature: Tensor,
+    pattern: SparsityPattern,
+    *,
+    solved: bool,
+    hard: bool,
+    owned: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the matrix and of a learned threshold; ``owned``: nobody else has ``grad``, write over it."""
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    grad = grad.to(wide.dtype)
+    if math.prod(pattern._unit_size(*matrix.shape)) > 1:
+        return _backward_of_units(grad, wide, threshold, temperature, pattern, hard=hard).to(matrix.dtype), None
+    weights, grads = pattern._units(wide)[..., 0], pattern._units(grad)[..., 0]
+    by_threshold = None
+    if solved:
+        by_matrix = _backward_solved(grads, weights, threshold, temperature, hard=hard, owned=owned)
+    else:
+        by_matrix, by_threshold = _backward_learned(grads, weights, threshold, temperature, hard=hard, owned=owned)
+    return by_matrix.view(matrix.shape).to(matrix.dtype), by_threshold
 
 
 def _backward_learned(
-    grads: Tensor, weights: Tensor, threshold: Tensor, temperature: Tensor, *, hard: bool
+    grads: Tensor, weights: Tensor, threshold: Tensor, temperature: Tensor, *, hard: bool, owned: bool
 ) -> tuple[Tensor, Tensor]:
     by_threshold = grads.new_empty(threshold.shape)
 
@@ -137,15 +226,18 @@ def _backward_learned(
         mask = _soft_mask_(scores, t, temperature, solved=False)
         rest = torch.addcmul(w, w, mask, value=-1)  # w (1 - m)
         through = g * mask
-        by_t.copy_((through * rest).sum_to_size(t.shape).mul_(-temperature))
-        # g |w| dm/d|w|, since dm/d|w| = temperature m (1 - m)
-        pull = through * rest.abs_().mul_(temperature)
-        return pull.add_(through) if kept is None else pull.addcmul_(g, kept)
+        pull = (through * rest).mul_(-temperature)  # -g w dm/d|w|, since dm/d|w| = temperature m (1 - m)
+        by_t.copy_(pull.sum_to_size(t.shape))
+        if kept is not None:
+            through = g * kept
+        return through.addcmul_(pull, torch.sign(w), value=-1)
 
-    return _in_parts(part, weights, threshold, grads, by_threshold), by_threshold
+    return _in_parts(part, weights, threshold, grads, by_threshold, owned=owned), by_threshold
 
 
-def _backward_solved(grads: Tensor, weights: Tensor, threshold: Tensor, temperature: Tensor, *, hard: bool) -> Tensor:
+def _backward_solved(
+    grads: Tensor, weights: Tensor, threshold: Tensor, temperature: Tensor, *, hard: bool, owned: bool
+) -> Tensor:
     """``g m + k (g w - shift) sign(w) temperature / threshold``, with k = m (1 - m)."""
 
     def shares(mask: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +276,7 @@ def _backward_solved(grads: Tensor, weights: Tensor, threshold: Tensor, temperat
         by_score.mul_(torch.sign(w)).mul_(_over_units(slope, w.shape[1]))
         return by_score.addcmul_(g, mask if kept is None else kept)
 
-    return _in_parts(part, weights, threshold, grads, *([] if masks is None else [masks]))
+    return _in_parts(part, weights, threshold, grads, *([] if masks is None else [masks]), owned=owned)
 
 
 def _backward_of_units(
@@ -267,18 +359,24 @@ def _times_units(matrix: Tensor, units: Tensor, height: int, width: int) -> Tens
 
 # Weights worked on at a time: intermediates stay in cache, and no fresh memory is asked for, which for a large weight
 # costs several times the arithmetic.
-_PART = 1 << 17
+_PART = 1 << 18
 
 
 def _several_parts(weights: Tensor) -> bool:
     return weights.device.type == "cpu" and weights.numel() > _PART and not torch.compiler.is_compiling()
 
 
-def _in_parts(function: Callable[..., Tensor], weights: Tensor, threshold: Tensor, *others: Tensor) -> Tensor:
-    """``function(weights, threshold, *others)`` on ``[competitions, units]``, a cache-sized part at a time."""
+def _in_parts(
+    function: Callable[..., Tensor], weights: Tensor, threshold: Tensor, *others: Tensor, owned: bool = False
+) -> Tensor:
+    """``function(weights, threshold, *others)`` on ``[competitions, units]``, a cache-sized part at a time.
+
+    The result is written over the first of the others if that is ``owned``.
+    """
     if not _several_parts(weights):
         return function(weights, threshold, *others)
-    result = torch.empty_like(others[0] if others else weights)  # gradients may be batched where weights are not
+    like = others[0] if others else weights  # gradients may be batched where weights are not
+    result = like if owned else torch.empty_like(like)
     competitions, units = weights.shape
     if competitions == 1:
         for out, w, *rest in zip(*(x.split(_PART, 1) for x in (result, weights, *others)), strict=True):

@@ -16,7 +16,7 @@ from secateur._layers import full_tensor
 from secateur._optimizer import clear_state_, local_part, sharded_like
 from secateur._pattern import SparsityPattern, Unstructured, check_sparsity, with_channel_width
 from secateur._types import Mask, Weight
-from secateur.nn._gate import gated, hard_mask, solve_threshold
+from secateur.nn._gate import gated, gated_linear, hard_mask, solve_threshold
 
 TEMPERATURE = 10.0
 THRESHOLD = 0.01
@@ -112,10 +112,6 @@ class _SparseLayer(nn.Module, ABC):
             assert sparsity is not None
             self.register_buffer("threshold", self._solved(sparsity))
 
-    @abstractmethod
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's product with the weight that it is given."""
-
     def __setattr__(self, name: str, value: Any) -> None:
         if (
             name == "temperature"
@@ -129,9 +125,9 @@ class _SparseLayer(nn.Module, ABC):
             return
         super().__setattr__(name, value)
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of ``x`` with the effective weight, plus the bias."""
-        return self._apply_weight(x, self._effective())
 
     def _effective(self) -> Tensor:
         """The weight that the forward pass uses, in the parameter's shape."""
@@ -522,8 +518,20 @@ class SparseLinear(_SparseLayer):
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product of ``x`` with the effective weight, plus the bias."""
+        if self.mask is not None or not self.weight.numel():
+            return F.linear(x, self._effective(), self.bias)
+        return gated_linear(
+            x,
+            self.weight,
+            self.bias,
+            self._threshold_by_competition(),
+            self.temperature,
+            self.pattern or _ELEMENTWISE,
+            solved=self.pattern is not None,
+            hard=self.hard,
+        )
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the brackets."""
@@ -678,12 +686,13 @@ class SparseConv2d(_SparseLayer):
         dense.weight, dense.bias = self.weight, self.bias
         return dense.train(self.training)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of ``x`` with the effective weight, plus the bias."""
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0  # type: ignore[assignment]
-        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(x, self._effective(), self.bias, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows between the brackets."""

@@ -173,14 +173,14 @@ def replaceable_layers(
 def _why_not_replaceable(model: nn.Module, module: nn.Module, reads_weights: set[int]) -> str | None:
     if module is model:
         return "a bare layer cannot be replaced in place; build the sparse layer with from_linear or from_conv2d"
+    if hasattr(getattr(module, "weight", None), "full_tensor"):
+        return "its weight is sharded over processes already; call sparsify_ before fully_shard"
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"only nn.Linear and nn.Conv2d have a counterpart that learns its mask, not {type(module).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(module):
         return "its forward was replaced on the object, which a replacement would lose"
-    if hasattr(module.weight, "full_tensor"):
-        return "its weight is sharded over processes already; call sparsify_ before fully_shard"
     if id(module) in reads_weights:
         return "nn.TransformerEncoderLayer reads its weight without calling it"
     return None

@@ -1,5 +1,6 @@
 """Sparse training: masks that move while a model learns."""
 
+from secateur.training._lottery import LotteryTicket as LotteryTicket
 from secateur.training._methods import SET as SET
 from secateur.training._methods import SRSTE as SRSTE
 from secateur.training._methods import Gate as Gate

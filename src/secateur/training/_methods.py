@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 
-from secateur._errors import RecipeError
+from secateur._errors import PatternError, RecipeError
 from secateur._optimizer import clear_state_
-from secateur._pattern import SparsityPattern, _keep_top, on_the_way
+from secateur._pattern import SparsityPattern, _keep_top, _kth_smallest, on_the_way
 from secateur._types import Mask, Scores, Weight
 from secateur.schedules import Cubic, OneShot, Schedule
-from secateur.training._targets import LearnedWeight, MaskedWeight
+from secateur.training._targets import LearnedWeight, MaskedWeight, magnitudes
 
 Initial: TypeAlias = Literal["magnitude", "random"]
 
@@ -139,7 +139,7 @@ class Gate(Method):
             low, high = self.temperature
             weight.set_threshold(moment.sparsity, low * (high / low) ** (moment.step / freeze))
             return
-        weight.set_mask(weight.pattern.mask(_magnitudes(weight.matrix()), weight.sparsity))
+        weight.set_mask(weight.pattern.mask(weight.magnitudes(), weight.sparsity))
         clear_state_(moment.optimizer, weight.parameter, weight.modules[0].mask)  # type: ignore[arg-type]
 
 
@@ -185,7 +185,7 @@ class SRSTE(Method):
             weight.shrink_pruned_(self.decay)
         frozen = self.freeze < 1 and moment.step >= self.last_step(moment.steps)
         pattern, sparsity = on_the_way(weight.pattern, moment.sparsity)
-        weight.set_mask(pattern.mask(_magnitudes(weight.matrix()), sparsity), straight_through=not frozen)
+        weight.set_mask(pattern.mask(weight.magnitudes(), sparsity), straight_through=not frozen)
         if frozen:
             clear_state_(moment.optimizer, weight.parameter, weight.modules[0].mask)  # type: ignore[arg-type]
 
@@ -206,7 +206,7 @@ class GradualMagnitude(Method):
     """
 
     name: ClassVar[str] = "magnitude"
-    ramp: tuple[float, float] = (0.0, 0.75)
+    ramp: tuple[float, float] = (0.05, 0.5)
 
     def __post_init__(self) -> None:
         begin, end = _pair("ramp", self.ramp)
@@ -224,9 +224,9 @@ class GradualMagnitude(Method):
         if not moment.due:
             return
         pattern, sparsity = on_the_way(weight.pattern, moment.sparsity)
-        matrix = weight.matrix()
-        if weight.num_pruned != pattern.num_pruned(matrix.shape, sparsity):
-            weight.set_mask(pattern.mask(_magnitudes(matrix), sparsity), moment.optimizer)
+        scores = weight.magnitudes()
+        if weight.num_pruned != pattern.num_pruned(scores.shape, sparsity):
+            weight.set_mask(pattern.mask(scores, sparsity), moment.optimizer)
 
 
 @dataclass(frozen=True)
@@ -337,8 +337,8 @@ class RigL(Method):
             return
         gradient = weight.gradient()
         assert gradient is not None  # checked by the session, for all layers before the first is changed
-        if not gradient.isfinite().all():  # a step that loss scaling skipped; the next update is not far
-            return
+        if not gradient.isfinite().all() and weight.matrix().isfinite().all():
+            return  # a step that loss scaling skipped; the next update is not far
         fraction = self.fraction / 2 * (1 + math.cos(math.pi * moment.step / (self.until * moment.steps)))
         mask = exchange(weight.pattern, weight.mask, weight.matrix(), gradient.abs(), fraction, regrow_dropped=True)
         weight.set_mask(mask, moment.optimizer)
@@ -370,8 +370,9 @@ def exchange(
 ) -> Mask:
     """Drop a fraction of the kept units, the smallest, and keep as many others, those of highest growth score.
 
-    Every competition (layer, row or N:M group) exchanges ``round(fraction * kept)`` units within itself, so that the
-    mask stays legal and exact.
+    ``round(fraction * kept)`` units of the layer are exchanged, each within its own competition (layer, row or N:M
+    group), so that the mask stays legal and exact. All competitions exchange the same number; where that is no whole
+    number, those in which the next smallest unit is smallest exchange one more.
 
     Args:
         pattern: of the mask.
@@ -381,33 +382,41 @@ def exchange(
         fraction: part of the kept units to exchange.
         regrow_dropped: let units that were just dropped come back at once. They do in any case where there are too few
             others.
+
+    Raises:
+        PatternError: weights that are NaN.
     """
+    if weight.isnan().any():
+        raise PatternError(f"{int(weight.isnan().sum())} of its {weight.numel()} weights are NaN.")
     rows, columns = pattern._core(mask.shape)
     kept = pattern._units(mask[:rows, :columns])[..., 0]
     if not kept.numel():
         return mask
     count = int(kept[0].count_nonzero())
-    moving = round(fraction * count)
-    scores = pattern._unit_scores(_magnitudes(weight)[:rows, :columns])
+    moving, more = divmod(round(fraction * count * len(kept)), len(kept))
+    scores = pattern._unit_scores(magnitudes(weight)[:rows, :columns])
     gains = pattern._unit_scores(growth.to(scores.dtype)[:rows, :columns])
-    staying = _keep_top(torch.where(kept, scores, -math.inf), count - moving)
-    enough_others = kept.shape[1] - count >= moving
-    candidates = ~kept if enough_others and not regrow_dropped else ~staying
-    coming = _keep_top(torch.where(candidates, gains, -math.inf), moving)
+
+    def exchanged(moving: int) -> Mask:
+        staying = _keep_top(torch.where(kept, scores, -math.inf), count - moving)
+        enough_others = kept.shape[1] - count >= moving
+        candidates = ~kept if enough_others and not regrow_dropped else ~staying
+        return staying | _keep_top(torch.where(candidates, gains, -math.inf), moving)
+
+    units = exchanged(moving)
+    if more:
+        next_smallest = _kth_smallest(torch.where(kept, scores, math.inf), moving + 1)
+        units = torch.where(_keep_top(-next_smallest.view(1, -1), more).view(-1, 1), exchanged(moving + 1), units)
     result = mask.clone()
-    result[:rows, :columns] = pattern._spread(staying | coming, rows, columns)
+    result[:rows, :columns] = pattern._spread(units, rows, columns)
     return result
 
 
 def _initial_mask(weight: MaskedWeight, moment: Moment, initial: Initial) -> Mask:
-    scores = _magnitudes(weight.matrix())
+    scores = weight.magnitudes()
     if initial == "random":
         scores = torch.rand(scores.shape, generator=moment.generator).to(scores.device)
     return weight.pattern.mask(scores, weight.sparsity)
-
-
-def _magnitudes(matrix: Weight) -> Scores:
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32)).abs()
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import math
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur._errors import PatternError, RecipeError, SparsityError
+from secateur._errors import RecipeError, SparsityError
 from secateur._layers import Layer, Skipped, select_layers
-from secateur._measure import thumbnail, versions
-from secateur._pattern import SparsityPattern, Unstructured
+from secateur._measure import versions
+from secateur._pattern import Column, SparsityPattern, Unstructured, with_channel_width
 from secateur._report import LayerReport, Report, SkippedLayer
 from secateur._types import Mask
-from secateur.nn import densify_, sparsify_
+from secateur.nn import SparseConv2d, SparseLinear, densify_, sparsify_
 from secateur.nn._sparsify import replaceable_layers, sparse_layers
 from secateur.schedules import Cubic, Linear, OneShot, Schedule
 from secateur.training._methods import Method, Moment, parse_method
-from secateur.training._targets import LearnedWeight, MaskedWeight
+from secateur.training._targets import LearnedWeight, MaskedWeight, check_optimizer, report_layer
 
 _STATE_VERSION = 1
 
@@ -92,6 +95,8 @@ class SparseTraining:
         exclude: Iterable[str] = (),
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.model, self.optimizer = model, optimizer
@@ -100,6 +105,8 @@ class SparseTraining:
             raise TypeError(f"method must be a Method or its name, got {type(method).__name__}")
         self.steps = _positive("steps", steps)
         self.update_every = max(1, steps // 100) if update_every is None else _positive("update_every", update_every)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         self.seed = seed
         pattern = SparsityPattern.parse(pattern) if isinstance(pattern, str) else pattern
         if not isinstance(pattern, SparsityPattern | None):
@@ -108,14 +115,17 @@ class SparseTraining:
             sparsity = schedule.final
 
         include, exclude = tuple(include), tuple(exclude)
+        self._sharded = _sharded_modules(model)
+        self._gather_no_more()
         layers, skipped, made = self._find(pattern, sparsity, include, exclude)
-        if pattern is None:
-            pattern = made[0][0].pattern if made and made[0][0].pattern is not None else Unstructured()
-            sparsity = made[0][0].target if made else sparsity
+        if made:
+            pattern, sparsity = _budget(made[0][0])
+        elif pattern is None:
+            pattern = Unstructured()
         self.pattern, self.sparsity = pattern, pattern.resolve(sparsity)
         self.schedule = self._fit_schedule(schedule)
         fitted = [layer.fit(self.pattern) for layer in layers]
-        self._check_optimizer(layers)
+        check_optimizer(optimizer, layers)
 
         self._skipped = skipped
         self._step = 0
@@ -127,7 +137,7 @@ class SparseTraining:
                 self._weights[layer.name] = MaskedWeight(layer, own, self.sparsity)
         else:
             if not made:
-                names = [name for layer in layers for name in (layer.name, *layer.tied_to)]
+                names = [glob.escape(name) for layer in layers for name in (layer.name, *layer.tied_to)]
                 sparsify_(model, pattern=self.pattern, sparsity=self.sparsity, include=names)
                 by_name = sparse_layers(model)
                 made = [tuple(by_name[name] for name in (layer.name, *layer.tied_to)) for layer in layers]
@@ -148,14 +158,20 @@ class SparseTraining:
             layers, skipped = select_layers(self.model, include, exclude)
             return layers, skipped, []
         if not existing:
-            layers, skipped = replaceable_layers(self.model, include, exclude)
-            for layer in layers:
+            for layer in select_layers(self.model, include, exclude)[0]:
                 if hasattr(layer.parameter, "device_mesh"):
                     raise RecipeError(
-                        f"{layer.title}: its weight is sharded already, and {self.method.name} needs its own layers.\n"
-                        "Call secateur.sparsify_(model, pattern=..., sparsity=...) before fully_shard."
+                        f"{layer.title}: its weight is sharded already, and {self.method.name} needs layers of its "
+                        "own.\nCall secateur.sparsify_(model, pattern=..., sparsity=...) before fully_shard."
                     )
+            layers, skipped = replaceable_layers(self.model, include, exclude)
+            self._check_readers(layers)
             return layers, skipped, []
+        if "" in existing:
+            raise RecipeError(
+                "the model is itself a sparse layer, which cannot be made plain in place at the end.\n"
+                "Put it into an nn.Sequential."
+            )
         if include or exclude:
             raise RecipeError(
                 f"the model has {len(existing)} sparse layers already, which are the ones to train; "
@@ -167,14 +183,39 @@ class SparseTraining:
                     f"{name}: it learns its threshold by gradient, without a pattern or budget.\n"
                     "Train it by its own gradients alone, or make it with a pattern and a sparsity."
                 )
-            if (pattern is not None and pattern != module.pattern) or (
-                sparsity is not None and sparsity != module.target
+            own, target = _budget(module)
+            if (pattern is not None and pattern not in (own, module.pattern)) or (
+                sparsity is not None and sparsity != target
             ):
                 raise RecipeError(
-                    f"{name}: it was made for {module.pattern} at {module.target:g}, but {pattern or 'its pattern'} at "
+                    f"{name}: it was made for {own} at {target:g}, but {pattern or 'its pattern'} at "
                     f"{'its sparsity' if sparsity is None else f'{sparsity:g}'} was asked. Leave both out here."
                 )
-        return _existing_layers(self.model, existing)
+        budgets = {_budget(module): name for name, module in existing.items()}
+        if len(budgets) > 1:
+            listed = "\n".join(f"  {name}: {own} at {target:g}" for (own, target), name in budgets.items())
+            raise RecipeError(
+                f"the model's sparse layers were made for different patterns or sparsities, but a training has one:\n"
+                f"{listed}"
+            )
+        layers, skipped, made = _existing_layers(self.model, existing)
+        self._check_readers(layers)
+        return layers, skipped, made
+
+    def _check_readers(self, layers: list[Layer]) -> None:
+        """Nothing but the sparse layer may read its weight, which holds what the mask hides until it is frozen."""
+        readers: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                readers.setdefault(id(parameter), []).append((name, module))
+        for layer in layers:
+            for name, module in readers[id(layer.parameter)]:
+                if module not in layer.modules:
+                    raise RecipeError(
+                        f"{layer.title}: {name!r} ({type(module).__name__}) reads the same weight, but would not see "
+                        f"the mask that {self.method.name} learns.\n"
+                        "Exclude the layer, or use a method that keeps plain layers, such as 'magnitude'."
+                    )
 
     def _fit_schedule(self, schedule: Schedule | str | None) -> Schedule:
         own = self.method.schedule(self.sparsity, self.steps)
@@ -189,6 +230,12 @@ class SparseTraining:
             }
             if schedule not in made:
                 raise RecipeError(f"unknown schedule {schedule!r}. Valid are {', '.join(made)}, or a Schedule.")
+            if isinstance(own, OneShot) and schedule != "one_shot":
+                advice = "say where it begins and ends, as in Cubic(sparsity, begin, end)" if self.method.ramps else ""
+                raise RecipeError(
+                    f"{self.method.name} has no ramp over which a {schedule} schedule could run: "
+                    f"{advice or 'it keeps the sparsity constant from the start. Leave it out'}."
+                )
             schedule = made[schedule]
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule or its name, got {type(schedule).__name__}")
@@ -205,19 +252,6 @@ class SparseTraining:
                 f"{self.method.name} keeps the sparsity constant from the start; {schedule} does not. Leave it out."
             )
         return schedule
-
-    def _check_optimizer(self, layers: list[Layer]) -> None:
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        for layer in layers:
-            if id(layer.parameter) not in held:
-                raise RecipeError(
-                    f"{layer.title}: its weight is not among the optimizer's {len(held)} parameters.\n"
-                    "Make the optimizer from the parameters of this very model, or exclude the layer."
-                )
-            if not layer.parameter.requires_grad:
-                raise RecipeError(
-                    f"{layer.title}: its weight takes no gradient, so it cannot train. Exclude the layer."
-                )
 
     @property
     def step_count(self) -> int:
@@ -241,8 +275,8 @@ class SparseTraining:
         Raises:
             RecipeError: the training is finalized, or a gradient that the method reads is gone; nothing has changed.
         """
-        if self._report is not None:
-            raise RecipeError("the training is finalized: its layers are plain again. Make a new SparseTraining.")
+        self._must_go_on()
+        self._gather_no_more()
         if self._wants_gradient(self._step + 1):
             for name, weight in self._weights.items():
                 if isinstance(weight, MaskedWeight) and weight.layer.parameter.grad is None:
@@ -252,6 +286,15 @@ class SparseTraining:
                     )
         self._step += 1
         self._update()
+
+    def _must_go_on(self) -> None:
+        if self._report is not None:
+            raise RecipeError("the training is finalized: its layers are plain again. Make a new SparseTraining.")
+
+    def _gather_no_more(self) -> None:
+        """After a forward pass without a backward FSDP leaves weights whole for the next; changes to those get lost."""
+        for module in self._sharded:
+            module.reshard()
 
     def _wants_gradient(self, step: int) -> bool:
         return self.method.wants_gradient(step, self.steps, self.update_every)
@@ -268,12 +311,15 @@ class SparseTraining:
             optimizer=self.optimizer,
         )
         dense_gradient = self._wants_gradient(self._step + 1)
-        for weight in self._weights.values():
+        for name, weight in self._weights.items():
             began = time.perf_counter()
             if isinstance(weight, MaskedWeight):
                 weight.zero_()
                 weight.dense_gradient = dense_gradient
-            self.method.update(weight, moment)
+            try:
+                self.method.update(weight, moment)
+            except SparsityError as error:
+                raise type(error)(f"{name}: {error}") from None
             weight.seconds += time.perf_counter() - began
 
     @torch.no_grad()
@@ -288,10 +334,11 @@ class SparseTraining:
         """
         if self._report is not None:
             return self._report
+        self._gather_no_more()
         layers = []
         for name, weight in self._weights.items():
             try:
-                layers.append(self._settle(name, weight))
+                layers.append(self._settle(weight))
             except SparsityError as error:
                 raise type(error)(f"{name}: {error}") from None
         if self.method.learns and not any(hasattr(w.layer.parameter, "device_mesh") for w in self._weights.values()):
@@ -308,13 +355,13 @@ class SparseTraining:
         )
         return self._report
 
-    def _settle(self, name: str, weight: MaskedWeight | LearnedWeight) -> LayerReport:
+    def _settle(self, weight: MaskedWeight | LearnedWeight) -> LayerReport:
         """Put a weight at its final mask, check it and describe it."""
         notes = []
         asked = weight.pattern.num_pruned(weight.matrix().shape, weight.sparsity)
         mask = weight.mask
         if mask is None or mask.numel() - int(mask.count_nonzero()) != asked:
-            mask = weight.pattern.mask(weight.matrix().float().abs(), weight.sparsity)
+            mask = weight.pattern.mask(weight.magnitudes(), weight.sparsity)
             notes.append(f"finalized at step {self._step} of {self.steps}, before the mask was final")
         if isinstance(weight, MaskedWeight):
             weight.set_mask(mask, self.optimizer)
@@ -322,27 +369,7 @@ class SparseTraining:
             weight.set_mask(mask)
             if hasattr(weight.parameter, "device_mesh"):
                 notes.append("sharded: stays a sparse layer; load its full state dict into a plain model")
-        weight.pattern.check(mask)
-        matrix = weight.matrix()
-        pruned = mask.numel() - int(mask.count_nonzero())
-        if pruned != asked or matrix.masked_select(~mask).count_nonzero():
-            raise PatternError(f"{pruned} weights are pruned and not all of them zero, but {asked} were asked for.")
-        return LayerReport(
-            name=name,
-            shape=(matrix.shape[0], matrix.shape[1]),
-            pattern=str(weight.pattern),
-            asked=weight.sparsity,
-            sparsity=pruned / max(1, mask.numel()),
-            pruned=pruned,
-            zeros=matrix.numel() - int(matrix.count_nonzero()),
-            relative_error=None,
-            tokens=None,
-            dead_inputs=None,
-            seconds=weight.seconds,
-            tied_to=weight.layer.tied_to,
-            notes=tuple(notes),
-            thumbnail=thumbnail(mask),
-        )
+        return report_layer(weight, mask, pattern=weight.pattern, asked=weight.sparsity, count=asked, notes=notes)
 
     def _recipe(self) -> dict[str, Any]:
         """Everything that decides how masks move, as plain values."""
@@ -361,7 +388,11 @@ class SparseTraining:
         """Return all that is needed to go on beside the states of the model and the optimizer: plain values, tensors.
 
         An interrupted run that loads all three goes on exactly as the uninterrupted one.
+
+        Raises:
+            RecipeError: the training is finalized.
         """
+        self._must_go_on()
         return {
             "version": _STATE_VERSION,
             "recipe": self._recipe(),
@@ -373,11 +404,14 @@ class SparseTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned, on a training made with the same settings.
 
-        Load it after the states of the model and of the optimizer, or before: the order does not matter.
+        Make the training first, as at the start, since that prunes; then load its state, the model's and the
+        optimizer's, in any order.
 
         Raises:
-            RecipeError: it is of another recipe, other layers or another version; nothing has changed.
+            RecipeError: it is of another recipe, other layers or another version, or this training is finalized;
+                nothing has changed.
         """
+        self._must_go_on()
         if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
             raise RecipeError("this is not the state of a SparseTraining, or one of another version of secateur.")
         ours, theirs = self._recipe(), state["recipe"]
@@ -391,16 +425,29 @@ class SparseTraining:
                 f"{', '.join(self._weights)}."
             )
         for name, weight in self._weights.items():
-            mask = state["weights"][name]["mask"]
-            shape = weight.matrix().shape
-            if mask is not None and mask.flatten(1).shape != shape:
-                raise RecipeError(f"{name}: the state holds a mask of shape {tuple(mask.shape)}, not {tuple(shape)}.")
+            saved, shape = tuple(state["weights"][name]["shape"]), tuple(weight.layer.parameter.shape)
+            if saved != shape:
+                raise RecipeError(f"{name}: the state is of a weight of shape {saved}, but this one has {shape}.")
         for name, weight in self._weights.items():
             weight.load_state_dict(state["weights"][name])
             if isinstance(weight, MaskedWeight):
                 weight.dense_gradient = self._wants_gradient(state["step"] + 1)
         self._step = state["step"]
         self._generator.set_state(state["generator"])
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules to which ``fully_shard`` was applied."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def _budget(module: SparseLinear | SparseConv2d) -> tuple[SparsityPattern, float]:
+    """The pattern and sparsity that a sparse layer was asked for: ``Column()`` also where channels are wider."""
+    assert module.pattern is not None
+    assert module.target is not None
+    asked = Column() if module.pattern == with_channel_width(Column(), math.prod(module.weight.shape[2:])) else None
+    return asked or module.pattern, module.target
 
 
 def _existing_layers(
@@ -416,6 +463,7 @@ def _existing_layers(
         to_matrix=lambda module, weight: weight.flatten(1),
         from_matrix=lambda module, matrix: matrix.view_as(module.weight),  # type: ignore[arg-type]
         input_rows=lambda module, x: x,
+        channel_width=lambda module: math.prod(module.weight.shape[2:]),  # type: ignore[index]
     )
     layers, made = [], []
     for names in shared.values():

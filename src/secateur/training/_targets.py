@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur._errors import PatternError, RecipeError
 from secateur._layers import Layer, full_tensor
+from secateur._measure import thumbnail
 from secateur._optimizer import clear_state_, local_part, sharded_like
 from secateur._pattern import SparsityPattern
-from secateur._types import Mask, Weight
+from secateur._report import LayerReport
+from secateur._types import Mask, Scores, Weight
 from secateur.nn import SparseConv2d, SparseLinear
 
 
@@ -40,6 +44,11 @@ class MaskedWeight:
         """The weight as ``[out, in]``, detached and whole."""
         return self.layer.matrix()
 
+    def magnitudes(self) -> Scores:
+        """The absolute weights, ``[out, in]``, with pruned ones below all others, zeros among them."""
+        scores = magnitudes(self.matrix())
+        return scores if self.mask is None else scores.masked_fill(~self.mask, -1)
+
     def hard_mask(self) -> Mask:
         """The mask, ``[out, in]``; all True before there is one."""
         return torch.ones_like(self.matrix(), dtype=torch.bool) if self.mask is None else self.mask.clone()
@@ -63,6 +72,10 @@ class MaskedWeight:
         self.zero_()
         clear_state_(optimizer, self.layer.parameter, self._in_shape(lasting))
 
+    def remove_mask(self) -> None:
+        """Prune nothing from now on; what was pruned stays at zero until something moves it."""
+        self._use(None)
+
     def _use(self, mask: Mask | None) -> None:
         self.mask = mask
         self._pruned = None if mask is None else ~sharded_like(self._in_shape(mask), self.layer.parameter)
@@ -83,11 +96,12 @@ class MaskedWeight:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what cannot be read off the model."""
-        return {"mask": self.mask}
+        return {"shape": list(self.layer.parameter.shape), "mask": self.mask}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
-        self._use(state["mask"])
+        mask = state["mask"]
+        self._use(None if mask is None else mask.to(self.layer.parameter.device))
 
 
 class LearnedWeight:
@@ -115,6 +129,10 @@ class LearnedWeight:
     def matrix(self) -> Weight:
         """The weight as ``[out, in]``, detached and whole."""
         return full_tensor(self.parameter.detach()).flatten(1)
+
+    def magnitudes(self) -> Scores:
+        """The absolute weights, ``[out, in]``."""
+        return magnitudes(self.matrix())
 
     def hard_mask(self) -> Mask:
         """The frozen mask, ``[out, in]``, or what the soft one would keep."""
@@ -145,6 +163,7 @@ class LearnedWeight:
         """Return what cannot be read off the model, in case only its weights were saved."""
         module = self.modules[0]
         return {
+            "shape": list(self.parameter.shape),
             "mask": module.mask,
             "threshold": module.threshold.clone(),
             "temperature": float(module.temperature),
@@ -154,8 +173,76 @@ class LearnedWeight:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
+        mask = state["mask"]
         for module in self.modules:
-            module.mask = state["mask"]
+            module.mask = None if mask is None else mask.to(self.parameter.device)
             module.straight_through = state["straight_through"]
             module.temperature = state["temperature"]
             module.threshold.copy_(state["threshold"])
+
+
+def magnitudes(matrix: Weight) -> Scores:
+    """The absolute values, at least in float32."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32)).abs()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -> None:
+    """Raise unless the optimizer holds every layer's weight and each of them trains.
+
+    Raises:
+        RecipeError: naming the first layer for which it is not so.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in layers:
+        if id(layer.parameter) not in held:
+            raise RecipeError(
+                f"{layer.title}: its weight is not among the optimizer's {len(held)} parameters.\n"
+                "Make the optimizer from the parameters of this very model, or exclude the layer."
+            )
+        if not layer.parameter.requires_grad:
+            raise RecipeError(f"{layer.title}: its weight takes no gradient, so it cannot train. Exclude the layer.")
+
+
+def report_layer(
+    weight: MaskedWeight | LearnedWeight,
+    mask: Mask,
+    *,
+    pattern: SparsityPattern,
+    asked: float,
+    count: int,
+    notes: Sequence[str] = (),
+) -> LayerReport:
+    """Check a weight that is at its final mask, and describe it.
+
+    Args:
+        weight: that the mask was applied to.
+        mask: ``[out, in]``.
+        pattern: under which the mask must be legal.
+        asked: the sparsity that was asked for.
+        count: weights that the mask must prune.
+        notes: for the report.
+
+    Raises:
+        PatternError: the mask breaks its pattern or count, or a pruned weight is not zero.
+    """
+    pattern.check(mask)
+    matrix = weight.matrix()
+    pruned = mask.numel() - int(mask.count_nonzero())
+    if pruned != count or matrix.masked_select(~mask).count_nonzero():
+        raise PatternError(f"{pruned} weights are pruned and not all of them zero, but {count} were asked for.")
+    return LayerReport(
+        name=weight.layer.name,
+        shape=(matrix.shape[0], matrix.shape[1]),
+        pattern=str(pattern),
+        asked=asked,
+        sparsity=pruned / max(1, mask.numel()),
+        pruned=pruned,
+        zeros=matrix.numel() - int(matrix.count_nonzero()),
+        relative_error=None,
+        tokens=None,
+        dead_inputs=None,
+        seconds=weight.seconds,
+        tied_to=weight.layer.tied_to,
+        notes=tuple(notes),
+        thumbnail=thumbnail(mask),
+    )
