@@ -1,7 +1,7 @@
 """Sparse training of the demo language model beside the best one-shot pruning, on the same text.
 
-Every method reads `calibration.txt` and nothing else: one-shot methods as calibration, training methods as training text,
-with the dense model's predictions as targets (on so little text, the text itself as target makes any model worse).
+Every method reads `calibration.txt` and nothing else: one-shot methods as calibration, training methods as training
+text, with the dense model's predictions as targets (on so little text, the text itself makes any model worse).
 Settings were chosen on the second part of the held-out text; perplexity is measured on the first, as in the demo.
 """
 
@@ -133,12 +133,14 @@ def main() -> None:
     demo, text = DemoModel(), Text()
     heldout: list[Tensor] = getattr(text, arguments.split)
     text.predictions = predict(demo.model, text)
-    print(f"perplexity on held-out text, dense {perplexity(demo.model, heldout)[0]:.3f}; {text.training.numel():,} tokens")
+    before = perplexity(demo.model, heldout)[0]
+    print(f"perplexity on held-out text, dense {before:.3f}; {text.training.numel():,} training tokens")
     results: list[dict[str, Any]] = []
 
     def record(label: str, target: tuple[str, float | None], values: list[float], seconds: float) -> None:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        print(f"{title(target):20} {label:24} {statistics.mean(values):8.3f}{spread}  {seconds:.2f} s a step", flush=True)
+        mean = statistics.mean(values)
+        print(f"{title(target):20} {label:24} {mean:8.3f}{spread}  {seconds:.2f} s a step", flush=True)
         results.append({"target": title(target), "method": label, "perplexity": values, "seconds": seconds})
 
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)

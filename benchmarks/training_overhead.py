@@ -114,7 +114,7 @@ def step_costs() -> dict[str, dict[str, float]]:
     }
     print("\n`SparseTraining.step()` of one such layer, all steps of a training of 200: mean, and the dearest tenth,")
     print("against a forward pass and a dense training step (forward, backward, AdamW) in the same rounds\n")
-    print("| method | pattern | ms | / forward | / training step | dearest tenth / training step |\n" + "|---" * 6 + "|")
+    print("| method | pattern | ms | / forward | / training step | dearest tenth / step |\n" + "|---" * 6 + "|")
     table: dict[str, dict[str, float]] = {}
     for name, method in methods.items():
         for pattern, sparsity in (("unstructured", 0.9), ("2:4", None), ("block:4x4", 0.9)):
