@@ -312,7 +312,7 @@ class Bitmask(Format):
         if columns % 8 and (bits[:, -1] >> (columns % 8)).any():
             raise FormatError(f"bitmask has bits set beyond the last of {columns} columns; they should be 0.")
         _check_offsets(_array(self.row_offsets), total, "values")
-        counts = _population(bits)
+        counts = population(bits)
         if counts.sum() != total:
             raise FormatError(f"bitmask marks {counts.sum()} weights, but there are {total} values.")
         starts = np.cumsum(counts) - counts
@@ -716,7 +716,7 @@ def _starts(kept: Any) -> NDArray[np.int64]:
     return starts
 
 
-def _population(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+def population(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Bits set in each row; numpy counts them itself only from version 2."""
     pairs = bits - ((bits >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
