@@ -452,6 +452,9 @@ def test_bfloat16_scales_widen_exactly_and_int8_survives_conversion():
     for kind, pattern in ((NMPacked, NM(2, 4)), (BlockPacked, Block(2, 2)), (RowPacked, Row()), (ColumnPacked, None)):
         other = packed.convert(kind, pattern)
         assert other.value_dtype == torch.int8
+        codes, scales = other.unscaled()
+        assert torch.equal(codes, packed.unscaled()[0])
+        assert torch.equal(scales, packed.scales)
         assert torch.equal(other.to_dense(), packed.to_dense())
     with pytest.raises(PatternError, match="keep 2 weights, but 1:4 keeps at most 1"):
         packed.convert(NMPacked, NM(1, 4))

@@ -106,8 +106,16 @@ class Format(ABC):
     @final
     def to_dense(self) -> Weight:
         """Return the weight, ``[out, in]``: in the dtype of the values, or float32 where they are int8."""
-        stored = self._stored()
-        return stored if self.scales is None else stored.float() * self._row_scales()[:, None]
+        stored, scales = self.unscaled()
+        return stored if scales is None else stored.float() * scales[:, None]
+
+    @final
+    def unscaled(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight in the dtype of the values, ``[out, in]``, and the scale of every row, ``[out]`` or None.
+
+        A kernel that has a layout of its own starts from here, so that int8 codes are not rounded twice.
+        """
+        return self._stored(), None if self.scales is None else self._row_scales()
 
     @final
     def tensors(self) -> dict[str, Tensor]:
@@ -190,8 +198,8 @@ class Format(ABC):
         """Return the same weight in another format, with the same codes and scales: nothing is rounded again."""
         pattern = kind._accept(pattern)
         pattern.validate(self.shape)
-        scales = None if self.scales is None else self._row_scales()
-        return kind._pack(self._stored(), self.mask(), pattern, scales)
+        stored, scales = self.unscaled()
+        return kind._pack(stored, self.mask(), pattern, scales)
 
     @property
     @final
@@ -377,8 +385,9 @@ class NMPacked(Format):
                 f"row {row}, columns {group * m} to {group * m + m - 1} keep {n - missing[row, group]} weights, "
                 f"but {n}:{m} keeps at most {n}."
             )
-        free = np.logical_not(core)
-        core = core | (free & (free.cumsum(2, dtype=np.int8) <= missing[:, :, None]))  # now exactly n in each group
+        if missing.any():
+            free = np.logical_not(core)
+            core = core | (free & (free.cumsum(2, dtype=np.int8) <= missing[:, :, None]))  # now exactly n in each group
         dense = _array(stored)
         values = dense[:, : groups * m].reshape(core.shape)[core].reshape(rows, groups * n)
         codes = np.broadcast_to(np.arange(m, dtype=np.uint8), core.shape)[core].reshape(rows, groups * n)
