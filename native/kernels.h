@@ -16,6 +16,7 @@ struct Call {
     int64_t batch, rows, columns;
     int value_type;
     int threads;
+    bool fast_expand;  // the expand instruction costs about as much as a permutation, not five times that as on Zen 4
 };
 
 // Rows of packed values; one bit a column says where they stand. Values are readable 16 elements past their end.
@@ -39,12 +40,6 @@ struct Lanes {
     int n, m;
 };
 
-// 16 rows side by side, 32 columns a step: each row's mask, first column highest; values in the order they are used.
-struct Tiles {
-    const uint32_t* mask;    // [panels, ceil(columns / 32), 16]
-    const int64_t* offsets;  // [panels + 1]
-};
-
 // Dense blocks, cut into strips of 16, 8, 4, 2 or 1 rows; a strip's values are [block, width, strip rows].
 struct Strips {
     const int32_t* block_columns;  // [blocks] index of each block's column of blocks
@@ -57,7 +52,6 @@ struct Table {
     void (*bitmask)(const Call&, const Bitmask&);
     void (*panels)(const Call&, const Panels&);
     void (*lanes)(const Call&, const Lanes&);
-    void (*tiles)(const Call&, const Tiles&);
     void (*strips)(const Call&, const Strips&);
 };
 

@@ -8,6 +8,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace nb = nanobind;
@@ -49,12 +53,28 @@ const Table& table(const std::string& isa) {
     throw std::invalid_argument("this machine cannot run the instruction set '" + isa + "'");
 }
 
+#if defined(__x86_64__)
+const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+const bool intel = false;
+#endif
+
+// Asks for large pages under memory that has not been written yet. Only a hint: what cannot be had is done without.
+void advise(uintptr_t address, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = 4096, first = (address + page - 1) / page * page, last = (address + uintptr_t(bytes)) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
 template <class P> const P* at(uintptr_t address) { return reinterpret_cast<const P*>(address); }
 
 Call call(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t scale, uintptr_t values, int64_t batch, int64_t rows,
           int64_t columns, int value_type, int threads) {
     return {at<float>(x), reinterpret_cast<float*>(y), at<float>(bias), at<float>(scale), at<void>(values), batch, rows,
-            columns, value_type, threads};
+            columns, value_type, threads, intel};
 }
 
 }  // namespace
@@ -85,6 +105,7 @@ NB_MODULE(_native, m) {
     m.doc() = "The kernels. Addresses are not checked: use secateur.kernels.linear.";
     using Released = nb::call_guard<nb::gil_scoped_release>;
     m.def("has", &has, nb::arg("isa"));
+    m.def("advise", &advise, nb::arg("address"), nb::arg("bytes"));
     m.def("bitmask", [](const char* isa, CALL_ARGUMENTS, uintptr_t mask, uintptr_t offsets) {
         table(isa).bitmask(THE_CALL, {at<uint64_t>(mask), at<int64_t>(offsets)});
     }, Released());
@@ -94,9 +115,6 @@ NB_MODULE(_native, m) {
     }, Released());
     m.def("lanes", [](const char* isa, CALL_ARGUMENTS, uintptr_t words, int kept, int group) {
         table(isa).lanes(THE_CALL, {at<uint32_t>(words), kept, group});
-    }, Released());
-    m.def("tiles", [](const char* isa, CALL_ARGUMENTS, uintptr_t mask, uintptr_t offsets) {
-        table(isa).tiles(THE_CALL, {at<uint32_t>(mask), at<int64_t>(offsets)});
     }, Released());
     m.def("strips", [](const char* isa, CALL_ARGUMENTS, uintptr_t block_columns, uintptr_t block_rows, int64_t height,
                        int64_t width) {

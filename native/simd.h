@@ -113,12 +113,24 @@ template <> inline F<16> load_values<16, int8_t>(const int8_t* p) {
 template <> inline F<16> load_values<16, f16>(const f16* p) { return (F<16>)_mm512_cvtph_ps(load256(p)); }
 #endif
 
-// Lane i gets the next unused value if bit i of mask is set, else 0. Reads W values whatever the mask.
-#if defined(__AVX512F__)
-template <class T> inline F<16> expand(uint32_t mask, const T* p) {
-    return (F<16>)_mm512_maskz_expand_ps(__mmask16(mask), (__m512)load_values<16, T>(p));
+// Four floats at four places.
+template <class I> inline F<4> gather4(const float* x, const I* places) {
+#if defined(__AVX2__)
+    uint64_t p = 0;
+    __builtin_memcpy(&p, places, 4 * sizeof(I));
+    constexpr int kBits = 8 * sizeof(I);
+    constexpr uint64_t kMask = (uint64_t(1) << kBits) - 1;
+    __m128 v = _mm_load_ss(x + (p & kMask));
+    v = _mm_insert_ps(v, _mm_load_ss(x + ((p >> kBits) & kMask)), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + ((p >> (2 * kBits)) & kMask)), 0x20);
+    v = _mm_insert_ps(v, _mm_load_ss(x + ((p >> (3 * kBits)) & kMask)), 0x30);
+    return (F<4>)v;
+#else
+    return F<4>{x[places[0]], x[places[1]], x[places[2]], x[places[3]]};
+#endif
 }
-#elif defined(__AVX2__)
+
+#if defined(__AVX2__)
 struct ExpandTable {
     int8_t lane[256][8];  // which value each lane takes; -1: none
     constexpr ExpandTable() : lane() {
@@ -127,10 +139,19 @@ struct ExpandTable {
     }
 };
 alignas(64) constexpr ExpandTable kExpand;
-template <class T> inline F<8> expand(uint32_t mask, const T* p) {
+
+// Lane i gets the next unused value if bit i of mask is set, else 0. Reads W values whatever the mask.
+template <int W, class T> inline F<W> expand(uint32_t mask, const T* p) {
+#if defined(__AVX512F__)
+    if constexpr (W == 16) return (F<16>)_mm512_maskz_expand_ps(__mmask16(mask), (__m512)load_values<16, T>(p));
+    else
+        return (F<8>)_mm256_maskz_permutexvar_ps(__mmask8(mask), _mm256_cvtepi8_epi32(load64(kExpand.lane[mask])),
+                                                 (__m256)load_values<8, T>(p));
+#else
     const __m256i lane = _mm256_cvtepi8_epi32(load64(kExpand.lane[mask]));
     const __m256 taken = _mm256_permutevar8x32_ps((__m256)load_values<8, T>(p), lane);
     return (F<8>)_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(lane, 31)), taken);
+#endif
 }
 #endif
 

@@ -25,7 +25,7 @@ from secateur.kernels._layouts import LaneLayout as LaneLayout
 from secateur.kernels._layouts import Layout as Layout
 from secateur.kernels._layouts import PanelLayout as PanelLayout
 from secateur.kernels._layouts import StripLayout as StripLayout
-from secateur.kernels._layouts import TileLayout as TileLayout
+from secateur.kernels._load import load as _load
 
 _BACKENDS = ("native", "reference")
 
@@ -48,7 +48,7 @@ def available() -> dict[str, str]:
 def _state(backend: str) -> str:
     if backend == "reference":
         return "ok"
-    native = _native_code.load()
+    native = _load()
     if isinstance(native, str):
         return native
     try:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from secateur._errors import KernelError
 from secateur.kernels._layouts import VALUE_TYPES, Layout
+from secateur.kernels._load import load
 
 ISAS = ("avx512", "avx2", "generic")  # widest first
 
 _SMALL = 32768  # multiplications below which a second thread costs more than it saves
-
-_loaded: ModuleType | str | None = None
-
-
-def load() -> ModuleType | str:
-    """The native module, or the reason why there is none."""
-    global _loaded  # noqa: PLW0603
-    if _loaded is None:
-        try:
-            _loaded = importlib.import_module("secateur.kernels._native")
-        except ImportError as error:
-            _loaded = f"the native module is not there ({error}); reinstall secateur where a C++17 compiler is found"
-    return _loaded
 
 
 def isas() -> list[str]:
