@@ -33,6 +33,7 @@ from secateur._report import LayerReport as LayerReport
 from secateur._report import Report as Report
 from secateur._report import SkippedLayer as SkippedLayer
 from secateur._statistics import LayerStatistics as LayerStatistics
+from secateur.nn import PackedLinear as PackedLinear
 from secateur.nn import SparseConv2d as SparseConv2d
 from secateur.nn import SparseLinear as SparseLinear
 from secateur.nn import densify_ as densify_
