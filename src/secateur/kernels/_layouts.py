@@ -29,7 +29,9 @@ _ROWS = 16  # side by side in a panel of lanes
 def _prepared(weight: Weight, mask: Mask | None, value_dtype: torch.dtype) -> tuple[Tensor, Mask, Tensor | None]:
     """The weight in its value type, the mask, and the scales of int8."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}")
+        raise TypeError(
+            f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
+        )
     if weight.dim() != 2:
         raise KernelError(
             f"a weight of shape {tuple(weight.shape)} cannot be packed; kernels multiply a matrix [out, in]. "
@@ -118,7 +120,9 @@ class BitmaskLayout(Layout):
     kernel = "bitmask"
 
     @classmethod
-    def pack(cls, weight: Weight, mask: Mask | None = None, *, value_dtype: torch.dtype = torch.float32) -> BitmaskLayout:
+    def pack(
+        cls, weight: Weight, mask: Mask | None = None, *, value_dtype: torch.dtype = torch.float32
+    ) -> BitmaskLayout:
         """Pack what the mask keeps (default: what is not zero) of a weight [out, in]."""
         values, mask, scale = _prepared(weight, mask, value_dtype)
         words = _as_bits(_padded(mask, 1, 64), np.int64, "little")
@@ -162,7 +166,9 @@ class PanelLayout(Layout):
     ) -> PanelLayout:
         """Pack what the mask keeps of a weight [out, in], in panels of `height` rows and blocks of `width` columns."""
         if not 1 <= width <= 32768 or height < 1:
-            raise KernelError(f"panels of {height} rows and {width} columns: expected 1 row or more and 1 to 32768 columns.")
+            raise KernelError(
+                f"panels of {height} rows and {width} columns: expected 1 row or more and 1 to 32768 columns."
+            )
         values, mask, scale = _prepared(weight, mask, value_dtype)
         shape = _shape(values)
         height = min(height, max(shape[0], 1))
@@ -174,7 +180,16 @@ class PanelLayout(Layout):
         index = torch.from_numpy(columns.astype(np.uint8 if width <= 256 else np.uint16))
         kept = values.view(panels, height, blocks, width).transpose(1, 2)[ordered]
         small = torch.from_numpy(counts.numpy().astype(np.uint16))
-        return cls(shape, _settled(kept, _SPARE), scale, _settled(index, _SPARE), small, _offsets(counts.sum(-1)), height, width)
+        return cls(
+            shape,
+            _settled(kept, _SPARE),
+            scale,
+            _settled(index, _SPARE),
+            small,
+            _offsets(counts.sum(-1)),
+            height,
+            width,
+        )
 
     def to_dense(self) -> Weight:
         panels, blocks, height = self.counts.shape

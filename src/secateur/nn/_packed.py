@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -324,16 +325,36 @@ class PackedLinear(nn.Module):
             return 0
         return sum(runner.nbytes for runner in list(ready.runners.values()))
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the dense weight that the layer stands for."""
+        return self._like.dtype
+
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with the same weight and bias, new tensors: exact but for int8 values, which are
         multiplied by their scales.
         """
-        shape = self.in_features, self.out_features
-        linear = nn.Linear(*shape, bias=self.bias is not None, device="meta")
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.clone())
         return linear.train(self.training)
+
+    def to_dense(self) -> nn.Module:
+        """Return a layer of the class that was packed: an ``nn.Linear``, or transformers' ``Conv1D``."""
+        linear = self.to_linear()
+        if not self.transposed:
+            return linear
+        made: nn.Module = importlib.import_module("transformers.pytorch_utils").Conv1D(0, 0)
+        made.nf, made.nx = self.out_features, self.in_features  # type: ignore[assignment]
+        made.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+        made.bias = nn.Parameter(torch.zeros(self.out_features).to(self._like)) if self.bias is None else linear.bias
+        return made.train(self.training)
+
+    def share_(self, other: PackedLinear) -> None:
+        """Use the tensors of another layer with the same packed weight, so that it is in memory once."""
+        for name in self.names:
+            self._buffers[name] = other._buffers[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: getattr(self, name) for name in self.names}
@@ -379,6 +400,73 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={str(self.pattern)!r}, values={values!r}, bytes={self.nbytes:,}"
         )
+
+
+class PackedConv2d(nn.Module):
+    """A convolution with a 1x1 kernel and a packed weight: :class:`PackedLinear` on every pixel.
+
+    An input in channels-last order is read and written as it is; any other is copied into that order and back.
+
+    Args:
+        linear: weight and bias.
+        stride: pixels from one output to the next, down and across.
+
+    Example:
+        >>> import torch, secateur
+        >>> from secateur.nn import PackedConv2d
+        >>> convolution = torch.nn.Conv2d(8, 4, 1)
+        >>> packed = PackedConv2d(secateur.PackedLinear.from_linear(torch.nn.Linear(8, 4)))
+        >>> packed(torch.randn(2, 8, 5, 5)).shape
+        torch.Size([2, 4, 5, 5])
+    """
+
+    def __init__(self, linear: PackedLinear, stride: tuple[int, ...] = (1, 1)) -> None:
+        super().__init__()
+        self.linear = linear
+        self.stride = tuple(stride)
+
+    @staticmethod
+    def fits(module: nn.Conv2d) -> bool:
+        """Return whether a convolution is a linear layer on every pixel."""
+        padded_by = (0, 0) if module.padding in ("valid", "same") else module.padding
+        return tuple(module.kernel_size) == (1, 1) and tuple(padded_by) == (0, 0) and module.groups == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x ``[..., in, height, width]``."""
+        if self.stride != (1, 1):
+            x = x[..., :: self.stride[0], :: self.stride[1]]
+        pixels_last = x.movedim(-3, -1)
+        y: Tensor = self.linear(pixels_last).movedim(-1, -3)
+        return y if pixels_last.is_contiguous() else y.contiguous()
+
+    @property
+    def plan(self) -> Plan:
+        """Which kernel to use at which number of pixels."""
+        return self.linear.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self.linear.plan = plan
+
+    @property
+    def runtime_nbytes(self) -> int:
+        """Bytes of memory that kernels took beside the stored weight, so far."""
+        return self.linear.runtime_nbytes
+
+    def to_dense(self) -> nn.Conv2d:
+        """Return an ``nn.Conv2d`` with the same weight and bias, new tensors."""
+        inner = self.linear
+        sizes = inner.in_features, inner.out_features
+        bias = inner.bias is not None
+        made = nn.Conv2d(*sizes, 1, stride=self.stride, bias=bias, device="meta")  # type: ignore[arg-type]
+        linear = inner.to_linear()
+        made.weight = nn.Parameter(linear.weight.detach()[:, :, None, None])
+        made.bias = linear.bias
+        return made.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return f"stride={self.stride}"
 
 
 def pack_weight(
