@@ -26,6 +26,7 @@ LEVEL = {
     "_importance": 2,
     "_formats": 2,
     "_html": 2,
+    "_packreport": 2,
     "_io": 2,
     "_inspect": 3,
     "_packedfile": 3,
@@ -37,6 +38,8 @@ LEVEL = {
     "_calibrate": 4,
     "_evaluate": 5,
     "_oneshot": 5,
+    "_autotune": 5,
+    "_packing": 6,
     "_hf": 6,
     "_demo": 7,
     "cli": 8,
@@ -78,9 +81,11 @@ PUBLIC = [
     "Unstructured",
     "Wanda",
     "densify_",
+    "pack_",
     "prune_",
     "register_layer",
     "sparsify_",
+    "unpack_",
     "verify",
 ]
 

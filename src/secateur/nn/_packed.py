@@ -433,11 +433,12 @@ class PackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x ``[..., in, height, width]``."""
+        pixels = x.movedim(-3, -1)
+        channels_last = pixels.is_contiguous()
         if self.stride != (1, 1):
-            x = x[..., :: self.stride[0], :: self.stride[1]]
-        pixels_last = x.movedim(-3, -1)
-        y: Tensor = self.linear(pixels_last).movedim(-1, -3)
-        return y if pixels_last.is_contiguous() else y.contiguous()
+            pixels = pixels[..., :: self.stride[0], :: self.stride[1], :]
+        y: Tensor = self.linear(pixels).movedim(-1, -3)
+        return y if channels_last else y.contiguous()
 
     @property
     def plan(self) -> Plan:
