@@ -16,7 +16,6 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from secateur._errors import KernelError
 from secateur.kernels import _native_backend as _native_code
@@ -81,20 +80,23 @@ def explain(x: Tensor, packed: Layout) -> list[tuple[str, str]]:
         >>> kernels.explain(torch.ones(1, 4, device="meta"), packed)[0]
         ('native', 'x is on meta; the native kernels run on the processor')
     """
-    return [(backend, _reason(backend, x, packed)) for backend in _BACKENDS]
+    return [(backend, _reason(backend, x, packed) or _state(backend)) for backend in _BACKENDS]
 
 
-def _reason(backend: str, x: Tensor, packed: Layout) -> str:
+def _reason(backend: str, x: Tensor, packed: Layout, bias: Tensor | None = None) -> str | None:
+    """Why the backend cannot take these tensors, or None."""
     chosen, _ = _chosen.get()
     if chosen is not None and backend != chosen:
         return f"use({chosen!r}) is in force"
     if backend == "reference":
-        return "ok"
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; the native kernels run on the processor"
-    if torch.is_grad_enabled() and x.requires_grad:
-        return "x requires a gradient, which the native kernels do not record"
-    return _state(backend)
+        return None
+    if not x.is_cpu or not packed.values.is_cpu:
+        where = x.device if not x.is_cpu else packed.values.device
+        return f"{'x' if not x.is_cpu else 'the weight'} is on {where}; the native kernels run on the processor"
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return "x or the bias requires a gradient, which the native kernels do not record"
+    native = _load()
+    return native if isinstance(native, str) else None
 
 
 @contextmanager
@@ -137,8 +139,11 @@ def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b for a packed weight W.
 
     Sums are float32; an x of another floating type is converted and the result has its type. The native kernels give
-    the same result for any number of threads. They skip zeros: an infinity or NaN in x reaches only the outputs whose
-    weight stores the column, where dense arithmetic makes all of them NaN.
+    the same result for any number of threads. Whether a zero of the weight is multiplied depends on the layout, which
+    matters only for an x that holds an infinity or NaN.
+
+    The native kernels run where :func:`explain` says so, otherwise the weight is made dense for the call. An x that
+    requires a gradient gets one, through that reference.
 
     Args:
         x: [..., in], floating point.
@@ -148,7 +153,7 @@ def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
     Returns: [..., out], x's type.
 
     Raises:
-        KernelError: a size that does not fit the weight.
+        KernelError: a size that does not fit the weight, or a SECATEUR_ISA this machine cannot run.
         TypeError: a packed weight that is not a layout, or an x that is not floating point.
 
     Example:
@@ -175,10 +180,10 @@ def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
         )
     flat = x.reshape(-1, columns).to(torch.float32)
     bias = None if bias is None else bias.to(torch.float32)
-    if _reason("native", x, packed) == "ok":
+    if _reason("native", x, packed, bias) is None:
         bias = None if bias is None else bias.detach().contiguous()
         isa = _chosen.get()[1] or _native_code.default_isa()
         y = _native_code.linear(flat.detach().contiguous(), packed, bias, isa)
     else:
-        y = F.linear(flat, packed.to_dense().to(x.device), bias)
+        y = torch.nn.functional.linear(flat, packed.to_dense().to(x.device), bias)
     return y.reshape(*x.shape[:-1], rows).to(x.dtype)

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from secateur._errors import KernelError
 from secateur._types import Mask, Weight
@@ -43,8 +42,8 @@ def _prepared(weight: Weight, mask: Mask | None, value_dtype: torch.dtype) -> tu
     mask = weight != 0 if mask is None else mask.detach().to("cpu")
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise KernelError(
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, the weight has shape {tuple(weight.shape)}; a mask is bool "
-            "and of the weight's shape. Pass mask=None to keep what is not zero."
+            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, the weight has shape {tuple(weight.shape)}; a mask is "
+            "bool and of the weight's shape. Pass mask=None to keep what is not zero."
         )
     if value_dtype != torch.int8:
         return weight.to(value_dtype).masked_fill(~mask, 0), mask, None
@@ -56,7 +55,7 @@ def _prepared(weight: Weight, mask: Mask | None, value_dtype: torch.dtype) -> tu
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix with zeros added below and on the right, up to multiples of rows and columns."""
-    return F.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
+    return nn.functional.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
 
 
 def _settled(tensor: Tensor, spare: int = 0) -> Tensor:
@@ -74,7 +73,7 @@ def _settled(tensor: Tensor, spare: int = 0) -> Tensor:
 
 
 def _offsets(counts: Tensor) -> Tensor:
-    return F.pad(counts.flatten().to(torch.int64).cumsum(0), (1, 0))
+    return nn.functional.pad(counts.flatten().to(torch.int64).cumsum(0), (1, 0))
 
 
 def _as_bits(mask: Mask, dtype: Any, order: Any) -> Tensor:
@@ -192,7 +191,7 @@ class PanelLayout(Layout):
         )
 
     def to_dense(self) -> Weight:
-        panels, blocks, height = self.counts.shape
+        _, blocks, height = self.counts.shape
         counts = torch.from_numpy(self.counts.numpy().astype(np.int64)).flatten()
         segment = torch.repeat_interleave(torch.arange(counts.numel()), counts)
         row = segment // (blocks * height) * height + segment % height
@@ -225,8 +224,8 @@ class LaneLayout(Layout):
         shape = _shape(values)
         if not 1 <= n <= m <= 16 or shape[1] % m:
             raise KernelError(
-                f"{n}:{m} does not fit a weight of {shape[1]} inputs; lanes need 1 <= n <= m <= 16 and inputs that are a "
-                "multiple of m. Use PanelLayout for any other structure."
+                f"{n}:{m} does not fit a weight of {shape[1]} inputs; lanes need 1 <= n <= m <= 16 and inputs that are "
+                "a multiple of m. Use PanelLayout for any other structure."
             )
         values, mask = _padded(values, _ROWS, 1), _padded(mask, _ROWS, 1)
         groups, panels = shape[1] // m, mask.shape[0] // _ROWS
@@ -243,9 +242,11 @@ class LaneLayout(Layout):
         bits, per_word = cls._word(m)
         if n <= per_word:
             together = per_word // n
-            place = F.pad(place, (0, 0, 0, 0, 0, -groups % together)).reshape(panels, -1, together * n, _ROWS)
+            place = nn.functional.pad(place, (0, 0, 0, 0, 0, -groups % together)).reshape(
+                panels, -1, together * n, _ROWS
+            )
         else:
-            place = F.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, -1, per_word, _ROWS)
+            place = nn.functional.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, -1, per_word, _ROWS)
         shifts = (torch.arange(place.shape[2]) * bits)[:, None]
         words = torch.from_numpy((place << shifts).sum(2).numpy().astype(np.uint32).view(np.int32))
         return cls(shape, _settled(kept, _SPARE), scale, words, n, m)
@@ -300,8 +301,8 @@ class StripLayout(Layout):
         shape = _shape(values)
         if height < 1 or width < 1 or shape[0] % height or shape[1] % width:
             raise KernelError(
-                f"blocks of {height}x{width} do not divide a weight of {shape[0]}x{shape[1]}; strips need whole blocks. "
-                "Use PanelLayout for a weight with a remainder."
+                f"blocks of {height}x{width} do not divide a weight of {shape[0]}x{shape[1]}; strips need whole "
+                "blocks. Use PanelLayout for a weight with a remainder."
             )
         kept = mask.view(shape[0] // height, height, shape[1] // width, width).any(3).any(1)
         blocks = values.view(shape[0] // height, height, shape[1] // width, width).transpose(1, 2)[kept]

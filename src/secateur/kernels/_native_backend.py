@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,16 +23,22 @@ def isas() -> list[str]:
     return [] if isinstance(native, str) else [isa for isa in ISAS if native.has(isa)]
 
 
+@cache
+def _best() -> str:
+    return isas()[0]
+
+
 def default_isa() -> str:
     """The best instruction set, or the one SECATEUR_ISA names."""
     named = os.environ.get("SECATEUR_ISA")
-    found = isas()
-    if named and named not in found:
+    if not named:
+        return _best()
+    if named not in isas():
         raise KernelError(
-            f"SECATEUR_ISA is {named!r}, but this machine and build run {', '.join(found) or 'none'}. "
+            f"SECATEUR_ISA is {named!r}, but this machine and build run {', '.join(isas()) or 'none'}. "
             "Unset it, or name one of those."
         )
-    return named or found[0]
+    return named
 
 
 def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
