@@ -20,6 +20,8 @@ from secateur._importance import Wanda as Wanda
 from secateur._layers import LayerKind as LayerKind
 from secateur._layers import register_layer as register_layer
 from secateur._oneshot import prune_ as prune_
+from secateur._packedmodel import load as load
+from secateur._packedmodel import save as save
 from secateur._packing import pack_ as pack_
 from secateur._packing import unpack_ as unpack_
 from secateur._pattern import NM as NM

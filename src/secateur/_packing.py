@@ -230,7 +230,7 @@ class _Job:
         made.transposed = not isinstance(dense, nn.Linear | nn.Conv2d)
         if like is not None:
             made.share_(like)
-        return (PackedConv2d(made, dense.stride) if isinstance(dense, nn.Conv2d) else made).train(dense.training)
+        return (PackedConv2d(made, (dense.stride[0], dense.stride[1])) if isinstance(dense, nn.Conv2d) else made).train(dense.training)
 
     def packed_modules(self, plan: Plan) -> list[tuple[nn.Module, nn.Module]]:
         """Each module with its replacement; those that share the weight share its tensors, and those that share the

@@ -420,10 +420,10 @@ class PackedConv2d(nn.Module):
         torch.Size([2, 4, 5, 5])
     """
 
-    def __init__(self, linear: PackedLinear, stride: tuple[int, ...] = (1, 1)) -> None:
+    def __init__(self, linear: PackedLinear, stride: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
         self.linear = linear
-        self.stride = tuple(stride)
+        self.stride = stride
 
     @staticmethod
     def fits(module: nn.Conv2d) -> bool:
@@ -459,7 +459,7 @@ class PackedConv2d(nn.Module):
         inner = self.linear
         sizes = inner.in_features, inner.out_features
         bias = inner.bias is not None
-        made = nn.Conv2d(*sizes, 1, stride=self.stride, bias=bias, device="meta")  # type: ignore[arg-type]
+        made = nn.Conv2d(*sizes, 1, stride=self.stride, bias=bias, device="meta")
         linear = inner.to_linear()
         made.weight = nn.Parameter(linear.weight.detach()[:, :, None, None])
         made.bias = linear.bias
