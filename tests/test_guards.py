@@ -42,6 +42,7 @@ LEVEL = {
     "_packing": 6,
     "_hf": 6,
     "_packedmodel": 7,
+    "_bench": 7,
     "_demo": 7,
     "cli": 8,
 }

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -73,13 +73,15 @@ def race(
     calls: Mapping[str, Callable[[], object]],
     timer: Timer = time.perf_counter,
     before: Callable[[], object] | None = None,
+    keep: Collection[str] = ("dense", "prepacked"),
 ) -> dict[str, list[float]]:
     """Call each in turn, round after round, and return the seconds of each round.
 
     Args:
-        calls: by name. ``dense`` and ``prepacked`` stay to the end; others that are hopelessly slow are dropped.
+        calls: by name.
         timer: seconds from any origin.
         before: run before each call, outside of its time.
+        keep: these stay to the end; others that are hopelessly slow are dropped.
     """
     repeats = {}
     for name, call in calls.items():
@@ -96,7 +98,7 @@ def race(
             break
         if number == 2:
             limit = _HOPELESS * min(min(times) for times in seconds.values())
-            running = [name for name in running if name in ("dense", "prepacked") or min(seconds[name]) <= limit]
+            running = [name for name in running if name in keep or min(seconds[name]) <= limit]
         for name in running:
             if before:
                 before()
@@ -152,7 +154,7 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
         memory: how many times as many the ways may need together.
     """
     rows = sorted(measured.seconds)
-    ratios = {batch: {way: _ratio(times, way) for way in times} for batch, times in measured.seconds.items()}
+    ratios = {batch: {way: ratio_of(times, way) for way in times} for batch, times in measured.seconds.items()}
     ways = [way for way in measured.nbytes if all(way in ratios[batch] for batch in rows)]
     ways = [way for way in ways if measured.nbytes[way] <= memory * dense_bytes]
     plans: list[tuple[float, int, dict[int, str]]] = []  # score, bytes, way by batch
@@ -183,8 +185,8 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
     return Decision(None if reason else Plan.of(list(taken.items())), reason, choices, 0 if reason else nbytes)
 
 
-def _ratio(times: Mapping[str, Sequence[float]], way: str) -> tuple[float, float, float]:
-    """Dense time over a way's: lower quartile, median, upper quartile of the rounds that both ran."""
+def ratio_of(times: Mapping[str, Sequence[float]], way: str) -> tuple[float, float, float]:
+    """Return dense time over a way's: lower quartile, median, upper quartile of the rounds that both ran."""
     pairs = [dense / own for dense, own in zip(times["dense"], times[way], strict=False) if own > 0] or [1.0]
     if len(pairs) == 1:
         return pairs[0], pairs[0], pairs[0]
