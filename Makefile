@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench asan clean
 
 demo: .venv/installed
 	$(BIN)/secateur demo
@@ -15,6 +15,10 @@ test: .venv/installed
 
 bench: .venv/installed
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+asan: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind
+	$(BIN)/python native/sanitize.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -172,7 +172,9 @@ template <int W, int H> inline F<W> spread(const float* x) {
         __m512 v;
         __m512i lane;
         if constexpr (H == 8) {
-            v = _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double __attribute__((may_alias, aligned(4)))*>(x)));
+            double pair;
+            __builtin_memcpy(&pair, x, sizeof pair);
+            v = _mm512_castpd_ps(_mm512_set1_pd(pair));
             lane = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
         } else if constexpr (H == 4) {
             v = _mm512_broadcast_f32x4(_mm_loadu_ps(x));
