@@ -380,6 +380,11 @@ def test_wrong_inputs(layer):
         layer(torch.ones(2, IN, dtype=torch.int64))
     with pytest.raises(FormatError, match="the bias has shape"):
         PackedLinear(layer.packed, torch.ones(OUT + 1))
+    layer.bias = torch.ones(OUT - 1)
+    with pytest.raises(KernelError, match="the bias has shape"):
+        layer(inputs(1, IN))
+    layer.bias = torch.ones(2 * OUT)[::2]
+    assert torch.isfinite(layer(inputs(1, IN))).all()
     with pytest.raises(TypeError, match="storage format"):
         PackedLinear(torch.ones(2, 2))
     with pytest.raises(TypeError, match=r"nn\.Linear"):

@@ -22,6 +22,7 @@ from secateur import kernels
 from secateur._errors import KernelError
 from secateur._formats import BlockPacked, ColumnPacked, Format, NMPacked, RowPacked
 from secateur._pattern import NM, Block, SparsityPattern
+from secateur.kernels import _native_backend
 from secateur.kernels._layouts import _settled
 
 _WAYS = re.compile(
@@ -165,9 +166,19 @@ class Runner(ABC):
 class _Kernel(Runner):
     def __init__(self, layout: kernels.Layout, shared: int = 0) -> None:
         self._layout = layout
+        self._plain = kernels.available()["native"] == "ok" and layout.values.is_cpu
         self.nbytes = layout.nbytes - shared
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # What kernels.linear checks and converts takes longer than a small layer's product, and is known here.
+        if (
+            self._plain
+            and kernels._chosen.get()[0] is None
+            and x.dtype is torch.float32
+            and x.is_contiguous()
+            and (bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.is_contiguous()))
+        ):
+            return _native_backend.linear(x, self._layout, bias, _native_backend.default_isa())
         return kernels.linear(x, self._layout, bias)
 
 
