@@ -56,6 +56,29 @@ def test_race_repeats_short_calls_and_stops_after_the_most_rounds():
     assert clock.now > 2 * _autotune._MOST * 1e-4
 
 
+def test_race_takes_longer_while_the_machine_is_busy():
+    clock = Clock()
+    turns = iter([1.0, 1.0, *(0.04 + 0.02 * (i % 2) for i in range(99))])
+
+    def dense():
+        clock.now += next(turns)
+
+    seconds = race({"dense": dense}, clock)
+    assert _autotune._BUDGET < sum(seconds["dense"]) < 2 * _autotune._PATIENCE * _autotune._BUDGET
+    assert _autotune._FEWEST < len(seconds["dense"]) < _autotune._MOST
+
+
+def test_a_gain_at_one_batch_counts_whatever_the_noise_at_another():
+    seconds = {
+        1: {"dense": [1.0] * 4, "bitmask": [0.5] * 4},
+        8: {"dense": [1.0, 1.0, 9.0, 9.0], "bitmask": [2, 1, 1, 2]},
+    }
+    decision = decide(Measurement(seconds, {"dense": 9, "bitmask": 1}), 9, 1.0)
+    assert decision.choices[1].ratio > decision.choices[0].ratio
+    assert decision.choices[1].low < 1.01
+    assert decision.plan == Plan(("bitmask",))
+
+
 def test_race_does_not_time_what_runs_before():
     clock = Clock()
     seconds = race({"dense": clock.takes(1.0)}, clock, before=clock.takes(50.0))
@@ -332,6 +355,14 @@ def test_packed_layers_are_measured_again(monkeypatch):
     assert model[0] is layer
     assert str(layer.plan) == "panels:64x128"
     assert report.layers[0].packed
+    winner(monkeypatch)
+    expected = model[0].to_linear()
+    report = secateur.pack_(model, value_dtype="int8")
+    assert report.layers[0].value_dtype == "int8"
+    assert model[0].values.dtype == torch.int8
+    assert torch.equal(model[0].bias, expected.bias)
+    weight = expected.weight.detach()
+    torch.testing.assert_close(model[0].weight, weight, rtol=0, atol=float(weight.abs().max()) / 250)
     winner(monkeypatch, "none")
     secateur.pack_(model)
     assert type(model[0]) is nn.Linear

@@ -81,7 +81,7 @@ def test_every_way_computes_the_same(pattern, values):
     dense = packed.to_linear()
     for way in ways:
         packed.plan = Plan((way,))
-        for batch in (1, 9):
+        for batch in (0, 1, 9):
             x = inputs(batch, IN)
             torch.testing.assert_close(packed(x).double(), truth(dense, x), rtol=1e-5, atol=1e-5, msg=way)
 
@@ -391,3 +391,30 @@ def test_wrong_inputs(layer):
         PackedLinear.from_linear(nn.ReLU())
     with pytest.raises(SparsityError):
         PackedLinear.from_linear(pruned("unstructured"), "2:4")
+
+
+@pytest.mark.parametrize(("out", "features"), [(0, 4), (4, 0), (0, 0)])
+def test_layers_of_no_size(out, features):
+    bias = torch.arange(float(out))
+    layer = PackedLinear(Bitmask.from_dense(torch.ones(out, features)), bias)
+    for shape in ((3, features), (2, 3, features), (0, features), (features,)):
+        assert torch.equal(layer(torch.ones(shape)), bias.expand(*shape[:-1], -1))
+
+
+def test_vmap(layer):
+    x = inputs(4, 3, IN)
+    assert torch.equal(torch.func.vmap(layer)(x), layer(x))
+    assert torch.equal(torch.func.vmap(layer, in_dims=1)(x), layer(x.movedim(1, 0)))
+    with pytest.raises(NotImplementedError, match="not over its weights"):
+        torch.func.vmap(lambda bias: torch.func.functional_call(layer, {"bias": bias}, x[0]))(torch.ones(2, OUT))
+
+
+def test_compiled_calls_make_ready_once(layer, monkeypatch):
+    made = []
+    monkeypatch.setattr(_packed, "make_runner", lambda *args: made.append(args[0]) or make_runner(*args))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = inputs(1, IN)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(compiled(x), layer(x))
+    assert len(made) == 1

@@ -30,6 +30,8 @@ GAIN = 1.05  # a packed layer must be faster than dense by this somewhere,
 LOSS = 0.97  # and nowhere slower than this: the noise of a quiet machine
 SLACK = 0.05  # a smaller gain in speed is not worth more memory
 _BUDGET = 0.25  # seconds for one batch of one layer, beyond the fewest rounds
+_PATIENCE = 4  # times the budget, while the machine is busy with something else
+_NOISY = 1.25  # upper over lower quartile of the dense layer's own times
 _FEWEST, _MOST = 7, 31  # rounds
 _HOPELESS = 2.0  # times slower than the fastest after two rounds: dropped from the race
 _SHORT = 2e-4  # seconds; shorter calls are repeated within a round
@@ -94,7 +96,7 @@ def race(
     running = list(calls)
     began = timer()
     for number in range(_MOST):
-        if number >= _FEWEST and timer() - began > _BUDGET:
+        if number >= _FEWEST and timer() - began > _BUDGET * (_PATIENCE if _is_noisy(seconds["dense"]) else 1):
             break
         if number == 2:
             limit = _HOPELESS * min(min(times) for times in seconds.values())
@@ -108,6 +110,11 @@ def race(
                 call()
             seconds[name].append((timer() - start) / len(times))
     return seconds
+
+
+def _is_noisy(times: Sequence[float]) -> bool:
+    low, _, high = quantiles(times, n=4, method="inclusive")
+    return high > _NOISY * low
 
 
 @torch.no_grad()
@@ -180,7 +187,7 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
             f"at batch {slowest.rows} the best within {memory:g} times the dense bytes ({slowest.way}) takes "
             f"{1 / slowest.ratio:.2f} of the dense layer's time"
         )
-    elif fastest.ratio < GAIN or fastest.low <= 1:
+    elif not any(choice.ratio >= GAIN and choice.low > 1 for choice in choices):
         reason = f"nothing is faster than dense beyond noise: at best {fastest.ratio:.2f} ({fastest.way})"
     return Decision(None if reason else Plan.of(list(taken.items())), reason, choices, 0 if reason else nbytes)
 

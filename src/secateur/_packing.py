@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def pack_(
     dense layer as it is, at every batch size. A layer is packed only if it gets faster somewhere and slower nowhere,
     beyond noise; else it stays dense, and the report says why. Patterns are found from the zeros. Output heads and
     layers that share their weight with an embedding are left alone unless ``include`` names them. Packed layers in the
-    model are measured again.
+    model are measured again, and packed anew where ``value_dtype`` differs.
 
     It takes about a second for each kind of layer. Values are exact unless ``value_dtype`` asks for fewer bits.
 
@@ -230,7 +231,9 @@ class _Job:
         made.transposed = not isinstance(dense, nn.Linear | nn.Conv2d)
         if like is not None:
             made.share_(like)
-        return (PackedConv2d(made, (dense.stride[0], dense.stride[1])) if isinstance(dense, nn.Conv2d) else made).train(dense.training)
+        return (PackedConv2d(made, (dense.stride[0], dense.stride[1])) if isinstance(dense, nn.Conv2d) else made).train(
+            dense.training
+        )
 
     def packed_modules(self, plan: Plan) -> list[tuple[nn.Module, nn.Module]]:
         """Each module with its replacement; those that share the weight share its tensors, and those that share the
@@ -240,12 +243,13 @@ class _Job:
         swaps: list[tuple[nn.Module, nn.Module]] = []
         first: PackedLinear | None = None
         for module in self.layer.modules:
-            if isinstance(module, PackedLinear | PackedConv2d):
-                module.plan = plan
+            inside = module.linear if isinstance(module, PackedConv2d) else module
+            if isinstance(inside, PackedLinear) and inside.values is self.packed.values:
+                inside.plan = plan
                 continue
-            key = id(module.bias)
+            key = id(module.bias if inside is module else inside.bias)
             if key not in made:
-                made[key] = self._module(module, plan, first)
+                made[key] = self._module(self.dense if isinstance(inside, PackedLinear) else module, plan, first)
                 inner = made[key]
                 first = first or (inner.linear if isinstance(inner, PackedConv2d) else inner)  # type: ignore[assignment]
             swaps.append((module, made[key]))
@@ -277,7 +281,7 @@ def _jobs(
     include, exclude = tuple(include), tuple(exclude)
     jobs = []
     if not include:
-        jobs += _packed_jobs(model)
+        jobs += _packed_jobs(model, exclude, dtype)
     try:
         layers, skipped = select_layers(model, include, exclude)
     except RecipeError:
@@ -301,18 +305,19 @@ def _jobs(
     return jobs, skipped
 
 
-def _packed_jobs(model: nn.Module) -> list[_Job]:
+def _packed_jobs(model: nn.Module, exclude: Iterable[str], dtype: torch.dtype | None) -> list[_Job]:
     """Layers that are packed already, to be measured again as they are."""
     if isinstance(model, PackedLinear | PackedConv2d):
         raise RecipeError("a bare layer cannot be replaced in place; put it into a module.")
     jobs: dict[int, _Job] = {}
     for name, module in packed_layers(model).items():
-        if id(module) in jobs:
+        if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
             continue
         inner = module.linear if isinstance(module, PackedConv2d) else module
         weight = inner.weight
         layer = Layer(name, (module,), kind=None)  # type: ignore[arg-type]  # not read: the matrix is here
-        jobs[id(module)] = _Job(layer, module.to_dense(), weight, inner.packed, satisfied(weight == 0))
+        packed = inner.packed if dtype in (None, inner.values.dtype) else pack_weight(weight, dtype)
+        jobs[id(module)] = _Job(layer, module.to_dense(), weight, packed, satisfied(weight == 0))
     return list(jobs.values())
 
 
