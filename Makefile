@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench asan clean
 
 demo: .venv/installed
 	$(BIN)/secateur demo
@@ -16,7 +16,11 @@ test: .venv/installed
 bench: .venv/installed
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-.venv/installed: pyproject.toml constraints.txt
+asan: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind
+	$(BIN)/python native/sanitize.py
+
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -389,3 +389,140 @@ def test_a_quantized_checkpoint_is_refused(llama, tmp_path):
     result = prune(quantized, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
     assert result.exit_code == 2, result.output
     assert "is quantized" in result.stderr
+
+
+# Packing and measuring
+
+
+@pytest.fixture
+def kernels_win(monkeypatch):
+    """Every kernel takes a quarter of the dense layer's time, and nothing is measured."""
+    from secateur import _autotune
+
+    def race(calls, timer, before=None, keep=()):
+        for call in calls.values():
+            call()
+        return {way: [{"dense": 1.0, "prepacked": 2.0}.get(way, 0.25)] * 3 for way in calls}
+
+    monkeypatch.setattr(_autotune, "race", race)
+    monkeypatch.setattr(_autotune.Cache, "_memory", {})
+
+
+def test_pack_and_export_bring_back_every_weight(llama, tmp_path, kernels_win):
+    pruned, packed, dense = (tmp_path / name for name in ("pruned", "packed", "dense"))
+    assert prune(llama, pruned, "--sparsity", "0.8", "--method", "magnitude").exit_code == 0
+    result = run("pack", pruned, "--output", packed, "--cache", tmp_path / "cache.json")
+    assert result.exit_code == 0, result.output
+    assert "packed 14 of 14 layers with zeros" in result.stdout
+    assert "bitmask bfloat16" in result.stdout
+    assert "output head" in result.stdout
+    assert (tmp_path / "cache.json").exists()
+    model = secateur.load(packed, dtype=torch.float32)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    result = run("export", packed, "--output", dense)
+    assert result.exit_code == 0, result.output
+    before, after = weights(pruned), weights(dense)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_pack_in_fewer_bits_as_json(llama, tmp_path, kernels_win):
+    pruned = tmp_path / "pruned"
+    prune(llama, pruned, "--pattern", "2:4", "--method", "magnitude")
+    arguments = ("--value-dtype", "int8", "--batch", "4", "--exclude", "*.mlp.*", "--json", "--threads", "1")
+    result = run("pack", pruned, "--output", tmp_path / "packed", *arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert {layer["value_dtype"] for layer in report["layers"]} == {"int8"}
+    assert all(0 < layer["error"] < 0.02 and layer["pattern"] == "2:4" for layer in report["layers"])
+    assert len(report["layers"]) == 8
+    assert [choice["rows"] for choice in report["layers"][0]["choices"]] == [4]
+    assert report["machine"]["threads"] == "1"
+
+
+def test_pack_and_export_say_what_is_wrong(llama, tmp_path, kernels_win):
+    for arguments in (
+        ("pack", tmp_path / "nothing", "--output", tmp_path / "out"),
+        ("pack", llama, "--output", tmp_path / "out", "--value-dtype", "int4"),
+        ("pack", llama, "--output", tmp_path / "out", "--memory", "0"),
+        ("pack", llama, "--output", tmp_path / "out", "--include", "nowhere"),
+        ("pack", llama, "--output", llama),
+        ("export", llama, "--output", tmp_path / "out"),
+        ("export", tmp_path / "nothing", "--output", tmp_path / "out"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert result.stderr.splitlines()[-1]
+        assert "secateur: " in result.stderr
+        assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4x4", "row", "column"])
+def test_bench_measures_a_random_layer(kernels_win, pattern, tmp_path):
+    page = tmp_path / "bench.html"
+    arguments = ("bench", "--shape", "32x64", "--pattern", pattern, "--batch", "1", "--batch", "5")
+    result = run(*arguments, "--json", "--html", page)
+    assert result.exit_code == 0, result.output
+    table = json.loads(result.stdout)
+    found = {(entry["rows"], entry["contender"]): entry for entry in table["results"]}
+    from secateur import _bench, kernels
+
+    assert {key[1] for key in found} == set(_bench.CONTENDERS)
+    assert {key[0] for key in found} == {1, 5}
+    for (_, contender), entry in found.items():
+        if entry["ratio"] is None:
+            assert entry["note"]
+            assert contender not in _bench.OURS or kernels.available()["native"] != "ok"
+        else:
+            assert entry["ratio"] == entry["low"] == entry["high"] == 4.0
+            assert entry["error"] < _bench._TOLERANCE.get(contender, _bench._EXACT)
+    text = page.read_text(encoding="utf-8")
+    assert "32x64" in text
+    assert "http" not in text
+    assert "<script" not in text
+    assert "4.00 (4.00-4.00)" in run(*arguments).stdout
+
+
+def test_bench_measures_each_kind_of_layer_of_a_model(llama, tmp_path, kernels_win):
+    pruned = tmp_path / "pruned"
+    prune(llama, pruned, "--sparsity", "0.8", "--method", "magnitude", "--exclude", "*.mlp.*")
+    result = run("bench", pruned, "--batch", "2", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("unstructured 80%") == 1  # q, k, v and o of both blocks are alike
+    result = run("bench", llama)
+    assert result.exit_code == 2
+    assert "no layer has zeros" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--shape", "64"),
+        ("--shape", "0x4"),
+        ("--shape", "axb"),
+        ("--shape", "30x30", "--pattern", "2:4"),
+        ("--pattern", "nothing"),
+        ("--pattern", "2:4", "--sparsity", "0.9"),
+        ("--sparsity", "2"),
+        ("--batch", "0"),
+    ],
+)
+def test_bench_says_what_is_wrong(arguments, kernels_win):
+    result = run("bench", "--shape", "32x64", *arguments)
+    assert result.exit_code == 2, result.output
+    assert "secateur: " in result.stderr
+
+
+def test_bench_refuses_a_wrong_product(kernels_win, monkeypatch):
+    from secateur import _bench, kernels
+
+    monkeypatch.setattr(kernels, "linear", lambda x, layout, bias=None: torch.zeros(*x.shape[:-1], layout.shape[0]))
+    if kernels.available()["native"] != "ok":
+        pytest.skip("no kernels")
+    weight = _bench.made_weight((8, 16), secateur.Unstructured(), 0.5)
+    with pytest.raises(secateur.SparsityError, match="is off by 1 of the largest output"):
+        _bench.bench_weight(weight, [1])

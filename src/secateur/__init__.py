@@ -21,6 +21,10 @@ from secateur._importance import Wanda as Wanda
 from secateur._layers import LayerKind as LayerKind
 from secateur._layers import register_layer as register_layer
 from secateur._oneshot import prune_ as prune_
+from secateur._packedmodel import load as load
+from secateur._packedmodel import save as save
+from secateur._packing import pack_ as pack_
+from secateur._packing import unpack_ as unpack_
 from secateur._pattern import NM as NM
 from secateur._pattern import Block as Block
 from secateur._pattern import Column as Column
@@ -34,6 +38,7 @@ from secateur._report import LayerReport as LayerReport
 from secateur._report import Report as Report
 from secateur._report import SkippedLayer as SkippedLayer
 from secateur._statistics import LayerStatistics as LayerStatistics
+from secateur.nn import PackedLinear as PackedLinear
 from secateur.nn import SparseConv2d as SparseConv2d
 from secateur.nn import SparseLinear as SparseLinear
 from secateur.nn import densify_ as densify_

@@ -27,3 +27,7 @@ class FormatError(SparsityError):
 
 class RecipeError(SparsityError):
     """A recipe, method name or layer selection that cannot be carried out."""
+
+
+class KernelError(SparsityError):
+    """A weight no kernel layout fits, or a backend that does not exist or cannot run here."""

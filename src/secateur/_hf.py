@@ -149,12 +149,21 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
 
 
 def load_model(
-    directory: ModelDirectory, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    directory: ModelDirectory,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    with_head: bool = False,
 ) -> tuple[nn.Module, set[str]]:
     """Return the model in a directory, in evaluation mode, and the names of modules that the checkpoint lacks.
 
-    The class comes from transformers' own table by the config's model type, never from a name in the checkpoint, and no
-    code in the directory is run.
+    The class comes from transformers' own tables by the config's model type, and no code in the directory is run.
+
+    Args:
+        directory: of the model.
+        device: None for a GPU if there is one.
+        dtype: None for the checkpoint's on a GPU, and for float32 on a CPU.
+        with_head: use the class that the config names, if transformers has it for the model type, so that no weight of
+            the checkpoint is left out; else a causal language model or a base model.
 
     Raises:
         FormatError: transformers does not know the model type, or cannot load the weights.
@@ -170,6 +179,12 @@ def load_model(
         dtype = torch.float32 if device.type == "cpu" else directory.widest_dtype
     auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
     try:
+        if with_head:
+            names = directory.config.get("architectures")
+            config = transformers.AutoConfig.from_pretrained(
+                directory.path, local_files_only=True, trust_remote_code=False
+            )
+            auto = model_class(config, names[0] if isinstance(names, list) and names else None) or auto
         model, info = auto.from_pretrained(
             directory.path,
             dtype=dtype,
@@ -189,6 +204,23 @@ def load_model(
         )
     missing = {name.removesuffix(".weight") for name in info["missing_keys"] if name.endswith(".weight")}
     return model.to(device).eval(), missing
+
+
+def model_class(config: Any, name: object) -> type[nn.Module] | None:
+    """Return the class of that name among those which transformers itself has for a config, or None.
+
+    A name in a checkpoint chooses from transformers' tables and nothing else.
+    """
+    for table in vars(importlib.import_module("transformers.models.auto.modeling_auto")).values():
+        mapping = getattr(table, "_model_mapping", None)
+        try:
+            found = () if mapping is None else mapping[type(config)]
+        except KeyError:
+            continue
+        for made in found if isinstance(found, tuple | list) else (found,):
+            if made.__name__ == name:
+                return made  # type: ignore[no-any-return]
+    return None
 
 
 def load_tokenizer(directory: ModelDirectory) -> Any:

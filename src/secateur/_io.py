@@ -125,12 +125,7 @@ class ModelDirectory:
         output = Path(output)
         check_output(self.path, output, overwrite, self.num_bytes)
         with whole_directory(output) as partial:
-            for entry in sorted(self.path.rglob("*")):
-                relative = entry.relative_to(self.path)
-                if entry.is_dir() or relative.parts[0] == ".git" or _is_weights(relative, self.shards):
-                    continue
-                (partial / relative).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(entry, partial / relative)
+            copy_all_but_weights(self.path, partial, self.shards)
             for shard in self.shards:
                 with open_safetensors(self.path / shard) as file:
                     metadata = file.metadata()
@@ -141,6 +136,22 @@ class ModelDirectory:
                 shutil.copymode(self.path / shard, partial / shard)  # save_file makes it private
             for name, text in extra.items():
                 (partial / name).write_text(text, encoding="utf-8")
+
+
+def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) -> None:
+    """Copy the config, tokenizer and other files of a model directory into another one.
+
+    Args:
+        source: the model.
+        target: an existing directory.
+        shards: files that hold its weights, besides those that their ending gives away.
+    """
+    for entry in sorted(source.rglob("*")):
+        relative = entry.relative_to(source)
+        if entry.is_dir() or relative.parts[0] == ".git" or _is_weights(relative, shards):
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(entry, target / relative)
 
 
 def find_shards(path: Path) -> tuple[str, ...]:

@@ -149,6 +149,148 @@ def inspect(
 
 
 @app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="Pruned Hugging Face model directory with safetensors weights.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the packed model to.")],
+    value_dtype: Annotated[
+        str | None, typer.Option(help="Store values as float32, bfloat16, float16 or int8. Default: as they are.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Input rows to measure at. Default: 1 8 32 128.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pack only layers matching this glob.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out layers matching this glob.")] = None,
+    memory: Annotated[
+        float, typer.Option(help="What kernels may keep of a layer, in multiples of its dense bytes.")
+    ] = 1.0,
+    cache: Annotated[Path | None, typer.Option(help="JSON file of measurements to read and add to.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to measure with. Default: PyTorch's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Pack the layers that get smaller and faster by it. secateur.load reads the output."""
+    with _user_errors(), _threads(threads):
+        from secateur._packedmodel import pack_directory
+
+        with _progress() as progress:
+            report = pack_directory(
+                model,
+                output,
+                value_dtype=value_dtype,
+                batch_sizes=batch or (1, 8, 32, 128),
+                include=include or (),
+                exclude=exclude or (),
+                memory=memory,
+                cache=cache,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        if as_json:
+            print(report.to_json())
+            return
+        console = _console()
+        table = Table("layer", "shape", "pattern", "format", box=None)
+        for heading in ("density", "error", "bytes", "while running"):
+            table.add_column(heading, justify="right")
+        table.add_column("speed over dense, by batch")
+        from secateur._packreport import speeds
+
+        for layer in report.layers:
+            kept = layer.stored_bytes if layer.packed else layer.dense_bytes
+            running = kept + layer.runtime_bytes * layer.packed
+            table.add_row(
+                escape(layer.name),
+                f"{layer.shape[0]} x {layer.shape[1]}",
+                layer.pattern,
+                f"{layer.format} {layer.value_dtype}" if layer.packed else "dense",
+                f"{layer.density:.1%}",
+                f"{layer.error:.4f}" if layer.packed else "",
+                f"{kept / layer.dense_bytes:.2f}",
+                f"{running / layer.dense_bytes:.2f}",
+                escape(speeds(layer)),
+            )
+        console.print(table)
+        for skip in report.skipped:
+            if skip.reason not in ("no weight matrix", "excluded", "not included"):
+                console.print(f"skipped {escape(skip.name or '(root)')}: {escape(skip.reason)}")
+        console.print(f"{report}\nwritten to {output}")
+
+
+@app.command()
+def export(
+    packed: Annotated[Path, typer.Argument(help="Directory that secateur pack wrote.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the dense model to.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")] = False,
+) -> None:
+    """Write a packed model as a plain dense one, zeros included, that any tool reads."""
+    with _user_errors():
+        from secateur._packedmodel import export_directory
+
+        export_directory(packed, output, overwrite=overwrite)
+        _console().print(f"written to {output}")
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path | None, typer.Argument(help="Pruned Hugging Face model directory; each kind of its layers is measured.")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Outputs x inputs of a random layer to measure instead.")] = "4096x4096",
+    pattern: Annotated[
+        str, typer.Option(help="Its pattern: unstructured, 2:4, block:16x16, row, column.")
+    ] = "unstructured",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Its fraction of zeros. Default: 0.9, or what the pattern fixes.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Input rows. Default: 1 8 32 128.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: PyTorch's.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with bars.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Show how fast this machine runs sparse layers by every means: dense, prepacked, torch CSR, int8, and ours."""
+    with _user_errors(), _threads(threads):
+        from secateur import _bench
+        from secateur._errors import RecipeError
+        from secateur._io import check_place, write_text
+        from secateur._pattern import SparsityPattern
+
+        batches = batch or [1, 8, 32, 128]
+        if min(batches) < 1:
+            raise RecipeError(f"a batch has 1 row or more, got {min(batches)}.")
+        if html is not None:
+            check_place(html)
+        if model is not None:
+            with _progress() as progress:
+                results = _bench.bench_directory(model, batches, progress=progress)
+        else:
+            sizes = shape.split("x")
+            if len(sizes) != 2 or not all(size.isdecimal() and 0 < int(size) <= 65536 for size in sizes):
+                raise RecipeError(f"--shape should be OUTxIN, such as 4096x4096, got {shape!r}.")
+            parsed = SparsityPattern.parse(pattern)
+            if sparsity is None and parsed.sparsity is None:
+                sparsity = 0.9
+            weight = _bench.made_weight((int(sizes[0]), int(sizes[1])), parsed, sparsity)
+            results = _bench.bench_weight(weight, batches)
+        if html is not None:
+            write_text(html, _bench.page(results))
+        if as_json:
+            print(json.dumps(_bench.to_dict(results), indent=1))
+            return
+        console = _console()
+        for layer in dict.fromkeys(result.layer for result in results):
+            table = Table("batch", "F.linear", *_bench.CONTENDERS, "fastest of ours", box=None, title=escape(layer))
+            own = [result for result in results if result.layer == layer]
+            for rows in dict.fromkeys(result.rows for result in own):
+                cells = [result for result in own if result.rows == rows]
+                dense = next((r.dense_seconds for r in cells if r.dense_seconds is not None), 0.0)
+                ours = [r for r in cells if r.contender in _bench.OURS and r.ratio is not None]
+                best = max(ours, key=lambda r: r.ratio or 0.0).way if ours else "-"
+                table.add_row(str(rows), f"{1000 * dense:.3f} ms", *map(_bench.cell, cells), escape(best))
+            console.print(table)
+            for note in dict.fromkeys(f"{r.contender}: {r.note}" for r in own if r.note):
+                console.print(escape(note))
+        console.print("\nSpeed as a multiple of eager F.linear in float32, quartiles in brackets.")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for the report page and figures.")] = Path("demo-output"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -220,6 +362,19 @@ def _user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("secateur: interrupted; nothing was written.", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """PyTorch's number of threads for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(number or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Rate(ProgressColumn):

@@ -1,0 +1,68 @@
+"""The kernels of the native module: which instruction set runs, and the call with checked addresses."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from secateur._errors import KernelError
+from secateur.kernels._layouts import VALUE_TYPES, Layout
+from secateur.kernels._load import load
+
+ISAS = ("avx512", "avx2", "generic")  # widest first
+
+_SMALL = 32768  # multiplications below which a second thread costs more than it saves
+
+
+def isas() -> list[str]:
+    """Instruction sets this machine can run, best first."""
+    native = load()
+    return [] if isinstance(native, str) else [isa for isa in ISAS if native.has(isa)]
+
+
+@cache
+def _best() -> str:
+    return isas()[0]
+
+
+def default_isa() -> str:
+    """The best instruction set, or the one SECATEUR_ISA names."""
+    named = os.environ.get("SECATEUR_ISA")
+    if not named:
+        return _best()
+    if named not in isas():
+        raise KernelError(
+            f"SECATEUR_ISA is {named!r}, but this machine and build run {', '.join(isas()) or 'none'}. "
+            "Unset it, or name one of those."
+        )
+    return named
+
+
+def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
+    """Run the layout's kernel on x [batch, in], float32 and contiguous, on the processor."""
+    native = load()
+    assert not isinstance(native, str)
+    rows, columns = packed.shape
+    batch = x.shape[0]
+    y = torch.empty((batch, rows))
+    if not y.numel():
+        return y
+    values, scale = packed.values, packed.scale
+    getattr(native, packed.kernel)(
+        isa,
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        values.data_ptr(),
+        batch,
+        rows,
+        columns,
+        VALUE_TYPES[values.dtype],
+        torch.get_num_threads() if values.numel() * batch > _SMALL else 1,
+        *packed.arguments(),
+    )
+    return y

@@ -1,0 +1,516 @@
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import secateur
+from secateur import FormatError, PackedLinear, RecipeError, _autotune, _packing
+from secateur._autotune import Cache, Measurement, decide, race
+from secateur._packreport import PackReport
+from secateur._ways import Plan, why_not_prepacked
+from secateur.nn import PackedConv2d
+
+DENSE_BYTES = 1000
+
+
+def measured(table, nbytes=None):
+    """A measurement from rows -> way -> seconds, the same in each of three rounds."""
+    seconds = {rows: {way: [s] * 3 for way, s in ways.items()} for rows, ways in table.items()}
+    ways = next(iter(table.values()))
+    return Measurement(
+        seconds, {way: DENSE_BYTES if way in ("dense", "prepacked") else 400 for way in ways} | (nbytes or {})
+    )
+
+
+class Clock:
+    """Time that stands still but for what tells it to move."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, seconds):
+        def call():
+            self.now += seconds
+
+        return call
+
+
+def test_race_times_each_in_turn_and_drops_the_hopeless():
+    clock = Clock()
+    calls = {"dense": clock.takes(1.0), "prepacked": clock.takes(3.0), "a": clock.takes(0.25), "b": clock.takes(0.75)}
+    seconds = race(calls, clock)
+    assert seconds["dense"] == [1.0] * len(seconds["dense"])
+    assert len(seconds["dense"]) == len(seconds["prepacked"]) == len(seconds["a"]) == _autotune._FEWEST
+    assert seconds["b"] == [0.75, 0.75]
+
+
+def test_race_repeats_short_calls_and_stops_after_the_most_rounds():
+    clock = Clock()
+    seconds = race({"dense": clock.takes(1e-4), "a": clock.takes(2e-3)}, clock)
+    assert len(seconds["dense"]) == _autotune._MOST
+    assert seconds["dense"] == pytest.approx([1e-4] * _autotune._MOST)
+    assert clock.now > 2 * _autotune._MOST * 1e-4
+
+
+def test_race_takes_longer_while_the_machine_is_busy():
+    clock = Clock()
+    turns = iter([1.0, 1.0, *(0.04 + 0.02 * (i % 2) for i in range(99))])
+
+    def dense():
+        clock.now += next(turns)
+
+    seconds = race({"dense": dense}, clock)
+    assert _autotune._BUDGET < sum(seconds["dense"]) < 2 * _autotune._PATIENCE * _autotune._BUDGET
+    assert _autotune._FEWEST < len(seconds["dense"]) < _autotune._MOST
+
+
+def test_a_gain_at_one_batch_counts_whatever_the_noise_at_another():
+    seconds = {
+        1: {"dense": [1.0] * 4, "bitmask": [0.5] * 4},
+        8: {"dense": [1.0, 1.0, 9.0, 9.0], "bitmask": [2, 1, 1, 2]},
+    }
+    decision = decide(Measurement(seconds, {"dense": 9, "bitmask": 1}), 9, 1.0)
+    assert decision.choices[1].ratio > decision.choices[0].ratio
+    assert decision.choices[1].low < 1.01
+    assert decision.plan == Plan(("bitmask",))
+
+
+def test_race_does_not_time_what_runs_before():
+    clock = Clock()
+    seconds = race({"dense": clock.takes(1.0)}, clock, before=clock.takes(50.0))
+    assert seconds["dense"] == [1.0] * _autotune._FEWEST
+
+
+def test_the_fastest_within_memory_wins_each_batch():
+    table = {1: {"dense": 1.0, "prepacked": 1.1, "bitmask": 0.5, "panels:64x128": 0.8}}
+    table[32] = {"dense": 1.0, "prepacked": 0.5, "bitmask": 1.5, "panels:64x128": 0.6}
+    decision = decide(measured(table), DENSE_BYTES, 1.0)
+    assert str(decision.plan) == "bitmask@5 panels:64x128"
+    assert decision.nbytes == 800
+    assert [choice.ratio for choice in decision.choices] == pytest.approx([2.0, 1 / 0.6])
+    assert decision.choices[1].prepacked_seconds == 0.5
+    more = decide(measured(table), DENSE_BYTES, 2.0)
+    assert str(more.plan) == "bitmask@5 prepacked"
+    less = decide(measured(table), DENSE_BYTES, 0.5)
+    assert str(less.plan) == "panels:64x128"
+
+
+def test_a_layer_that_would_lose_somewhere_stays_dense():
+    table = {
+        1: {"dense": 1.0, "prepacked": 1.0, "bitmask": 0.5},
+        128: {"dense": 1.0, "prepacked": 0.9, "bitmask": 1.25},
+    }
+    decision = decide(measured(table), DENSE_BYTES, 1.0)
+    assert decision.plan == Plan(("prepacked",))  # which loses nowhere
+    table[1]["prepacked"] = 1.2
+    decision = decide(measured(table), DENSE_BYTES, 1.0)
+    assert decision.plan is None
+    assert decision.nbytes == 0
+    assert "at batch 1" in decision.reason
+    assert "1.2" in decision.reason
+    assert decide(measured(table), DENSE_BYTES, 2.0).plan == Plan(("bitmask", "prepacked"), (11,))
+
+
+def test_a_gain_within_noise_is_none():
+    table = {1: {"dense": 1.0, "bitmask": 0.98}}
+    assert "nothing is faster" in decide(measured(table), DENSE_BYTES, 1.0).reason
+    noisy = Measurement(
+        {1: {"dense": [1.0, 2.0, 1.0, 1.0], "bitmask": [1.5, 1.0, 0.8, 1.02]}}, {"dense": 9, "bitmask": 9}
+    )
+    decision = decide(noisy, 9, 1.0)
+    assert decision.choices[0].ratio > _autotune.GAIN
+    assert decision.choices[0].low < 1
+    assert decision.plan is None
+    table = {1: {"dense": 1.0, "bitmask": 2.0}}
+    assert decide(measured(table), DENSE_BYTES, 1.0).reason.startswith("at batch 1 the best")
+
+
+def test_memory_decides_between_ways_that_are_nearly_as_fast():
+    table = {1: {"dense": 1.0, "bitmask": 0.50, "panels:64x128": 0.49}}
+    decision = decide(measured(table, {"bitmask": 10}), DENSE_BYTES, 1.0)
+    assert decision.plan == Plan(("bitmask",))
+    decision = decide(measured(table, {"bitmask": 400, "panels:64x128": 10}), DENSE_BYTES, 1.0)
+    assert decision.plan == Plan(("panels:64x128",))
+
+
+def test_nothing_fits():
+    decision = decide(measured({1: {"dense": 1.0, "bitmask": 0.5}}), DENSE_BYTES, 0.1)
+    assert decision.plan is None
+    assert decision.reason == "no way fits in 0.1 times the bytes of the dense weight"
+
+
+def test_ways_that_were_dropped_at_some_batch_are_not_chosen():
+    slow = Measurement(
+        {1: {"dense": [1.0] * 7, "a": [0.1] * 7}, 8: {"dense": [1.0] * 7, "a": [9.0] * 2}}, {"dense": 9, "a": 1}
+    )
+    assert decide(slow, 9, 1.0).plan is None
+
+
+# pack_
+
+
+def fake_race(table):
+    """Instead of measuring: seconds by way, for every batch; ways that it does not name take 5 seconds."""
+
+    def run(calls, timer, before=None):
+        for call in calls.values():
+            call()
+        return {way: [table.get(way, 5.0)] * 3 for way in calls}
+
+    return run
+
+
+def winner(monkeypatch, way="bitmask", **others):
+    monkeypatch.setattr(_autotune, "race", fake_race({"dense": 1.0, "prepacked": 1.2, way: 0.25, **others}))
+    monkeypatch.setattr(Cache, "_memory", {})
+
+
+def pruned(*layers, pattern="unstructured", sparsity=0.7):
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers)
+    parsed = secateur.SparsityPattern.parse(pattern)
+    for layer in model:
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            weight = layer.weight.detach().flatten(1)
+            mask = parsed.mask(weight.abs(), None if isinstance(parsed, secateur.NM) else sparsity)
+            with torch.no_grad():
+                layer.weight.copy_(weight.masked_fill(~mask, 0).view_as(layer.weight))
+    return model
+
+
+def test_pack_replaces_what_wins_and_the_outputs_stay(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32, bias=False)).eval()
+    x = torch.randn(5, 64)
+    expected = model(x)
+    report = secateur.pack_(model)
+    assert isinstance(model[0], PackedLinear)
+    assert isinstance(model[2], PackedLinear)
+    assert not model[0].training
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    first = report.layers[0]
+    assert (first.shape, first.pattern, first.format, first.value_dtype) == (
+        (48, 64),
+        "unstructured",
+        "bitmask",
+        "float32",
+    )
+    assert first.packed
+    assert first.error == 0
+    assert first.density == pytest.approx(0.3, abs=0.01)
+    assert [choice.rows for choice in first.choices] == [1, 8, 32, 128]
+    assert {choice.way for choice in first.choices} == {"bitmask"}
+    assert {choice.ratio for choice in first.choices} == {4.0}
+    assert first.dense_bytes == 4 * 48 * 64
+    assert first.stored_bytes == model[0].nbytes < first.dense_bytes
+    assert first.runtime_bytes == model[0].runtime_nbytes
+    assert report.resident_bytes == report.stored_bytes + sum(layer.runtime_bytes for layer in report.layers)
+
+
+def test_pack_leaves_what_does_not_win_as_it_was(monkeypatch):
+    winner(monkeypatch, "none")
+    model = pruned(nn.Linear(64, 48), nn.Linear(48, 48))
+    before = list(model)
+    report = secateur.pack_(model)
+    assert list(model) == before
+    assert not any(layer.packed for layer in report.layers)
+    assert report.layers[0].reason.endswith("(prepacked) takes 1.20 of the dense layer's time")
+    assert report.stored_bytes == report.dense_bytes
+
+
+def test_layers_that_are_alike_are_measured_once(monkeypatch):
+    winner(monkeypatch)
+    calls = []
+    inner = _autotune.race
+    monkeypatch.setattr(_autotune, "race", lambda *args: calls.append(1) or inner(*args))
+    layers = [nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32)]
+    secateur.pack_(pruned(*layers), batch_sizes=[1, 4])
+    assert len(calls) == 4
+    secateur.pack_(pruned(*[nn.Linear(64, 64)]), batch_sizes=[1, 4])
+    assert len(calls) == 4
+    secateur.pack_(pruned(*[nn.Linear(64, 64)]), batch_sizes=[1, 4], value_dtype="int8")
+    assert len(calls) == 6
+
+
+def test_skipped_layers_have_their_reason(monkeypatch):
+    winner(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Conv2d(4, 4, 3), nn.LayerNorm(64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0
+        model[2].weight[:2] = 0
+        model[4].weight[:, 1::2] = 0
+    model[4].register_forward_hook(lambda *args: None)
+    report = secateur.pack_(model)
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert report.layers[0].pattern == "column"
+    assert reasons["1"] == "no zeros"
+    assert "convolutions with a kernel" in reasons["2"]
+    assert reasons["3"] == "no weight matrix"
+    assert "hooks" in reasons["4"]
+
+
+def test_include_and_exclude(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    secateur.pack_(model, include=["0", "1"], exclude=["1"])
+    assert [type(layer).__name__ for layer in model] == ["PackedLinear", "Linear", "Linear"]
+    with pytest.raises(RecipeError, match="matches none"):
+        secateur.pack_(model, include=["7"])
+
+
+@pytest.mark.parametrize("given", ["int8", torch.int8, torch.bfloat16])
+def test_fewer_bits_on_demand_with_their_error(monkeypatch, given):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64))
+    weight = model[0].weight.detach().clone()
+    report = secateur.pack_(model, value_dtype=given)
+    layer = report.layers[0]
+    assert layer.value_dtype == str(given).removeprefix("torch.")
+    expected = float((model[0].weight.double() - weight.double()).norm() / weight.double().norm())
+    assert 0 < layer.error == pytest.approx(expected)
+    assert layer.error < 0.02
+
+
+def test_what_cannot_be_stored_is_skipped(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.Linear(64, 64).double())
+    reasons = {skip.name: skip.reason for skip in secateur.pack_(model).skipped}
+    assert reasons == {
+        "1": "cannot be packed: values can be stored as float32, bfloat16, float16 or int8, got float64."
+    }
+
+
+def test_arguments_that_cannot_be():
+    model = pruned(nn.Linear(64, 64))
+    for sizes in ([], [0], [1.5], [True]):
+        with pytest.raises(RecipeError, match="batch_sizes"):
+            secateur.pack_(model, batch_sizes=sizes)
+    with pytest.raises(RecipeError, match="memory"):
+        secateur.pack_(model, memory=0)
+    with pytest.raises(RecipeError, match="value_dtype should be one of"):
+        secateur.pack_(model, value_dtype="int4")
+    with pytest.raises(RecipeError, match="value_dtype should be one of"):
+        secateur.pack_(model, value_dtype=torch.int32)
+    with pytest.raises(RecipeError, match="no layer"):
+        secateur.pack_(nn.Sequential(nn.ReLU()))
+
+
+def test_a_bare_layer_says_what_to_do(monkeypatch):
+    winner(monkeypatch)
+    report = secateur.pack_(pruned(nn.Linear(64, 64))[0])
+    assert "PackedLinear.from_linear" in report.skipped[0].reason
+    layer = PackedLinear.from_linear(pruned(nn.Linear(64, 64))[0])
+    with pytest.raises(RecipeError, match="bare layer"):
+        secateur.pack_(layer)
+    with pytest.raises(RecipeError, match="bare layer"):
+        secateur.unpack_(layer)
+
+
+def test_tied_weights_are_packed_once_and_unpacked_tied(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[2].weight = model[0].weight  # with a bias of its own
+    model[3] = model[0]
+    x = torch.randn(2, 64)
+    expected = model(x)
+    report = secateur.pack_(model)
+    assert [layer.tied_to for layer in report.layers] == [("2",)]
+    assert model[3] is model[0]
+    assert model[2] is not model[0]
+    assert model[2].values is model[0].values
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert secateur.unpack_(model) == ["0", "2", "3"]
+    assert model[3] is model[0]
+    assert model[2].weight is model[0].weight
+    assert not torch.equal(model[2].bias, model[0].bias)
+
+
+def test_unpack_gives_back_the_very_weights(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    secateur.pack_(model)
+    assert secateur.unpack_(model) == ["0", "2"]
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert secateur.unpack_(model) == []
+
+
+def test_packed_layers_are_measured_again(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.ReLU())
+    secateur.pack_(model)
+    layer = model[0]
+    assert str(layer.plan) == "bitmask"
+    winner(monkeypatch, "panels:64x128")
+    report = secateur.pack_(model)
+    assert model[0] is layer
+    assert str(layer.plan) == "panels:64x128"
+    assert report.layers[0].packed
+    winner(monkeypatch)
+    expected = model[0].to_linear()
+    report = secateur.pack_(model, value_dtype="int8")
+    assert report.layers[0].value_dtype == "int8"
+    assert model[0].values.dtype == torch.int8
+    assert torch.equal(model[0].bias, expected.bias)
+    weight = expected.weight.detach()
+    torch.testing.assert_close(model[0].weight, weight, rtol=0, atol=float(weight.abs().max()) / 250)
+    winner(monkeypatch, "none")
+    secateur.pack_(model)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("stride", [1, 2, (1, 2)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_convolutions(monkeypatch, stride, order):
+    winner(monkeypatch)
+    model = pruned(nn.Conv2d(16, 24, 1, stride=stride), pattern="unstructured")
+    model.append(nn.ReLU())
+    x = torch.randn(2, 16, 7, 8).contiguous(memory_format=order)
+    expected = model(x)
+    before = model[0]
+    report = secateur.pack_(model)
+    assert isinstance(model[0], PackedConv2d)
+    assert [choice.rows for choice in report.layers[0].choices] == list(_packing.PIXELS)
+    y = model[0](x)
+    torch.testing.assert_close(y.relu(), expected, rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous(memory_format=order)
+    assert model[0](x[0]).shape == expected.shape[1:]
+    assert secateur.unpack_(model) == ["0"]
+    assert torch.equal(model[0].weight, before.weight)
+    assert (model[0].stride, type(model[0])) == (before.stride, nn.Conv2d)
+
+
+def test_transformers_transposed_layer(monkeypatch):
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    winner(monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(conv1d(48, 64), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight[torch.rand(64, 48) < 0.6] = 0
+    x = torch.randn(3, 64)
+    expected, before = model(x), model[0]
+    secateur.pack_(model)
+    assert isinstance(model[0], PackedLinear)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    secateur.unpack_(model)
+    assert type(model[0]) is conv1d
+    assert torch.equal(model[0].weight, before.weight)
+    assert torch.equal(model(x), expected)
+
+
+def test_pack_measures_for_real():
+    model = pruned(nn.Linear(128, 96), nn.ReLU(), sparsity=0.9)
+    report = secateur.pack_(model, batch_sizes=[1, 3])
+    layer = report.layers[0]
+    assert {choice.rows for choice in layer.choices} == {1, 3}
+    assert all(0 < choice.low <= choice.ratio <= choice.high < math.inf for choice in layer.choices)
+    assert all((choice.prepacked_seconds is None) == bool(why_not_prepacked()) for choice in layer.choices)
+    assert layer.packed == isinstance(model[0], PackedLinear)
+    assert layer.packed != bool(layer.reason)
+
+
+# Report
+
+
+def test_report_as_text(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.LayerNorm(64))
+    report = secateur.pack_(model)
+    assert PackReport.from_json(report.to_json()) == report
+    text = report.to_markdown()
+    assert "| 0 | 64 x 64 | unstructured | 30.0% | bitmask | float32 | 0 |" in text
+    assert "1: 4.00 (4.00-4.00) bitmask" in text
+    assert "no weight matrix" in text
+    assert str(report).startswith("packed 1 of 1 layers with zeros, skipped 1 modules; 16,384 bytes dense, ")
+    assert set(report.machine) == {"processor", "kernels", "threads", "secateur", "torch"}
+    for wrong in ("[]", "{}", "nothing", '{"layers": [{}]}'):
+        with pytest.raises(ValueError, match=r"report|JSON|Expecting"):
+            PackReport.from_json(wrong)
+
+
+# Cache
+
+
+def test_cache_file_spares_the_measurement(monkeypatch, tmp_path):
+    path = tmp_path / "deep" / "cache.json"
+    winner(monkeypatch)
+    first = secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    assert path.exists()
+    monkeypatch.setattr(Cache, "_memory", {})
+    monkeypatch.setattr(_autotune, "race", lambda *args: pytest.fail("measured again"))
+    again = secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    assert again.layers == first.layers
+    torch.set_num_threads(2)  # another machine, as far as timings go
+    try:
+        with pytest.raises(pytest.fail.Exception):
+            secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_cache_file_keeps_other_machines(monkeypatch, tmp_path):
+    path = tmp_path / "cache.json"
+    winner(monkeypatch)
+    secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    table = json.loads(path.read_text())
+    (own,) = table["machines"]
+    table["machines"]["another"] = {"kept": "as it is"}
+    path.write_text(json.dumps(table))
+    secateur.pack_(pruned(nn.Linear(64, 32)), cache=path)
+    table = json.loads(path.read_text())
+    assert table["machines"]["another"] == {"kept": "as it is"}
+    assert len(table["machines"][own]) == 2
+
+
+def test_cache_file_of_another_version_is_replaced(monkeypatch, tmp_path):
+    path = tmp_path / "cache.json"
+    path.write_text('{"secateur autotune": 0, "machines": {}}')
+    winner(monkeypatch)
+    secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    assert json.loads(path.read_text())["secateur autotune"] == _autotune.CACHE_VERSION
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x00", '{"secateur autotune": 1, "machines": []}', "[" * 100_000])
+def test_cache_file_that_is_none(tmp_path, text):
+    path = tmp_path / "cache.json"
+    path.write_text(text)
+    with pytest.raises(FormatError, match=r"cache\.json is not a file of autotune"):
+        secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.pop("nbytes"),
+        lambda entry: entry["nbytes"].pop("bitmask"),
+        lambda entry: entry["nbytes"].update(bitmask=-1),
+        lambda entry: entry["seconds"].update({"x": {}}),
+        lambda entry: entry["seconds"].clear(),
+        lambda entry: entry["seconds"]["1"].update(bitmask=[]),
+        lambda entry: entry["seconds"]["1"].update(bitmask=[0.0]),
+        lambda entry: entry["seconds"]["1"].update(bitmask=[math.inf]),
+        lambda entry: (entry["nbytes"].update(evil=1), [w.update(evil=[1.0]) for w in entry["seconds"].values()]),
+        lambda entry: entry.update(seconds=3),
+    ],
+)
+def test_cache_entry_that_cannot_be(monkeypatch, tmp_path, change):
+    path = tmp_path / "cache.json"
+    winner(monkeypatch)
+    secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+    table = json.loads(path.read_text())
+    for entries in table["machines"].values():
+        for entry in entries.values():
+            change(entry)
+    path.write_text(json.dumps(table))
+    with pytest.raises(FormatError, match="cannot be one"):
+        secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
