@@ -55,3 +55,19 @@ def test_calibration_windows_follow_the_seed(small):
     first, again, other = demo.batches(0), demo.batches(0), demo.batches(1)
     assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(first, again, strict=True))
     assert any((a["input_ids"] != b["input_ids"]).any() for a, b in zip(first, other, strict=True))
+
+
+def test_the_last_act_packs_the_pruned_model_and_measures_it(small, monkeypatch):
+    monkeypatch.setattr(_demo, "PACKED", (("unstructured", 0.9),))
+    monkeypatch.setattr(_demo, "INPUTS", ((1, 1), (2, 8)))
+    monkeypatch.setattr(_demo, "ROUNDS", 3)
+    rows = _demo.run_packed(lambda description, done, total: None)
+    assert [(row["target"], row["windows"], row["tokens"]) for row in rows] == [
+        ("unstructured 90 %", 1, 1),
+        ("unstructured 90 %", 2, 8),
+    ]
+    for row in rows:
+        assert row["dense_bytes"] > 4 * 4e6  # 4.2 million float32 weights, those shared by embedding and head once
+        assert row["difference"] < 1e-4
+        assert min(row["dense_speed"], row["packed_speed"], row["ratio"]) > 0
+    assert json.dumps(rows)

@@ -48,8 +48,8 @@ LEVEL = {
     "_hf": 6,
     "_packedmodel": 7,
     "_bench": 7,
-    "_demo": 7,
-    "cli": 8,
+    "_demo": 8,
+    "cli": 9,
 }
 
 PUBLIC = [

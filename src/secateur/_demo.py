@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import statistics
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.resources import as_file, files
@@ -17,6 +20,8 @@ from secateur._hf import load_model, load_tokenizer
 from secateur._html import comparison_page
 from secateur._io import ModelDirectory, check_place, write_text
 from secateur._oneshot import prune_
+from secateur._packedmodel import save
+from secateur._packing import pack_
 from secateur._recipe import Recipe, method_name
 from secateur._report import Comparison, Report
 from secateur._text import Windows, batched, read_text
@@ -64,12 +69,9 @@ class DemoModel:
         model = copy.deepcopy(self.model)
         report = prune_(model, batches, recipe)
         errors = [layer.relative_error for layer in report.layers if layer.relative_error is not None]
-        target = (
-            str(recipe.pattern) if recipe.sparsity is None else f"{recipe.pattern} {round(100 * recipe.sparsity)} %"
-        )
         comparison = Comparison(
             method=method_name(recipe.method),
-            target=target,
+            target=target_name(str(recipe.pattern), recipe.sparsity),
             sparsity=report.sparsity,
             before=before,
             after=self.perplexity(model),
@@ -77,6 +79,11 @@ class DemoModel:
             seconds=report.seconds,
         )
         return comparison, report
+
+
+def target_name(pattern: str, sparsity: float | None) -> str:
+    """What runs are compared at, in words."""
+    return pattern if sparsity is None else f"{pattern} {round(100 * sparsity)} %"
 
 
 def run(output: Path, progress: Callable[[str, float, float], None]) -> list[dict[str, Any]]:
@@ -109,3 +116,57 @@ def run(output: Path, progress: Callable[[str, float, float], None]) -> list[dic
     page = comparison_page("secateur: one-shot pruning compared", INTRO, rows, results[-1][1])
     write_text(output / "report.html", page)
     return [asdict(row) for row in rows]
+
+
+# What the last act packs: a target at which the best method loses little, and one at which kernels gain much.
+PACKED: tuple[tuple[str, float | None], ...] = (("unstructured", 0.7), ("unstructured", 0.9))
+INPUTS = ((1, 1), (1, 64), (8, 64))  # windows and tokens: one token of an answer, a prompt, a batch of prompts
+ROUNDS = 15
+
+
+def run_packed(progress: Callable[[str, float, float], None]) -> list[dict[str, Any]]:
+    """Prune the demo model by the best method, pack it, and measure it beside the dense one.
+
+    Returns:
+        One row for each target and input: bytes of the file, dense and packed, tokens a second, dense and packed, the
+        median ratio of runs taken in turn, and the largest difference of the outputs, as a part of the largest output.
+    """
+    demo = DemoModel()
+    rows = []
+    for number, (pattern, sparsity) in enumerate(PACKED):
+        progress(f"packing {pattern} {sparsity or 0.5:.0%}", number, len(PACKED))
+        pruned = copy.deepcopy(demo.model)
+        prune_(pruned, demo.batches(), pattern=pattern, sparsity=sparsity, method=METHODS[-1], measure_error=False)
+        packed = copy.deepcopy(pruned)
+        pack_(packed, batch_sizes=sorted({windows * length for windows, length in INPUTS}))
+        sizes = {"dense_bytes": _bytes_on_disk(pruned), "packed_bytes": _bytes_on_disk(packed)}
+        for windows, length in INPUTS:
+            ids = torch.cat(demo.heldout)[:windows, :length]
+            row = {"target": target_name(pattern, sparsity), "windows": windows, "tokens": length, **sizes}
+            rows.append(row | _compare(pruned, packed, ids))
+    progress("packed", len(PACKED), len(PACKED))
+    return rows
+
+
+def _bytes_on_disk(model: nn.Module) -> int:
+    """Of the one file that holds the weights: dense ones are stored as they are, packed ones without their zeros."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, Path(folder) / "model", tokenizer=None)
+        return sum(file.stat().st_size for file in (Path(folder) / "model").glob("*.safetensors"))
+
+
+@torch.inference_mode()
+def _compare(dense: nn.Module, packed: nn.Module, ids: Tensor) -> dict[str, float]:
+    expected, found = dense(input_ids=ids).logits, packed(input_ids=ids).logits
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for model, record in zip((dense, packed), seconds, strict=True):
+            began = time.perf_counter()
+            model(input_ids=ids)
+            record.append(time.perf_counter() - began)
+    return {
+        "dense_speed": ids.numel() / statistics.median(seconds[0]),
+        "packed_speed": ids.numel() / statistics.median(seconds[1]),
+        "ratio": statistics.median(a / b for a, b in zip(*seconds, strict=True)),
+        "difference": float((found - expected).abs().max() / expected.abs().max()),
+    }

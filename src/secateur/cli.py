@@ -295,17 +295,19 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory for the report page and figures.")] = Path("demo-output"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Prune the small language model that comes with secateur, by every method, and compare."""
+    """Prune the small language model that comes with secateur, by every method, compare, and run the result packed."""
     with _user_errors():
-        from secateur._demo import run
+        from secateur._demo import run, run_packed
 
         console = _console()
         if not as_json:
             console.print("Pruning a small language model trained on Python source; perplexity on held-out modules.\n")
         with _progress() as progress:
             rows = run(output, progress)
+        with _progress() as progress:
+            packed = run_packed(progress)
         if as_json:
-            print(json.dumps(rows, indent=1))
+            print(json.dumps({"pruned": rows, "packed": packed}, indent=1))
             return
         table = Table("method", "target", box=None)
         for heading in ("sparsity", "perplexity before", "after", "layer error", "seconds"):
@@ -320,6 +322,21 @@ def demo(
                 f"{row['error']:.4f}",
                 f"{row['seconds']:.1f}",
                 end_section=row is rows[-1],
+            )
+        console.print(table)
+        table = Table("packed", "input", box=None)
+        for heading in ("file, dense", "packed", "tokens/s, dense", "packed", "ratio", "largest difference"):
+            table.add_column(heading, justify="right")
+        for row in packed:
+            table.add_row(
+                row["target"],
+                f"{row['windows']} x {row['tokens']}",
+                f"{row['dense_bytes'] / 1e6:.1f} MB",
+                f"{row['packed_bytes'] / 1e6:.1f} MB",
+                f"{row['dense_speed']:,.0f}",
+                f"{row['packed_speed']:,.0f}",
+                f"{row['ratio']:.2f}",
+                f"{row['difference']:.0e}",
             )
         console.print(table)
         console.print(f"\nThe report is in {output / 'report.html'}.")
