@@ -48,7 +48,7 @@ METHODS: dict[str, Any] = {
     "SET": SET(),
     "RigL": RigL(),
     "SR-STE": SRSTE(),
-    "gate": Gate(),
+    "gate": Gate(temperature=(16, 100), ramp=(0, 0.2), freeze=0.6),
 }
 ONE_SHOT = "sparsegpt+refit"
 
