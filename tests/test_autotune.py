@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur import FormatError, PackedLinear, RecipeError, _autotune, _packing
+from secateur import FormatError, PackedLinear, RecipeError, _autotune, _packing, _ways
 from secateur._autotune import Cache, Measurement, decide, race
 from secateur._packreport import PackReport
 from secateur._ways import Plan, why_not_prepacked
@@ -165,6 +165,8 @@ def fake_race(table):
 
 
 def winner(monkeypatch, way="bitmask", **others):
+    """Let one way win; with kernels or, where they could not be built, with their reference."""
+    monkeypatch.setattr(_ways, "has_kernels", lambda: True)
     monkeypatch.setattr(_autotune, "race", fake_race({"dense": 1.0, "prepacked": 1.2, way: 0.25, **others}))
     monkeypatch.setattr(Cache, "_memory", {})
 
@@ -251,7 +253,7 @@ def test_skipped_layers_have_their_reason(monkeypatch):
     assert [layer.name for layer in report.layers] == ["0"]
     assert report.layers[0].pattern == "column"
     assert reasons["1"] == "no zeros"
-    assert "convolutions with a kernel" in reasons["2"]
+    assert "a convolution with kernel" in reasons["2"]
     assert reasons["3"] == "no weight matrix"
     assert "hooks" in reasons["4"]
 
@@ -405,6 +407,20 @@ def test_transformers_transposed_layer(monkeypatch):
     assert type(model[0]) is conv1d
     assert torch.equal(model[0].weight, before.weight)
     assert torch.equal(model(x), expected)
+
+
+def test_without_kernels_only_dense_ways_are_measured(monkeypatch):
+    winner(monkeypatch)
+    monkeypatch.setattr(_ways, "has_kernels", lambda: False)
+    model = pruned(nn.Linear(64, 64))
+    report = secateur.pack_(model)
+    assert type(model[0]) is nn.Linear
+    assert {choice.way for choice in report.layers[0].choices} <= {"prepacked", "dense"}
+    winner(monkeypatch, "rows")
+    monkeypatch.setattr(_ways, "has_kernels", lambda: False)
+    model = pruned(nn.Linear(64, 64), pattern="row")
+    secateur.pack_(model)
+    assert str(model[0].plan) == "rows"
 
 
 def test_pack_measures_for_real():
