@@ -431,3 +431,12 @@ def test_what_fills_up_a_format_does_not_stand_in_the_way_of_another_kernel():
     if kernels.available()["native"] == "ok":
         torch.testing.assert_close(layer(x), x @ weight.T)
         assert layer.runtime_nbytes < PackedLinear(packed, plan="dense").weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_can_be_forced(dtype):
+    layer = PackedLinear.from_linear(pruned("unstructured"), plan="bitmask").to(dtype)
+    x = inputs(3, IN).to(dtype)
+    expected = layer(x)
+    with kernels.use("reference"):
+        torch.testing.assert_close(layer(x), expected)

@@ -177,15 +177,13 @@ class _Kernel(Runner):
         self.nbytes = layout.nbytes - shared
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        # What kernels.linear checks and converts takes longer than a small layer's product, and is known here.
-        if (
-            self._plain
-            and kernels._chosen.get()[0] is None
-            and x.dtype is torch.float32
-            and x.is_contiguous()
-            and (bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.is_contiguous()))
-        ):
-            return _native_backend.linear(x, self._layout, bias, _native_backend.default_isa())
+        # What kernels.linear checks takes longer than a small layer's product, and is known here.
+        if self._plain and kernels._chosen.get()[0] is None:
+            if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
+                bias = bias.float().contiguous()
+            wide = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+            y = _native_backend.linear(wide, self._layout, bias, _native_backend.default_isa())
+            return y if x.dtype is torch.float32 else y.to(x.dtype)
         return kernels.linear(x, self._layout, bias)
 
 

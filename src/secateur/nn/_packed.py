@@ -93,8 +93,11 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
     parsed = _parse_spec(spec)
     rows, columns = parsed.shape
     _check_input(x, columns)
-    if bias is not None and bias.shape != (rows,):
-        raise KernelError(f"the bias has shape {tuple(bias.shape)}, but the packed weight has {rows} outputs.")
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        raise KernelError(
+            f"the bias has shape {tuple(bias.shape)} and is on {bias.device}, but the packed weight has {rows} outputs "
+            f"and the input is on {x.device}. Move the layer with .to()."
+        )
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
     if not flat.numel():
         y = x.new_zeros(*x.shape[:-1], rows)
