@@ -473,6 +473,28 @@ def test_cache_file_spares_the_measurement(monkeypatch, tmp_path):
         torch.set_num_threads(1)
 
 
+def test_a_busy_machine_is_said_and_not_remembered(monkeypatch, tmp_path):
+    path = tmp_path / "cache.json"
+    winner(monkeypatch)
+    quiet = _autotune.race
+
+    def busy(*args):
+        return {way: [s * (1 + 2 * (i % 2)) for i, s in enumerate(times * 3)] for way, times in quiet(*args).items()}
+
+    assert not secateur.pack_(pruned(nn.Linear(64, 64)), cache=path).warning
+    assert len(next(iter(json.loads(path.read_text())["machines"].values()))) == 1
+    monkeypatch.setattr(_autotune, "race", busy)
+    report = secateur.pack_(pruned(nn.Linear(64, 32)), cache=path)
+    assert report.warning == ""  # dense and packed slowed down together: the ratios stand
+    assert len(next(iter(json.loads(path.read_text())["machines"].values()))) == 1
+    alone = {"dense": [1.0, 3.0] * 4}
+    monkeypatch.setattr(_autotune, "race", lambda *args: {**{w: t[:1] * 8 for w, t in quiet(*args).items()}, **alone})
+    report = secateur.pack_(pruned(nn.Linear(32, 32)))
+    assert report.spread > 1.5
+    assert report.warning.startswith("the machine was busy")
+    assert "The machine was busy" in report.to_markdown()
+
+
 def test_cache_file_keeps_other_machines(monkeypatch, tmp_path):
     path = tmp_path / "cache.json"
     winner(monkeypatch)
