@@ -119,8 +119,8 @@ class PackReport:
         if self.spread < _BUSY:
             return ""
         return (
-            f"the machine was busy: the quartiles of ratios are {self.spread:.1f} times apart, so that choices may be poor; "
-            "pack again on a quiet one"
+            f"the machine was busy: the quartiles of ratios are {self.spread:.1f} times apart, so that choices may be "
+            "poor; pack again on a quiet one"
         )
 
     def __str__(self) -> str:
