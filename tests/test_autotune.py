@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur import FormatError, PackedLinear, RecipeError, _autotune, _packing
+from secateur import FormatError, PackedLinear, RecipeError, _autotune, _packing, _ways
 from secateur._autotune import Cache, Measurement, decide, race
 from secateur._packreport import PackReport
 from secateur._ways import Plan, why_not_prepacked
@@ -165,6 +165,8 @@ def fake_race(table):
 
 
 def winner(monkeypatch, way="bitmask", **others):
+    """Let one way win; with kernels or, where they could not be built, with their reference."""
+    monkeypatch.setattr(_ways, "has_kernels", lambda: True)
     monkeypatch.setattr(_autotune, "race", fake_race({"dense": 1.0, "prepacked": 1.2, way: 0.25, **others}))
     monkeypatch.setattr(Cache, "_memory", {})
 
@@ -251,7 +253,7 @@ def test_skipped_layers_have_their_reason(monkeypatch):
     assert [layer.name for layer in report.layers] == ["0"]
     assert report.layers[0].pattern == "column"
     assert reasons["1"] == "no zeros"
-    assert "convolutions with a kernel" in reasons["2"]
+    assert "a convolution with kernel" in reasons["2"]
     assert reasons["3"] == "no weight matrix"
     assert "hooks" in reasons["4"]
 
@@ -407,6 +409,20 @@ def test_transformers_transposed_layer(monkeypatch):
     assert torch.equal(model(x), expected)
 
 
+def test_without_kernels_only_dense_ways_are_measured(monkeypatch):
+    winner(monkeypatch)
+    monkeypatch.setattr(_ways, "has_kernels", lambda: False)
+    model = pruned(nn.Linear(64, 64))
+    report = secateur.pack_(model)
+    assert type(model[0]) is nn.Linear
+    assert {choice.way for choice in report.layers[0].choices} <= {"prepacked", "dense"}
+    winner(monkeypatch, "rows")
+    monkeypatch.setattr(_ways, "has_kernels", lambda: False)
+    model = pruned(nn.Linear(64, 64), pattern="row")
+    secateur.pack_(model)
+    assert str(model[0].plan) == "rows"
+
+
 def test_pack_measures_for_real():
     model = pruned(nn.Linear(128, 96), nn.ReLU(), sparsity=0.9)
     report = secateur.pack_(model, batch_sizes=[1, 3])
@@ -455,6 +471,28 @@ def test_cache_file_spares_the_measurement(monkeypatch, tmp_path):
             secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
     finally:
         torch.set_num_threads(1)
+
+
+def test_a_busy_machine_is_said_and_not_remembered(monkeypatch, tmp_path):
+    path = tmp_path / "cache.json"
+    winner(monkeypatch)
+    quiet = _autotune.race
+
+    def busy(*args):
+        return {way: [s * (1 + 2 * (i % 2)) for i, s in enumerate(times * 3)] for way, times in quiet(*args).items()}
+
+    assert not secateur.pack_(pruned(nn.Linear(64, 64)), cache=path).warning
+    assert len(next(iter(json.loads(path.read_text())["machines"].values()))) == 1
+    monkeypatch.setattr(_autotune, "race", busy)
+    report = secateur.pack_(pruned(nn.Linear(64, 32)), cache=path)
+    assert report.warning == ""  # dense and packed slowed down together: the ratios stand
+    assert len(next(iter(json.loads(path.read_text())["machines"].values()))) == 1
+    alone = {"dense": [1.0, 3.0] * 4}
+    monkeypatch.setattr(_autotune, "race", lambda *args: {**{w: t[:1] * 8 for w, t in quiet(*args).items()}, **alone})
+    report = secateur.pack_(pruned(nn.Linear(32, 32)))
+    assert report.spread > 1.5
+    assert report.warning.startswith("the machine was busy")
+    assert "The machine was busy" in report.to_markdown()
 
 
 def test_cache_file_keeps_other_machines(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 import secateur
 from secateur import FormatError, PackedLinear, SparsityError, kernels
 from secateur._errors import KernelError
-from secateur._formats import Bitmask, RowPacked
+from secateur._formats import Bitmask, NMPacked, RowPacked
 from secateur._ways import Plan, candidates, make_runner
 from secateur.nn import _packed
 
@@ -259,6 +259,7 @@ def test_what_was_made_ready_dies_with_the_layer(layer):
 def test_a_call_makes_ready_once(layer, monkeypatch):
     made = []
     monkeypatch.setattr(_packed, "make_runner", lambda *args: made.append(args[0]) or make_runner(*args))
+    layer.plan = Plan.parse("bitmask@2 panels:128x256")
     for _ in range(3):
         layer(inputs(1, IN))
         layer(inputs(40, IN))
@@ -418,3 +419,24 @@ def test_compiled_calls_make_ready_once(layer, monkeypatch):
         for _ in range(3):
             assert torch.equal(compiled(x), layer(x))
     assert len(made) == 1
+
+
+def test_what_fills_up_a_format_does_not_stand_in_the_way_of_another_kernel():
+    weight = torch.zeros(16, 32)
+    weight[:, ::16] = 1  # 1:16; as 2:16 the format stores one zero more in each group
+    packed = NMPacked.from_dense(weight, pattern=secateur.NM(2, 16))
+    assert int(packed.mask().sum()) == 2 * int((weight != 0).sum())
+    layer = PackedLinear(packed, plan="lanes:1:8")
+    x = inputs(3, 32)
+    if kernels.available()["native"] == "ok":
+        torch.testing.assert_close(layer(x), x @ weight.T)
+        assert layer.runtime_nbytes < PackedLinear(packed, plan="dense").weight.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_can_be_forced(dtype):
+    layer = PackedLinear.from_linear(pruned("unstructured"), plan="bitmask").to(dtype)
+    x = inputs(3, IN).to(dtype)
+    expected = layer(x)
+    with kernels.use("reference"):
+        torch.testing.assert_close(layer(x), expected)

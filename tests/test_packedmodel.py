@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import secateur
-from secateur import FormatError, PackedLinear, RecipeError, _autotune
+from secateur import FormatError, PackedLinear, RecipeError, _autotune, _ways
 from secateur._autotune import Cache
 from secateur._formats import Bitmask
 from secateur._packedfile import PackedFile, read_packed, write_packed
@@ -26,6 +26,7 @@ def kernels_win(monkeypatch):
         return {way: [{"dense": 1.0, "prepacked": 2.0}.get(way, 0.25 + 0.01 * i)] * 3 for i, way in enumerate(calls)}
 
     monkeypatch.setattr(_autotune, "race", race)
+    monkeypatch.setattr(_ways, "has_kernels", lambda: True)  # or their reference, where they could not be built
     monkeypatch.setattr(Cache, "_memory", {})
 
 
@@ -173,7 +174,7 @@ def test_plans_of_another_machine_are_not_taken(tmp_path, monkeypatch):
         layer.plan = layer.plan.parse("prepacked")
     secateur.save(model, tmp_path / "a.sparse.safetensors")
     assert str(secateur.load(tmp_path / "a.sparse.safetensors", into=small()).up.plan) == "prepacked"
-    monkeypatch.setattr(_autotune, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(_autotune, "machine", lambda: {"processor": "another", "kernels": "avx2"})
     assert "bitmask" in str(secateur.load(tmp_path / "a.sparse.safetensors", into=small()).up.plan)
 
 

@@ -53,6 +53,11 @@ class Measurement:
     seconds: _Seconds
     nbytes: dict[str, int]
 
+    @property
+    def noisy(self) -> bool:
+        """Whether the machine was busy with something else."""
+        return any(len(ways["dense"]) > 1 and _is_noisy(ways["dense"]) for ways in self.seconds.values())
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -273,8 +278,10 @@ class Cache:
         return self._own.get(key) or self._memory.get((self._machine, key))
 
     def put(self, key: str, measured: Measurement) -> None:
-        """Remember a measurement."""
-        self._memory[self._machine, key] = self._own[key] = measured
+        """Remember a measurement: in the file only if the machine was quiet."""
+        self._memory[self._machine, key] = measured
+        if not measured.noisy:
+            self._own[key] = measured
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

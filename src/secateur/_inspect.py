@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from secateur._errors import FormatError
@@ -13,6 +14,7 @@ from secateur._io import find_shards, open_safetensors
 from secateur._pattern import NM, Block, Column, Row, SparsityPattern
 
 _GROUPS = (2, 4, 8, 16)
+_WIDTHS = (2, 4, 8, 16, 32)
 _TILES = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 16), (16, 1), (1, 8), (8, 1), (1, 4), (4, 1))
 
 
@@ -71,16 +73,21 @@ def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
     zeros, (rows, columns) = int(zero.count_nonzero()), zero.shape
     if not zeros:
         return ()
-    for m in _GROUPS:
+    counts = {1: zero.view(torch.uint8)}  # zeros in groups of so many columns
+    for m in _WIDTHS:
         if columns % m == 0:
-            n = m - int(zero.unflatten(1, (-1, m)).sum(2).min())
+            pairs = counts[m // 2].unflatten(1, (-1, 2))
+            counts[m] = pairs[..., 0] + pairs[..., 1]
+    for m in _GROUPS:
+        if m in counts:
+            n = m - int(counts[m].min())
             # 4:8 says nothing new where 2:4 holds already.
             implied = any(isinstance(p, NM) and m % p.m == 0 and p.n * (m // p.m) <= n for p in found)
             if n < m and not implied:
                 found.append(NM(n, m))
     for height, width in _TILES:
-        if rows % height == 0 and columns % width == 0:
-            tiles = zero.unflatten(1, (-1, width)).unflatten(0, (-1, height)).all(3).all(1)
+        if rows % height == 0 and width in counts:
+            tiles = (counts[width] == width).unflatten(0, (-1, height)).all(1)
             implied = any(isinstance(p, Block) and p.height % height == 0 and p.width % width == 0 for p in found)
             if int(tiles.count_nonzero()) * height * width == zeros and not implied:
                 found.append(Block(height, width))

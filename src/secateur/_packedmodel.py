@@ -370,7 +370,9 @@ def _skeleton(path: Path, contents: _Contents) -> nn.Module:
 
 def _fill(model: nn.Module, contents: _Contents, dense: bool, dtype: torch.dtype | None, path: Path) -> None:
     """Put layers and tensors into a model, after checking that they are its own."""
-    same_machine = contents.machine == _autotune.machine()
+    # Another number of threads, or version, leaves a measured plan a better guess than none.
+    here = _autotune.machine()
+    same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
     tensors = dict(contents.tensors)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}

@@ -292,16 +292,18 @@ def _jobs(
         module = layer.modules[0]
         weight = layer.matrix()
         reason = _why_not(model, layer, weight)
-        packed = None
+        packed: Format | None = None
+        patterns: tuple[SparsityPattern, ...] = ()
         if reason is None:
             try:
-                packed = pack_weight(weight, dtype)
+                patterns = satisfied(weight == 0)
+                packed = pack_weight(weight, dtype, patterns)
             except SparsityError as error:
                 reason = f"cannot be packed: {str(error).splitlines()[0]}"
         if packed is None:
             skipped.append(Skipped(layer.name, type(module).__name__, reason or ""))
         else:
-            jobs.append(_Job(layer, module, weight, packed, satisfied(weight == 0)))
+            jobs.append(_Job(layer, module, weight, packed, patterns))
     return jobs, skipped
 
 
@@ -328,7 +330,7 @@ def _why_not(model: nn.Module, layer: Layer, weight: Weight) -> str | None:
             return "a bare layer cannot be replaced in place; use PackedLinear.from_linear"
         pointwise = type(module) is nn.Conv2d and PackedConv2d.fits(module)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not pointwise:
-            return "convolutions with a kernel, padding or groups stay dense: unfolding their input costs the gain"
+            return "a convolution with kernel, padding or groups: unfolding its input costs what the zeros save"
         if type(module) is not nn.Linear and not pointwise and not _is_transposed(module):
             return f"only nn.Linear and 1x1 convolutions have a packed counterpart, not {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

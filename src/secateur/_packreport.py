@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 
 from secateur._report import SkippedLayer, _cell
+
+_BUSY = 1.5  # upper over lower quartile; a quiet machine stays below 1.2
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,22 @@ class PackReport:
         """Of the same layers while they run: stored, and what kernels keep besides."""
         return self.stored_bytes + sum(layer.runtime_bytes for layer in self.layers if layer.packed)
 
+    @property
+    def spread(self) -> float:
+        """Upper over lower quartile of the ratios, in the median; well above 1 where the machine was busy."""
+        found = [choice.high / choice.low for layer in self.layers for choice in layer.choices if choice.low > 0]
+        return median(found) if found else 1.0
+
+    @property
+    def warning(self) -> str:
+        """What to know about the measurements; empty where they can be relied on."""
+        if self.spread < _BUSY:
+            return ""
+        return (
+            f"the machine was busy: the quartiles of ratios are {self.spread:.1f} times apart, so that choices may be "
+            "poor; pack again on a quiet one"
+        )
+
     def __str__(self) -> str:
         packed = sum(layer.packed for layer in self.layers)
         return (
@@ -139,6 +158,7 @@ class PackReport:
         """Return the summary and a table of layers as Markdown."""
         machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
         lines = [f"# Packing report\n\n{str(self).capitalize()}.\n\nMeasured on: {_cell(machine)}.\n"]
+        lines += [f"{self.warning[0].upper()}{self.warning[1:]}.\n"] if self.warning else []
         lines += ["| layer | shape | pattern | density | format | values | error | bytes | running | speed |"]
         lines += ["|" + "---|" * 10]
         for layer in self.layers:

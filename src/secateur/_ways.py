@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own 
 
 from secateur import kernels
 from secateur._errors import KernelError
-from secateur._formats import BlockPacked, ColumnPacked, Format, NMPacked, RowPacked
+from secateur._formats import Bitmask, BlockPacked, ColumnPacked, Format, NMPacked, RowPacked
 from secateur._pattern import NM, Block, SparsityPattern
 from secateur.kernels import _native_backend
 from secateur.kernels._layouts import _settled
@@ -115,7 +115,7 @@ def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list
     rows, columns = packed.shape
     density = stored_share(packed)
     found: list[str] = []
-    native = kernels.available()["native"] == "ok" and bool(rows and columns)
+    native = has_kernels() and bool(rows and columns)
     if isinstance(packed, RowPacked | ColumnPacked):
         found += [f"{packed.name}s", f"{packed.name}s:prepacked"]
         found += [f"{packed.name}s:strips"] if native and packed.values.numel() else []
@@ -131,9 +131,16 @@ def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list
     return [*found, "prepacked", "dense"]
 
 
+def has_kernels() -> bool:
+    """Whether native kernels run here; without them only the dense ways are candidates."""
+    return kernels.available()["native"] == "ok"
+
+
 def default_plan(packed: Format) -> Plan:
-    """Return a plan for a weight that was never measured: what its format was made for."""
+    """Return a plan for a weight that was never measured: what its format was made for; dense without kernels."""
     rows, columns = packed.shape
+    if not isinstance(packed, RowPacked | ColumnPacked) and not has_kernels():
+        return Plan(("dense",))
     match packed, packed.pattern:
         case RowPacked(), _:
             return Plan(("rows",))
@@ -170,15 +177,13 @@ class _Kernel(Runner):
         self.nbytes = layout.nbytes - shared
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        # What kernels.linear checks and converts takes longer than a small layer's product, and is known here.
-        if (
-            self._plain
-            and kernels._chosen.get()[0] is None
-            and x.dtype is torch.float32
-            and x.is_contiguous()
-            and (bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.is_contiguous()))
-        ):
-            return _native_backend.linear(x, self._layout, bias, _native_backend.default_isa())
+        # What kernels.linear checks takes longer than a small layer's product, and is known here.
+        if self._plain and kernels._chosen.get()[0] is None:
+            if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
+                bias = bias.float().contiguous()
+            wide = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+            y = _native_backend.linear(wide, self._layout, bias, _native_backend.default_isa())
+            return y if x.dtype is torch.float32 else y.to(x.dtype)
         return kernels.linear(x, self._layout, bias)
 
 
@@ -282,7 +287,9 @@ def make_runner(way: str, packed: Format, dtype: torch.dtype) -> Runner:
             return _compact(kind, rest, packed, dtype)
     stored, scales = packed.unscaled()
     values = stored.to(_CODES) if stored.dtype == torch.int8 else stored
-    layout = _layout(kind, [int(size) for size in re.findall(r"\d+", rest)], values, packed.mask())
+    # Whatever a format stores to fill up its units need not run; but a bitmask's own values are shared as they are.
+    mask = packed.mask() if isinstance(packed, Bitmask) and kind == "bitmask" else stored != 0
+    layout = _layout(kind, [int(size) for size in re.findall(r"\d+", rest)], values, mask)
     if stored.dtype == torch.int8:
         assert scales is not None
         layout = replace(layout, values=layout.values.to(torch.int8), scale=scales.float().cpu())

@@ -211,6 +211,8 @@ def pack(
         for skip in report.skipped:
             if skip.reason not in ("no weight matrix", "excluded", "not included"):
                 console.print(f"skipped {escape(skip.name or '(root)')}: {escape(skip.reason)}")
+        if report.warning:
+            console.print(f"\n{report.warning}")
         console.print(f"{report}\nwritten to {output}")
 
 

@@ -93,11 +93,15 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
     parsed = _parse_spec(spec)
     rows, columns = parsed.shape
     _check_input(x, columns)
-    if bias is not None and bias.shape != (rows,):
-        raise KernelError(f"the bias has shape {tuple(bias.shape)}, but the packed weight has {rows} outputs.")
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        raise KernelError(
+            f"the bias has shape {tuple(bias.shape)} and is on {bias.device}, but the packed weight has {rows} outputs "
+            f"and the input is on {x.device}. Move the layer with .to()."
+        )
     flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
-    if not flat.shape[0]:
-        return x.new_empty(*x.shape[:-1], rows)
+    if not flat.numel():
+        y = x.new_zeros(*x.shape[:-1], rows)
+        return y if bias is None else y + bias.to(x.dtype)
     ready = _get_ready(weight, parsed)
     way = parsed.plan.way(flat.shape[0])
     if flat.device.type != "cpu":
@@ -496,7 +500,7 @@ def pack_weight(
     Args:
         weight: ``[out, in]``.
         value_dtype: of the stored values; None for the weight's own.
-        patterns: the one that its zeros follow; None finds all.
+        patterns: that its zeros follow; None finds them.
 
     Raises:
         PatternError: the zeros do not follow the pattern.
@@ -505,7 +509,7 @@ def pack_weight(
     mask = weight != 0
     if patterns is None:
         patterns = satisfied(~mask)
-    elif isinstance(patterns[0], NM) and NMPacked.predicted_nbytes(mask, patterns[0]) is None:
+    elif patterns and isinstance(patterns[0], NM) and NMPacked.predicted_nbytes(mask, patterns[0]) is None:
         return NMPacked.from_dense(weight, mask, patterns[0], value_dtype)  # raises, naming the group
     dtype = weight.dtype if value_dtype is None else value_dtype
     best: tuple[int, type[Format], SparsityPattern] | None = None
