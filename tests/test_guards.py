@@ -60,6 +60,7 @@ PUBLIC = [
     "GroupSparsity",
     "Histogram",
     "Importance",
+    "KernelError",
     "LayerKind",
     "LayerProblem",
     "LayerReport",

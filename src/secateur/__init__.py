@@ -7,6 +7,7 @@ kernels. :func:`prune_` prunes a model in one call.
 from importlib.metadata import version as _version
 
 from secateur._errors import FormatError as FormatError
+from secateur._errors import KernelError as KernelError
 from secateur._errors import PatternError as PatternError
 from secateur._errors import RecipeError as RecipeError
 from secateur._errors import SolverError as SolverError

@@ -20,6 +20,7 @@ from secateur import kernels
 from secateur._errors import FormatError
 from secateur._formats import Format
 from secateur._io import write_text
+from secateur._measure import versions
 from secateur._packreport import Choice
 from secateur._pattern import SparsityPattern
 from secateur._types import Weight
@@ -214,15 +215,14 @@ def _choice(rows: int, way: str, times: Mapping[str, Sequence[float]], ratio: tu
 
 def machine() -> dict[str, str]:
     """Return what timings depend on besides the layer."""
-    from secateur import __version__
-
+    known = versions()
     native = kernels.available()["native"]
     return {
         "processor": _processor(),
         "kernels": kernels.isas()[0] if native == "ok" else "none",
         "threads": str(torch.get_num_threads()),
-        "secateur": __version__,
-        "torch": torch.__version__,
+        "secateur": known["secateur"],
+        "torch": known["torch"],
     }
 
 
