@@ -29,7 +29,9 @@ _WAYS = re.compile(
     r"dense|prepacked|bitmask|(rows|columns)(:prepacked|:strips)?"
     r"|panels:[1-9]\d{0,4}x[1-9]\d{0,4}|lanes:[1-9]\d?:[1-9]\d?|strips:[1-9]\d{0,3}x[1-9]\d{0,3}"
 )
-_PANELS = ("panels:128x256", "panels:64x128")
+# One of each kind that won somewhere in benchmarks/kernels.py; low ones are for layers of few rows.
+_PANELS = ("panels:128x256", "panels:64x128", "panels:256x128", "panels:128x512")
+_SPARSE = 0.25  # up to this density one block for all columns, the plain index form, may win at few input rows
 SPARE = 64  # values readable behind the last; layouts want 16
 _STRIP = 16
 _CODES = torch.float16  # holds every int8 code exactly, and is a value type of every layout
@@ -128,6 +130,7 @@ def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list
                     found.append(f"strips:{height}x{width}")
         if not isinstance(packed, RowPacked | ColumnPacked):
             found += ["bitmask", *_PANELS]
+            found += [f"panels:64x{columns}"] if density <= _SPARSE and columns <= kernels.PanelLayout.WIDEST else []
     return [*found, "prepacked", "dense"]
 
 

@@ -152,6 +152,7 @@ class PanelLayout(Layout):
     height: int
     width: int
     kernel = "panels"
+    WIDEST: ClassVar[int] = 32768
 
     @classmethod
     def pack(
@@ -164,9 +165,9 @@ class PanelLayout(Layout):
         width: int = 256,
     ) -> PanelLayout:
         """Pack what the mask keeps of a weight [out, in], in panels of `height` rows and blocks of `width` columns."""
-        if not 1 <= width <= 32768 or height < 1:
+        if not 1 <= width <= cls.WIDEST or height < 1:
             raise KernelError(
-                f"panels of {height} rows and {width} columns: expected 1 row or more and 1 to 32768 columns."
+                f"panels of {height} rows and {width} columns: expected 1 row or more and 1 to {cls.WIDEST} columns."
             )
         values, mask, scale = _prepared(weight, mask, value_dtype)
         shape = _shape(values)
