@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -253,7 +254,16 @@ def test_page_follows_neither_nor_changes_matplotlib_settings(page):
         before = {name: matplotlib.rcParams[name] for name in names}
         assert REPORT.to_html() == page
         assert {name: matplotlib.rcParams[name] for name in names} == before
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_page_does_not_load_pyplot():
+    """In a process of its own: other libraries load it too."""
+    code = "import sys, secateur; secateur.Report.from_json(sys.stdin.read()).to_html(); print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=REPORT.to_json(), capture_output=True, text=True, check=True
+    )
+    assert "matplotlib.figure" in run.stdout.split()
+    assert "matplotlib.pyplot" not in run.stdout.split()
 
 
 def test_charts_take_their_colours_from_the_theme(page):
