@@ -488,3 +488,43 @@ def test_files_of_compressed_tensors_load(llama, tmp_path):
     torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-4)
     dense = secateur.load(tmp_path / "ct", dense=True).state_dict()
     assert all(torch.equal(dense[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_runs_dense_is_stored_without_its_zeros_and_comes_back_dense(tmp_path):
+    """A file's size is not a matter of which layers a machine runs packed."""
+
+    def make():
+        return nn.Sequential(
+            nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(64, 128), nn.Linear(128, 128), nn.Linear(128, 2)
+        )
+
+    torch.manual_seed(0)
+    model = make()
+    secateur.prune_(model, pattern="unstructured", sparsity=0.9, method="magnitude", include=["0", "2", "3"])
+    model[2] = secateur.PackedLinear.from_linear(model[2])
+    path = tmp_path / "pruned.safetensors"
+    secateur.save(model, path)
+    stored = sum(module.weight.numel() for module in (model[0], model[3])) + 64 * 128
+    assert path.stat().st_size < stored * 4 * (0.1 + 1 / 32) + 128 * 2 * 4 + 8000  # offsets, header, what is dense
+    again = secateur.load(path, into=make())
+    assert [type(module) for module in again] == [type(module) for module in model]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    dense = secateur.load(path, into=make(), dense=True)
+    assert torch.equal(dense[2].weight, model[2].to_linear().weight)
+    assert torch.equal(dense[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("shape", [[127, 128], [128], [128, 128, 0], [128, -128], "128", [128.0, 128]], ids=str)
+def test_a_sparse_tensor_of_another_shape(tmp_path, shape):
+    from secateur._packedfile import read_packed, write_packed
+
+    model = nn.Sequential(nn.Linear(128, 128))
+    secateur.prune_(model, sparsity=0.9, pattern="unstructured", method="magnitude")
+    path = tmp_path / "pruned.safetensors"
+    secateur.save(model, path)
+    file = read_packed(path)
+    assert file.metadata["sparse"] == {"0.weight": [128, 128]}
+    write_packed(path, file.layers, file.tensors, {**file.metadata, "sparse": {"0.weight": shape}})
+    with pytest.raises(FormatError):
+        secateur.load(path, into=nn.Sequential(nn.Linear(128, 128)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from secateur._packreport import PackReport
 from secateur._pattern import NM, Block, SparsityPattern
 from secateur._ways import Plan, candidates, default_plan
 from secateur.nn import PackedConv2d, PackedLinear
+from secateur.nn._packed import pack_weight
 from secateur.nn._sparsify import _swap_
 
 FILE = "model.sparse.safetensors"
@@ -66,6 +68,7 @@ class _Contents:
         machine: that the plans were measured on.
         model: name of the class, for transformers models.
         absent: tensors that the checkpoint had no values for.
+        sparse: names among ``layers`` that are plain tensors, stored without their zeros, and their shapes.
     """
 
     layers: Mapping[str, Format]
@@ -77,6 +80,7 @@ class _Contents:
     machine: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
     absent: tuple[str, ...] = ()
+    sparse: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """Return what is not a tensor."""
@@ -90,7 +94,8 @@ class _Contents:
             for name, kind in self.kinds.items()
         }
         same = {name: dict(getattr(self, name)) for name in ("modules", "weights", "tied", "machine")}
-        return {"kinds": kinds, **same, "model": self.model, "absent": list(self.absent)}
+        sparse = {name: list(shape) for name, shape in self.sparse.items()}
+        return {"kinds": kinds, **same, "model": self.model, "absent": list(self.absent), "sparse": sparse}
 
     @classmethod
     def of(cls, file: PackedFile) -> _Contents:
@@ -100,10 +105,18 @@ class _Contents:
             FormatError: metadata that cannot be.
         """
         table = file.metadata
+        layers, tensors = dict(file.layers), dict(file.tensors)
         try:
+            for name, shape in dict(table.get("sparse", {})).items():
+                packed = layers.pop(name)
+                if name in tensors or any(type(side) is not int or side < 0 for side in shape):
+                    raise ValueError(f"a tensor {name} of shape {shape}")
+                if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != packed.shape:
+                    raise ValueError(f"a tensor {name} of shape {shape}, which is stored as {packed.shape}")
+                tensors[name] = packed.to_dense().view(shape)
             texts = {key: dict(table.get(key, {})) for key in ("modules", "weights", "tied", "machine")}
-            of = {**{name: name for name in file.layers}, **texts["weights"]}
-            kinds = {n: _kind(table.get("kinds", {}).get(n), file.layers[first]) for n, first in of.items()}
+            of = {**{name: name for name in layers}, **texts["weights"]}
+            kinds = {n: _kind(table.get("kinds", {}).get(n), layers[first]) for n, first in of.items()}
             model, absent = table.get("model", ""), table.get("absent", [])
             if not all(isinstance(text, str) for named in texts.values() for text in named.values()):
                 raise TypeError("names should be texts")
@@ -111,11 +124,11 @@ class _Contents:
                 raise TypeError("names should be texts")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise FormatError(f"its metadata is not that of a packed model: {error}") from None
-        for key, known in (("modules", kinds), ("weights", file.layers), ("tied", file.tensors)):
+        for key, known in (("modules", kinds), ("weights", layers), ("tied", tensors)):
             for name, first in texts[key].items():
                 if first not in known or name in known:
                     raise FormatError(f"its metadata says that {name!r} is {first!r}, but one of them is not so.")
-        return cls(file.layers, kinds, file.tensors, **texts, model=model, absent=tuple(absent))
+        return cls(layers, kinds, tensors, **texts, model=model, absent=tuple(absent))
 
 
 def _kind(table: Any, packed: Format) -> _Layer:
@@ -148,7 +161,8 @@ def save(
     memory are stored once and come back so.
 
     Args:
-        model: with layers that :func:`pack_` replaced; what is not packed is stored as it is.
+        model: pruned, with or without layers that :func:`pack_` replaced. Weights that run dense are stored without
+            their zeros too, where that is smaller, and come back dense; zeros lose their sign.
         path: ends in ``.safetensors`` for one file, an existing one is replaced; else a directory to make.
         source: a model directory whose files, weights excepted, are copied along: config, tokenizer and all others.
         tokenizer: anything with ``save_pretrained``; not needed with ``source``.
@@ -270,8 +284,22 @@ def _contents(model: nn.Module, dtype: torch.dtype | None, absent: Iterable[str]
             tensors[name] = tensor
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    sparse = {name: packed for name, tensor in tensors.items() if (packed := _without_zeros(tensor)) is not None}
+    shapes = {name: tuple(tensors.pop(name).shape) for name in sparse}
     machine, name = _autotune.machine(), type(model).__name__
-    return _Contents(layers, kinds, tensors, modules, weights, tied, machine, name, tuple(sorted(absent)))
+    absent = tuple(sorted(absent))
+    return _Contents(layers | sparse, kinds, tensors, modules, weights, tied, machine, name, absent, shapes)
+
+
+def _without_zeros(tensor: Tensor) -> Format | None:
+    """A weight that runs dense, packed for the file alone; None where that would not make it smaller."""
+    if tensor.ndim < 2 or tensor.dtype not in VALUE_DTYPES[:3] or not tensor.numel():
+        return None
+    matrix = tensor.detach().cpu().flatten(1)
+    if not (matrix == 0).any():
+        return None
+    packed = pack_weight(matrix)
+    return packed if packed.nbytes < matrix.nbytes else None
 
 
 def load(

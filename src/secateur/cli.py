@@ -327,7 +327,7 @@ def demo(
             )
         console.print(table)
         table = Table("packed", "input", box=None)
-        for heading in ("file, dense", "packed", "tokens/s, dense", "packed", "ratio", "largest difference"):
+        for heading in ("weights, dense", "packed file", "tokens/s, dense", "packed", "ratio", "largest difference"):
             table.add_column(heading, justify="right")
         for row in packed:
             table.add_row(
