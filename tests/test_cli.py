@@ -7,6 +7,7 @@ from importlib.resources import as_file, files
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import with_tokenizer
 from typer.testing import CliRunner
 
 import secateur
@@ -34,10 +35,7 @@ def llama(tmp_path_factory):
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(path, max_shard_size="150KB")
     assert len(list(path.glob("*.safetensors"))) > 1
-    with as_file(files("secateur") / "demo_model") as demo:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(demo / name, path / name)
-    return path
+    return with_tokenizer(path)
 
 
 @pytest.fixture(scope="session")
@@ -50,10 +48,7 @@ def bert(tmp_path_factory):
     )
     model = transformers.BertForMaskedLM(config)
     model.save_pretrained(path)
-    with as_file(files("secateur") / "demo_model") as demo:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(demo / name, path / name)
-    return path
+    return with_tokenizer(path)
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 import copy
 import json
 import shutil
-from importlib.resources import as_file, files
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import with_tokenizer
 from torch import nn
 
 import secateur
@@ -313,13 +313,6 @@ def prune(model, sparsity=0.75):
             mask = secateur.Unstructured().mask(module.weight.detach().abs().float(), sparsity)
             with torch.no_grad():
                 module.weight.mul_(mask)
-
-
-def with_tokenizer(path):
-    with as_file(files("secateur") / "demo_model") as demo:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(demo / name, path / name)
-    return path
 
 
 @pytest.fixture(scope="session")
