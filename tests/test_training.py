@@ -1254,27 +1254,51 @@ def test_methods_with_plain_layers_leave_sparse_ones_alone(method):
     assert int((bare.weight == 0).sum()) == 16
 
 
-def test_rigl_needs_its_gradients():
+@pytest.mark.parametrize(
+    ("to_none", "message"),
+    [
+        (True, r"stem: rigl needs its gradient after step 2, but there is none\.\nCall step\(\) before"),
+        (False, r"rigl needs gradients after step 2, but those of all layers are zero\.\nCall step\(\) before"),
+    ],
+)
+def test_rigl_needs_its_gradients(to_none, message):
     model, optimizer, training = setup("rigl")
     train(model, optimizer, training, range(1))
     optimizer.zero_grad()
     loss_of(model, 1).backward()
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=to_none)
     before = training.masks
     weights = copy.deepcopy(model.state_dict())
-    with pytest.raises(RecipeError, match=r"stem: rigl needs its gradient after step 2, but .*\nCall step\(\) before"):
+    with pytest.raises(RecipeError, match=message):
         training.step()
     assert training.step_count == 1
     assert all(torch.equal(mask, before[name]) for name, mask in training.masks.items())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    for method in METHODS:  # no other needs them, nor does rigl between updates
+
+
+def test_no_other_method_needs_gradients_nor_does_rigl_between_updates():
+    for method in METHODS:
         if method != "rigl":
-            model, optimizer, training = setup(method)
+            training = setup(method)[2]
             for _ in range(2):
                 training.step()
-    model, optimizer, training = setup("rigl")
-    training.step()
+    setup("rigl")[2].step()
+
+
+@pytest.mark.parametrize("method", ["gate", "magnitude"])  # whose mask is still to come
+def test_finalizing_with_weights_that_are_nan_changes_nothing(method):
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
+    model, optimizer, training = setup(method, model)
+    train(model, optimizer, training, range(2))
+    model[1].weight.data.masked_fill_(training.masks["1"], math.nan)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PatternError, match=r"^1: \d+ of (its )?48"):
+        training.finalize()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sr-ste", "set", "rigl"])

@@ -284,6 +284,12 @@ class SparseTraining:
                         f"{name}: {self.method.name} needs its gradient after step {self._step + 1}, but there is none."
                         "\nCall step() before zero_grad(), and exclude layers that the loss does not depend on."
                     )
+            masked = [weight for weight in self._weights.values() if isinstance(weight, MaskedWeight)]
+            if masked and all(not weight.gradient().any() for weight in masked):  # type: ignore[union-attr]
+                raise RecipeError(
+                    f"{self.method.name} needs gradients after step {self._step + 1}, but those of all layers are zero."
+                    "\nCall step() before zero_grad()."
+                )
         self._step += 1
         self._update()
 
@@ -330,17 +336,20 @@ class SparseTraining:
         A second call returns the same report.
 
         Raises:
-            SparsityError: a mask that breaks its pattern or count, which would be an error of the method.
+            SparsityError: weights of which no mask can be made, because they are NaN: nothing has changed; or a mask
+                that breaks its pattern or count, which would be an error of the method.
         """
         if self._report is not None:
             return self._report
         self._gather_no_more()
-        layers = []
+        # All masks before the first weight changes: an error leaves the model as it is.
+        masks = {}
         for name, weight in self._weights.items():
             try:
-                layers.append(self._settle(weight))
+                masks[name] = self._final_mask(weight)
             except SparsityError as error:
                 raise type(error)(f"{name}: {error}") from None
+        layers = [self._settle(weight, *masks[name]) for name, weight in self._weights.items()]
         if self.method.learns and not any(hasattr(w.layer.parameter, "device_mesh") for w in self._weights.values()):
             densify_(self.model)
         for weight in self._weights.values():
@@ -355,14 +364,17 @@ class SparseTraining:
         )
         return self._report
 
-    def _settle(self, weight: MaskedWeight | LearnedWeight) -> LayerReport:
-        """Put a weight at its final mask, check it and describe it."""
-        notes = []
+    def _final_mask(self, weight: MaskedWeight | LearnedWeight) -> tuple[Mask, int, list[str]]:
+        """The mask to end with, how many weights it prunes, and notes."""
         asked = weight.pattern.num_pruned(weight.matrix().shape, weight.sparsity)
-        mask = weight.mask
+        mask, notes = weight.mask, []
         if mask is None or mask.numel() - int(mask.count_nonzero()) != asked:
             mask = weight.pattern.mask(weight.magnitudes(), weight.sparsity)
             notes.append(f"finalized at step {self._step} of {self.steps}, before the mask was final")
+        return mask, asked, notes
+
+    def _settle(self, weight: MaskedWeight | LearnedWeight, mask: Mask, asked: int, notes: list[str]) -> LayerReport:
+        """Put a weight at its final mask and describe it."""
         if isinstance(weight, MaskedWeight):
             weight.set_mask(mask, self.optimizer)
         else:
