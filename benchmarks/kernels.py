@@ -26,6 +26,8 @@ from _timing import describe
 from torch import Tensor, nn
 
 from secateur import kernels
+from secateur._formats import ColumnPacked, RowPacked
+from secateur._ways import candidates, make_runner
 from secateur.kernels import BitmaskLayout, LaneLayout, Layout, PanelLayout, StripLayout
 
 Run = Callable[[Tensor], Tensor]
@@ -107,19 +109,17 @@ def prepare(case: Case, rows: int, columns: int) -> Prepared:
 
 
 def sliced(dense: Tensor, kind: str, keep: float) -> Prepared:
-    """Whole rows or columns: a smaller dense product, and nothing of ours but where its results go."""
+    """Whole rows or columns: a smaller dense product, by torch, packed beforehand or by ours."""
     axis = 0 if kind == "row" else 1
     kept = torch.randperm(dense.shape[axis])[: round(dense.shape[axis] * keep)].sort().values
-    part = dense.index_select(axis, kept)
-    weight = torch.zeros_like(dense).index_copy_(axis, kept, part)
-
-    def rows(x: Tensor) -> Tensor:
-        return x.new_zeros(len(x), len(weight)).index_copy_(1, kept, nn.functional.linear(x, part))
-
-    def columns(x: Tensor) -> Tensor:
-        return nn.functional.linear(x.index_select(1, kept), part)
-
-    return Prepared(weight, weight, {"slice": (rows if kind == "row" else columns, part.nbytes)})
+    weight = torch.zeros_like(dense).index_copy_(axis, kept, dense.index_select(axis, kept))
+    packed = (RowPacked if kind == "row" else ColumnPacked).from_dense(weight)
+    ways: dict[str, tuple[Run, int]] = {}
+    for way in candidates(packed):
+        if way.startswith(packed.name):
+            runner = make_runner(way, packed, torch.float32)
+            ways[way] = (partial(runner, bias=None), packed.values.nbytes)
+    return Prepared(weight, weight, ways)
 
 
 def rivals(weight: Tensor, batch: int) -> dict[str, Run]:

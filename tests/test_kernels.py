@@ -256,12 +256,22 @@ def _load_module():
     return sys.modules["secateur.kernels._load"]
 
 
+@pytest.fixture
+def isa_not_read():
+    """As in a process that has not read SECATEUR_ISA yet, which happens once."""
+    _native_backend.default_isa.cache_clear()
+    yield
+    _native_backend.default_isa.cache_clear()
+
+
 @pytest.mark.skipif(not kernels.isas(), reason="no native kernels")
-def test_the_variable_forces_an_instruction_set(monkeypatch):
+def test_the_variable_forces_an_instruction_set(monkeypatch, isa_not_read):
     packed, x = PanelLayout.pack(torch.eye(4)), torch.randn(1, 4)
     monkeypatch.setenv("SECATEUR_ISA", "generic")
     assert _native_backend.default_isa() == "generic"
     monkeypatch.setenv("SECATEUR_ISA", "sse9")
+    assert _native_backend.default_isa() == "generic"
+    _native_backend.default_isa.cache_clear()
     assert "sse9" in kernels.available()["native"]
     assert "sse9" in kernels.explain(x, packed)[0][1]
     with pytest.raises(KernelError, match=r"SECATEUR_ISA is 'sse9'.*generic"):

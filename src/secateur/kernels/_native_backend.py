@@ -24,15 +24,11 @@ def isas() -> list[str]:
 
 
 @cache
-def _best() -> str:
-    return isas()[0]
-
-
 def default_isa() -> str:
-    """The best instruction set, or the one SECATEUR_ISA names."""
+    """The best instruction set, or the one SECATEUR_ISA names: read once, which takes longer than a small product."""
     named = os.environ.get("SECATEUR_ISA")
     if not named:
-        return _best()
+        return isas()[0]
     if named not in isas():
         raise KernelError(
             f"SECATEUR_ISA is {named!r}, but this machine and build run {', '.join(isas()) or 'none'}. "
