@@ -17,6 +17,7 @@ PACKAGE = Path(secateur.__file__).parent
 LEVEL = {
     "_errors": 0,
     "_types": 0,
+    "_plain": 0,
     "_pattern": 1,
     "_optimizer": 1,
     "_statistics": 1,

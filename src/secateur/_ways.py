@@ -176,17 +176,18 @@ class Runner(ABC):
 class _Kernel(Runner):
     def __init__(self, layout: kernels.Layout, shared: int = 0) -> None:
         self._layout = layout
-        self._plain = kernels.available()["native"] == "ok" and layout.values.is_cpu
+        plain = has_kernels() and layout.values.is_cpu
+        self._bound = _native_backend.Bound(layout, _native_backend.default_isa()) if plain else None
         self.nbytes = layout.nbytes - shared
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         # What kernels.linear checks takes longer than a small layer's product, and is known here.
-        if self._plain and kernels._chosen.get()[0] is None:
+        if self._bound is not None and kernels._chosen.get()[0] is None:
             if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
                 bias = bias.float().contiguous()
-            wide = x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
-            y = _native_backend.linear(wide, self._layout, bias, _native_backend.default_isa())
-            return y if x.dtype is torch.float32 else y.to(x.dtype)
+            if x.dtype is torch.float32:
+                return self._bound(x.contiguous(), bias)
+            return self._bound(x.float().contiguous(), bias).to(x.dtype)
         return kernels.linear(x, self._layout, bias)
 
 

@@ -37,28 +37,47 @@ def default_isa() -> str:
     return named
 
 
-def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
-    """Run the layout's kernel on x [batch, in], float32 and contiguous, on the processor."""
-    native = load()
-    assert not isinstance(native, str)
-    rows, columns = packed.shape
-    batch = x.shape[0]
-    y = torch.empty((batch, rows))
-    if not y.numel():
+class Bound:
+    """A layout's kernel with everything that does not change between calls: a small product takes no longer than these.
+
+    Args:
+        packed: the weight, on the processor. Its tensors must not move or change while this is used.
+        isa: one of :func:`isas`.
+    """
+
+    def __init__(self, packed: Layout, isa: str) -> None:
+        native = load()
+        assert not isinstance(native, str)
+        values, scale = packed.values, packed.scale
+        self._packed = packed  # keeps the memory
+        self._kernel, self._isa = getattr(native, packed.kernel), isa
+        self._rows, self._size = packed.shape[0], values.numel()
+        self._scale, self._values = 0 if scale is None else scale.data_ptr(), values.data_ptr()
+        self._shape, self._type = packed.shape, VALUE_TYPES[values.dtype]
+        self._arguments = packed.arguments()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x Wᵀ + b for x [batch, in] and b [out], float32 and contiguous, on the processor."""
+        batch = x.shape[0]
+        y = x.new_empty((batch, self._rows))
+        if not (batch and self._rows):
+            return y
+        self._kernel(
+            self._isa,
+            x.data_ptr(),
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            self._scale,
+            self._values,
+            batch,
+            *self._shape,
+            self._type,
+            torch.get_num_threads() if self._size * batch > _SMALL else 1,
+            *self._arguments,
+        )
         return y
-    values, scale = packed.values, packed.scale
-    getattr(native, packed.kernel)(
-        isa,
-        x.data_ptr(),
-        y.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
-        values.data_ptr(),
-        batch,
-        rows,
-        columns,
-        VALUE_TYPES[values.dtype],
-        torch.get_num_threads() if values.numel() * batch > _SMALL else 1,
-        *packed.arguments(),
-    )
-    return y
+
+
+def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
+    """Run the layout's kernel once on x [batch, in], float32 and contiguous, on the processor."""
+    return Bound(packed, isa)(x, bias)

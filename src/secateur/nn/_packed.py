@@ -18,6 +18,7 @@ from secateur._errors import FormatError, KernelError, SparsityError
 from secateur._formats import FORMATS, VALUE_DTYPES, Format, NMPacked, choose
 from secateur._inspect import satisfied
 from secateur._pattern import NM, SparsityPattern, Unstructured
+from secateur._plain import is_plain
 from secateur._types import Weight
 from secateur._ways import Plan, Runner, default_plan, make_runner, padded
 
@@ -60,27 +61,30 @@ class _Ready:
     versions: tuple[int, ...]
     packed: Format
     runners: dict[tuple[str, torch.dtype | None], Runner] = field(default_factory=dict)
+    calls: dict[tuple[Any, ...], Runner] = field(default_factory=dict)  # by kind of input, which was checked
 
 
 # By the identity of the first tensor. An operator is a function of its tensors alone, and this only saves it work: so
 # a module can be copied, compiled, exported and loaded without a thought for what was made ready.
 _ready: dict[int, _Ready] = {}
 _lock = threading.RLock()
+_CALLS = 1024  # kinds of input remembered for each weight
 
 
 def _versions(weight: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(-1 if tensor.is_inference() else tensor._version for tensor in weight)
 
 
-def _get_ready(weight: Sequence[Tensor], spec: _Spec) -> _Ready:
+def _get_ready(weight: Sequence[Tensor], spec: str) -> _Ready:
     first = weight[0]
     key = id(first)
     ready = _ready.get(key)
     if ready is not None and ready.alive() is first and ready.versions == _versions(weight):
         return ready
     with _lock:
+        parsed = _parse_spec(spec)
         aliases = [tensor.detach() for tensor in weight]  # which do not keep the first alive
-        packed = spec.kind.from_tensors(dict(zip(spec.names, aliases, strict=True)), spec.shape, spec.pattern)
+        packed = parsed.kind.from_tensors(dict(zip(parsed.names, aliases, strict=True)), parsed.shape, parsed.pattern)
         ready = _ready[key] = _Ready(weakref.ref(first, partial(_forget, key)), _versions(weight), packed)
         return ready
 
@@ -90,29 +94,39 @@ def _forget(key: int, _: Any) -> None:
 
 
 def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    parsed = _parse_spec(spec)
-    rows, columns = parsed.shape
-    _check_input(x, columns)
+    ready = _get_ready(weight, spec)
+    shape = x.shape
+    runner = ready.calls.get((shape, x.dtype, x.device, spec)) or _runner(ready, x, spec)
+    rows, columns = ready.packed.shape
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
         raise KernelError(
             f"the bias has shape {tuple(bias.shape)} and is on {bias.device}, but the packed weight has {rows} outputs "
             f"and the input is on {x.device}. Move the layer with .to()."
         )
-    flat = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), columns)
-    if not flat.numel():
-        y = x.new_zeros(*x.shape[:-1], rows)
-        return y if bias is None else y + bias.to(x.dtype)
-    ready = _get_ready(weight, parsed)
-    way = parsed.plan.way(flat.shape[0])
-    if flat.device.type != "cpu":
-        way = "dense"
-    key = (way, x.dtype if way in ("dense", "rows", "columns") else None)
-    runner = ready.runners.get(key)
     if runner is None:
-        with _lock:
+        y = x.new_zeros(*shape[:-1], rows)
+        return y if bias is None else y + bias.to(x.dtype)
+    if len(shape) == 2:
+        return runner(x, bias)
+    return runner(x.reshape(math.prod(shape[:-1]), columns), bias).view(*shape[:-1], rows)
+
+
+def _runner(ready: _Ready, x: Tensor, spec: str) -> Runner | None:
+    """Check an input, and make the weight ready for inputs of its kind; None if it is empty."""
+    parsed = _parse_spec(spec)
+    _check_input(x, parsed.shape[1])
+    if not x.numel():
+        return None
+    way = "dense" if x.device.type != "cpu" else parsed.plan.way(math.prod(x.shape[:-1]))
+    key = (way, x.dtype if way in ("dense", "rows", "columns") else None)
+    with _lock:
+        runner = ready.runners.get(key)
+        if runner is None:
             runner = ready.runners[key] = make_runner(way, ready.packed, x.dtype)
-    y = runner(flat, bias)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], rows)
+        if len(ready.calls) >= _CALLS:
+            ready.calls.clear()
+        ready.calls[x.shape, x.dtype, x.device, spec] = runner
+    return runner
 
 
 def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
@@ -123,7 +137,7 @@ def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: st
 
 def _run_transposed(y: Tensor, weight: Sequence[Tensor], spec: str) -> Tensor:
     """``y W``: the gradient of the input. Expands the weight anew, so that training keeps no second copy of it."""
-    packed = _get_ready(weight, _parse_spec(spec)).packed
+    packed = _get_ready(weight, spec).packed
     return torch.matmul(y, packed.to_dense().to(y.dtype))
 
 
@@ -314,7 +328,10 @@ class PackedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers: dict[str, Any] = self._buffers  # attributes of a module take ten times as long to look up
         weight = [buffers[name] for name in self.names]
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        if not differentiated and is_plain(x):
+            return _run(x, weight, buffers["bias"], self._spec)
+        if torch.compiler.is_compiling() or differentiated:
             y: Tensor = _packed_linear(x, weight, buffers["bias"], self._spec)
         else:
             y = _inference(x, weight, buffers["bias"], self._spec)
