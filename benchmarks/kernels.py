@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from secateur import kernels
 from secateur._formats import ColumnPacked, RowPacked
-from secateur._ways import candidates, make_runner
+from secateur._ways import _Kernel, candidates, make_runner
 from secateur.kernels import BitmaskLayout, LaneLayout, Layout, PanelLayout, StripLayout
 
 Run = Callable[[Tensor], Tensor]
@@ -74,7 +75,7 @@ class Prepared:
 
     def add(self, name: str, layout: Layout) -> None:
         self.expected = layout.to_dense()
-        self.ways[name] = (lambda x: kernels.linear(x, layout), layout.nbytes)
+        self.ways[name] = (partial(_Kernel(layout), bias=None), layout.nbytes)  # as a packed layer calls it
 
 
 def prepare(case: Case, rows: int, columns: int) -> Prepared:
@@ -238,11 +239,12 @@ def main() -> None:
     rows, columns = map(int, options.shape.split("x"))
     clock = time.thread_time if options.cpu_time else time.perf_counter
     isa = options.isa or kernels.isas()[0]
+    os.environ["SECATEUR_ISA"] = isa
     print(f"{describe()}; kernels {isa}; {rows}x{columns}; {'processor' if options.cpu_time else 'wall'} time\n")
     print("| case | batch | kernel | ms | x eager / prepacked / CSR | spread | roofline | target | met |")
     print("|---|---|---|---|---|---|---|---|---|")
     table = []
-    with torch.no_grad(), kernels.use("native", isa=isa):
+    with torch.no_grad():
         for case in CASES:
             if options.only in case.structure:
                 for row in measure(case, rows, columns, options.rounds, clock):
