@@ -521,3 +521,36 @@ def test_a_sparse_tensor_of_another_shape(tmp_path, shape):
     write_packed(path, file.layers, file.tensors, {**file.metadata, "sparse": {"0.weight": shape}})
     with pytest.raises(FormatError):
         secateur.load(path, into=nn.Sequential(nn.Linear(128, 128)))
+
+
+def test_a_small_file_that_claims_a_vast_tensor_allocates_nothing(tmp_path, monkeypatch):
+    from secateur._formats import ColumnPacked
+    from secateur._packedfile import read_packed, write_packed
+
+    path = tmp_path / "vast.safetensors"
+    side, shape = 1 << 16, (1 << 16, 1 << 20)
+    packed = ColumnPacked.from_tensors(
+        {"values": torch.zeros(side, 0), "columns": torch.zeros(0, dtype=torch.int32)}, shape, secateur.Column()
+    )
+    metadata = {"sparse": {"0.weight": list(shape)}}
+    write_packed(path, {"0.weight": packed}, {"0.bias": torch.zeros(4)}, metadata)
+    assert path.stat().st_size < 2000
+    assert read_packed(path).layers["0.weight"].shape == shape
+    monkeypatch.setattr(ColumnPacked, "to_dense", lambda self: pytest.fail("made whole"))
+    with pytest.raises(FormatError, match=rf"0\.weight has the shape \[{side}, 1048576\], in the model \[4, 4\]"):
+        secateur.load(path, into=nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_tied_weights_without_zeros_come_back_tied(tmp_path):
+    def make():
+        model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model = make()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(64, 32) < 0.1)
+    secateur.save(model, tmp_path / "tied.safetensors")
+    again = secateur.load(tmp_path / "tied.safetensors", into=make())
+    assert again[0].weight is again[1].weight
+    assert torch.equal(again[0].weight, model[0].weight)

@@ -68,7 +68,8 @@ class _Contents:
         machine: that the plans were measured on.
         model: name of the class, for transformers models.
         absent: tensors that the checkpoint had no values for.
-        sparse: names among ``layers`` that are plain tensors, stored without their zeros, and their shapes.
+        sparse: names among ``layers`` that are plain tensors, stored without their zeros, and their shapes. Read from a
+            file, a file of a few bytes may claim any shape; they are made whole where the model has one like it.
     """
 
     layers: Mapping[str, Format]
@@ -107,15 +108,14 @@ class _Contents:
         table = file.metadata
         layers, tensors = dict(file.layers), dict(file.tensors)
         try:
-            for name, shape in dict(table.get("sparse", {})).items():
-                packed = layers.pop(name)
+            sparse = {name: tuple(shape) for name, shape in dict(table.get("sparse", {})).items()}
+            for name, shape in sparse.items():
                 if name in tensors or any(type(side) is not int or side < 0 for side in shape):
                     raise ValueError(f"a tensor {name} of shape {shape}")
-                if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != packed.shape:
-                    raise ValueError(f"a tensor {name} of shape {shape}, which is stored as {packed.shape}")
-                tensors[name] = packed.to_dense().view(shape)
+                if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != layers[name].shape:
+                    raise ValueError(f"a tensor {name} of shape {shape}, which is stored as {layers[name].shape}")
             texts = {key: dict(table.get(key, {})) for key in ("modules", "weights", "tied", "machine")}
-            of = {**{name: name for name in layers}, **texts["weights"]}
+            of = {**{name: name for name in layers if name not in sparse}, **texts["weights"]}
             kinds = {n: _kind(table.get("kinds", {}).get(n), layers[first]) for n, first in of.items()}
             model, absent = table.get("model", ""), table.get("absent", [])
             if not all(isinstance(text, str) for named in texts.values() for text in named.values()):
@@ -124,16 +124,21 @@ class _Contents:
                 raise TypeError("names should be texts")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise FormatError(f"its metadata is not that of a packed model: {error}") from None
-        for key, known in (("modules", kinds), ("weights", layers), ("tied", tensors)):
+        plain = {**tensors, **sparse}
+        for key, known in (("modules", kinds), ("weights", layers.keys() - sparse), ("tied", plain)):
             for name, first in texts[key].items():
                 if first not in known or name in known:
                     raise FormatError(f"its metadata says that {name!r} is {first!r}, but one of them is not so.")
-        return cls(layers, kinds, tensors, **texts, model=model, absent=tuple(absent))
+        return cls(layers, kinds, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse)
+
+
+def _dense_dtype(packed: Format) -> torch.dtype:
+    return torch.float32 if packed.value_dtype == torch.int8 else packed.value_dtype
 
 
 def _kind(table: Any, packed: Format) -> _Layer:
     if table is None:  # a file that was written without a model
-        return _Layer(torch.float32 if packed.value_dtype == torch.int8 else packed.value_dtype)
+        return _Layer(_dense_dtype(packed))
     stride, transposed, plan = table["stride"], table["transposed"], table["plan"]
     if stride is not None:
         stride = tuple(stride)
@@ -402,8 +407,17 @@ def _fill(model: nn.Module, contents: _Contents, dense: bool, dtype: torch.dtype
     here = _autotune.machine()
     same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
     tensors = dict(contents.tensors)
+    whole: dict[int, tuple[Format, torch.dtype]] = {}  # by the stand-in, which has only the shape
+
+    def stand_in(packed: Format, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        made = torch.empty(shape, dtype=dtype, device="meta")
+        whole[id(made)] = packed, dtype
+        return made
+
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    for name, shape in contents.sparse.items():
+        tensors[name] = stand_in(contents.layers[name], shape, dtype or _dense_dtype(contents.layers[name]))
     state = model.state_dict()
     swaps: list[tuple[nn.Module, nn.Module]] = []
     made: dict[str, nn.Module] = {}
@@ -412,7 +426,7 @@ def _fill(model: nn.Module, contents: _Contents, dense: bool, dtype: torch.dtype
         module = _module(model, name, path)
         own = _find_kind(module)
         if own is None and f"{name}.weight" in state:  # such as an embedding, which others compress too
-            tensors[f"{name}.weight"] = packed.to_dense().to(dtype or kind.dtype)
+            tensors[f"{name}.weight"] = stand_in(packed, packed.shape, dtype or kind.dtype)
             continue
         if own != (packed.shape, kind.transposed, kind.stride):
             raise FormatError(
@@ -461,8 +475,15 @@ def _fill(model: nn.Module, contents: _Contents, dense: bool, dtype: torch.dtype
         new.to("cpu" if held is None else _device(held)).train(module.training)
     _swap_(model, swaps)
     put: dict[int, nn.Parameter] = {}
+    made_whole: dict[int, Tensor] = {}
     for name in wanted.keys() & tensors.keys():
-        _put(model, name, tensors[name], put)
+        tensor = tensors[name]
+        if id(tensor) in whole:
+            packed, own_dtype = whole[id(tensor)]
+            if id(tensor) not in made_whole:
+                made_whole[id(tensor)] = packed.to_dense().to(own_dtype).view(tensor.shape)
+            tensor = made_whole[id(tensor)]
+        _put(model, name, tensor, put)
     if dense:
         unpack_(model)
 
