@@ -157,6 +157,8 @@ class _GatedLinear(torch.autograd.Function):
         by_x = by_matrix = by_bias = by_threshold = None
         if grad is None:
             return (None,) * 8
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the kept one has no derivative of its own
+            effective = _Gate.apply(matrix, threshold, temperature, ctx.pattern, ctx.solved, ctx.hard)  # type: ignore[no-untyped-call]
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
             by_x = (grad @ effective.to(grad.dtype)).to(x.dtype)  # autocast may have made the output's dtype another
@@ -230,7 +232,7 @@ def _backward_learned(
         by_t.copy_(pull.sum_to_size(t.shape))
         if kept is not None:
             through = g * kept
-        return through.addcmul_(pull, torch.sign(w), value=-1)
+        return torch.addcmul(through, pull, torch.sign(w), value=-1)  # in place would spoil a second derivative
 
     return _in_parts(part, weights, threshold, grads, by_threshold, owned=owned), by_threshold
 
@@ -289,7 +291,7 @@ def _backward_of_units(
     products = grad * matrix
     by_score = _unit_sums(products, height, width).view(1, -1)
     shift = (by_score * pull).sum(1, keepdim=True) / pull.sum(1, keepdim=True).clamp_min(_TINY)
-    by_score = by_score.sub_(shift).mul_(pull).mul_(_slope(threshold, temperature))
+    by_score = (by_score - shift).mul_(pull).mul_(_slope(threshold, temperature))
     by_score.div_((scores * (height * width)).clamp_min_(_TINY))  # ds/dw = w / (elements * s)
     if hard:
         mask = (scores >= threshold).to(scores.dtype)
@@ -363,7 +365,9 @@ _PART = 1 << 18
 
 
 def _several_parts(weights: Tensor) -> bool:
-    return weights.device.type == "cpu" and weights.numel() > _PART and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # no second derivative goes through what is written
+        return False
+    return weights.device.type == "cpu" and weights.numel() > _PART
 
 
 def _in_parts(
