@@ -47,12 +47,25 @@ struct Strips {
     int64_t height, width;
 };
 
+// The differentiable mask on weights [competitions, units], row-major.
+struct Gate {
+    const float* weight;
+    const float* threshold;  // [competitions], or [competitions, units] if there is one for each weight
+    float temperature;
+    int64_t competitions, units;
+    bool each, solved, hard;
+    int threads;
+};
+
 struct Table {
     const char* name;
     void (*bitmask)(const Call&, const Bitmask&);
     void (*panels)(const Call&, const Panels&);
     void (*lanes)(const Call&, const Lanes&);
     void (*strips)(const Call&, const Strips&);
+    void (*gate)(const Gate&, float* out);
+    // out may be grad. by_threshold is of the thresholds' shape, and written if they are learned.
+    void (*gate_backward)(const Gate&, const float* grad, float* out, float* by_threshold);
 };
 
 extern const Table table_generic;

@@ -1,5 +1,6 @@
-// The Python module: which instruction sets this machine has, and one function for each layout. Tensors come as
-// addresses, so that nothing of torch is linked and one build serves every version of it; the Python side checks them.
+// The Python module: which instruction sets this machine has, one function for each layout, and those of the mask of
+// secateur.nn. Tensors come as addresses, so that nothing of torch is linked and one build serves every version of it;
+// the Python side checks them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -99,10 +100,14 @@ void* scratch(Slot slot, int64_t bytes) {
     uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t scale, uintptr_t values, int64_t batch, int64_t rows,           \
         int64_t columns, int value_type, int threads
 #define THE_CALL call(x, y, bias, scale, values, batch, rows, columns, value_type, threads)
+#define GATE_ARGUMENTS                                                                                                  \
+    uintptr_t weight, uintptr_t threshold, float temperature, int64_t competitions, int64_t units, bool each,           \
+        bool solved, bool hard, int threads
+#define THE_GATE {at<float>(weight), at<float>(threshold), temperature, competitions, units, each, solved, hard, threads}
 
 NB_MODULE(_native, m) {
     using namespace secateur;
-    m.doc() = "The kernels. Addresses are not checked: use secateur.kernels.linear.";
+    m.doc() = "The kernels. Addresses are not checked: use secateur.kernels.linear and secateur.nn.";
     using Released = nb::call_guard<nb::gil_scoped_release>;
     m.def("has", &has, nb::arg("isa"));
     m.def("advise", &advise, nb::arg("address"), nb::arg("bytes"));
@@ -119,5 +124,12 @@ NB_MODULE(_native, m) {
     m.def("strips", [](const char* isa, CALL_ARGUMENTS, uintptr_t block_columns, uintptr_t block_rows, int64_t height,
                        int64_t width) {
         table(isa).strips(THE_CALL, {at<int32_t>(block_columns), at<int64_t>(block_rows), height, width});
+    }, Released());
+    m.def("gate", [](const char* isa, GATE_ARGUMENTS, uintptr_t out) {
+        table(isa).gate(THE_GATE, reinterpret_cast<float*>(out));
+    }, Released());
+    m.def("gate_backward", [](const char* isa, GATE_ARGUMENTS, uintptr_t grad, uintptr_t out, uintptr_t by_threshold) {
+        table(isa).gate_backward(THE_GATE, at<float>(grad), reinterpret_cast<float*>(out),
+                                 reinterpret_cast<float*>(by_threshold));
     }, Released());
 }

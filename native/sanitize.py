@@ -61,7 +61,8 @@ def test() -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
-    return pytest.main(["-q", "-s", "-p", "no:cacheprovider", "tests/test_kernels.py", *sys.argv[2:]])
+    tests = ["tests/test_kernels.py", "tests/test_gate.py"]
+    return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *tests, *sys.argv[2:]])
 
 
 if __name__ == "__main__":

@@ -23,10 +23,20 @@ struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
 template <int W> struct Types;
-template <> struct Types<4> { typedef float f __attribute__((vector_size(16))); };
-template <> struct Types<8> { typedef float f __attribute__((vector_size(32))); };
-template <> struct Types<16> { typedef float f __attribute__((vector_size(64))); };
+template <> struct Types<4> {
+    typedef float f __attribute__((vector_size(16)));
+    typedef uint32_t u __attribute__((vector_size(16)));
+};
+template <> struct Types<8> {
+    typedef float f __attribute__((vector_size(32)));
+    typedef uint32_t u __attribute__((vector_size(32)));
+};
+template <> struct Types<16> {
+    typedef float f __attribute__((vector_size(64)));
+    typedef uint32_t u __attribute__((vector_size(64)));
+};
 template <int W> using F = typename Types<W>::f;
+template <int W> using U = typename Types<W>::u;
 
 template <int W> inline F<W> load(const float* p) {
     F<W> v;
@@ -186,6 +196,19 @@ template <int W, int H> inline F<W> spread(const float* x) {
         return (F<16>)_mm512_permutexvar_ps(lane, v);
 #endif
     }
+}
+
+// Lane i gets lane i ^ D.
+template <int W, int D> inline F<W> exchange(F<W> v) {
+#if defined(__clang__)
+    F<W> other = v;
+    for (int i = 0; i < W; ++i) other[i] = v[i ^ D];
+    return other;
+#else
+    U<W> lane = {};
+    for (int i = 0; i < W; ++i) lane[i] = uint32_t(i ^ D);
+    return __builtin_shuffle(v, lane);
+#endif
 }
 
 }  // namespace SECATEUR_ISA_NAMESPACE

@@ -258,6 +258,53 @@ def test_gradcheck(name):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("name", ["structured", "one a weight", "conv"])
+def test_second_derivatives_of_learned_thresholds(name):
+    layer = LAYERS[name](dtype=torch.float64)
+    nn.init.uniform_(layer.threshold, 0.05, 0.3)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, *parameters):
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,)).sum(0).square()
+
+    inputs = (an_input(layer, 2).requires_grad_(), *layer.parameters())
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@FIVE_PATTERNS
+def test_second_derivatives_under_a_pattern(pattern, sparsity):
+    """Of the gradient as it is: the threshold moves with the weights in it, so the loss has to be linear."""
+    layer = SparseLinear(8, 6, pattern=pattern, sparsity=sparsity, dtype=torch.float64)
+    x = an_input(layer, 2)
+
+    def function(weight):
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradgradcheck(function, (layer.weight,))
+
+
+@pytest.mark.parametrize("options", [{}, {"structured": False}, {"pattern": "2:4"}], ids=str)
+def test_large_weights_have_second_derivatives(options):
+    """Larger than what is worked on at a time, which is written into one tensor."""
+    layer = SparseLinear(600, 500, dtype=torch.float64, **options)
+    with torch.no_grad():
+        layer.weight.add_(layer.weight.sign(), alpha=0.01)  # no difference may step over zero, where |w| has a corner
+    if layer.pattern is not None:
+        layer.solve_threshold()
+    x, direction, weight = an_input(layer, 2), torch.randn(500, 600, dtype=torch.float64), layer.weight.detach()
+
+    def gradient(weight):
+        return torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)).sum())(weight)
+
+    first = gradient(weight)
+    layer(x).sum().backward()
+    torch.testing.assert_close(first, layer.weight.grad)
+    by_differences = (gradient(weight + 1e-6 * direction) - gradient(weight - 1e-6 * direction)) / 2e-6
+    (first,) = torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=True)
+    (second,) = torch.autograd.grad((first * direction).sum(), layer.weight)
+    torch.testing.assert_close((second * direction).sum(), (by_differences * direction).sum(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("structured", [True, False])

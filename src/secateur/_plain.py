@@ -9,25 +9,38 @@ from torch.autograd import profiler as _profiler
 
 _C = torch._C
 _KINDS = (Tensor, nn.Parameter)
-# Of PyTorch's own, without a public name. Where one is missing no call is plain: slower, and the same result.
-_NAMES = ("_len_torch_dispatch_stack", "_is_torch_function_mode_enabled", "_get_tracing_state", "_functorch")
-_known = all(hasattr(_C, name) for name in _NAMES) and hasattr(_C._functorch, "peek_interpreter_stack")
+# Of PyTorch's own, without a public name. Where one is missing every call is watched: slower, and the same result.
+_NAMES = (
+    "_len_torch_dispatch_stack",
+    "_len_torch_function_stack",
+    "_get_tracing_state",
+    "_are_functorch_transforms_active",
+)
+_known = (
+    all(hasattr(_C, name) for name in _NAMES)
+    and hasattr(forward_ad, "_current_level")
+    and hasattr(_profiler, "_is_profiler_enabled")
+)
+
+
+def is_watched() -> bool:
+    """Whether something compiles, traces, transforms or intercepts PyTorch's operations here and now."""
+    return (
+        torch.compiler.is_compiling()  # first: the compiler then sees nothing of the rest
+        or not _known
+        or _C._len_torch_dispatch_stack() > 0
+        or _C._len_torch_function_stack() > 0
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state() is not None
+    )
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether nothing compiles, traces, transforms, differentiates forward, watches or profiles what happens to ``x``.
+    """Whether nothing watches what happens to ``x``, differentiates it forward or profiles.
 
     Gradients by backward are not asked about. The dispatcher costs a small layer as much as its product does, four
     times that where its code has left the caches.
     """
     return (
-        _known
-        and type(x) in _KINDS
-        and not torch.compiler.is_compiling()
-        and not _C._len_torch_dispatch_stack()
-        and not _C._is_torch_function_mode_enabled()
-        and _C._functorch.peek_interpreter_stack() is None
-        and _C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-        and not _profiler._is_profiler_enabled
+        type(x) in _KINDS and not is_watched() and forward_ad._current_level < 0 and not _profiler._is_profiler_enabled
     )

@@ -103,6 +103,8 @@ def _reason(backend: str, x: Tensor, packed: Layout, bias: Tensor | None = None)
 def use(backend: str, *, isa: str | None = None) -> Iterator[None]:
     """Run only the named backend within a `with` block, and optionally one instruction set.
 
+    The masks of ``SparseLinear`` and ``SparseConv2d`` heed it too.
+
     Args:
         backend: "native" or "reference".
         isa: for native, one of :func:`isas`; default the best, or what the variable SECATEUR_ISA names.
@@ -133,6 +135,14 @@ def use(backend: str, *, isa: str | None = None) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def _isa() -> str | None:
+    """The instruction set of native code here and now, or None where it cannot or must not run."""
+    backend, isa = _chosen.get()
+    if backend == "reference" or isinstance(_load(), str):
+        return None
+    return isa or _native_code.default_isa()
 
 
 def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:

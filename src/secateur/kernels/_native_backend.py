@@ -14,7 +14,7 @@ from secateur.kernels._load import load
 
 ISAS = ("avx512", "avx2", "generic")  # widest first
 
-_SMALL = 32768  # multiplications below which a second thread costs more than it saves
+_SMALL = 32768  # multiplications, or weights of a mask, below which a second thread costs more than it saves
 
 
 def isas() -> list[str]:
@@ -81,3 +81,46 @@ class Bound:
 def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
     """Run the layout's kernel once on x [batch, in], float32 and contiguous, on the processor."""
     return Bound(packed, isa)(x, bias)
+
+
+def gate(weights: Tensor, threshold: Tensor, temperature: float, isa: str, *, solved: bool, hard: bool) -> Tensor:
+    """Return the weights times their mask, as ``secateur.nn._gate`` has it, which checks the tensors."""
+    native = load()
+    assert not isinstance(native, str)
+    out = torch.empty_like(weights)
+    native.gate(isa, *_gate_arguments(weights, threshold, temperature, solved, hard), out.data_ptr())
+    return out
+
+
+def gate_backward(
+    grads: Tensor,
+    weights: Tensor,
+    threshold: Tensor,
+    temperature: float,
+    isa: str,
+    *,
+    solved: bool,
+    hard: bool,
+    owned: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the weights, written over ``grads`` if ``owned``, and of a learned threshold."""
+    native = load()
+    assert not isinstance(native, str)
+    by_weights = grads if owned else torch.empty_like(grads)
+    by_threshold = None if solved else torch.empty_like(threshold)
+    native.gate_backward(
+        isa,
+        *_gate_arguments(weights, threshold, temperature, solved, hard),
+        grads.data_ptr(),
+        by_weights.data_ptr(),
+        0 if by_threshold is None else by_threshold.data_ptr(),
+    )
+    return by_weights, by_threshold
+
+
+def _gate_arguments(
+    weights: Tensor, threshold: Tensor, temperature: float, solved: bool, hard: bool
+) -> tuple[int | float, ...]:
+    each = not solved and threshold.shape == weights.shape
+    threads = torch.get_num_threads() if weights.numel() > _SMALL else 1
+    return weights.data_ptr(), threshold.data_ptr(), temperature, *weights.shape, each, solved, hard, threads

@@ -12,6 +12,9 @@ weight decay changes how sharp the mask is.
 A solved threshold moves with the scores. The backward pass therefore takes the derivative under the constraint that the
 sum of the mask stays what it is: with q = dL/dm and k = dm/ds, the gradient of a score is k * (q - sum(k q) / sum(k)).
 Without the second term the task can lower its loss only by raising all scores at once, which a budget undoes.
+
+Where each weight is a unit of its own and :func:`_isa` says so, native code does this in one pass over the weights
+forward and one or two backward. The torch operations below are its reference and serve everything else.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from secateur import kernels
 from secateur._pattern import SparsityPattern, cut_between, units_to_prune
+from secateur._plain import is_watched
 from secateur._types import Weight
+from secateur.kernels import _native_backend as _native
 
 # Keeps 1 / threshold finite where everything or nothing is pruned (threshold = inf, -inf) or all scores are zero.
 _TINY = 1e-30
@@ -157,6 +163,8 @@ class _GatedLinear(torch.autograd.Function):
         by_x = by_matrix = by_bias = by_threshold = None
         if grad is None:
             return (None,) * 8
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the kept one has no derivative of its own
+            effective = _Gate.apply(matrix, threshold, temperature, ctx.pattern, ctx.solved, ctx.hard)  # type: ignore[no-untyped-call]
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
             by_x = (grad @ effective.to(grad.dtype)).to(x.dtype)  # autocast may have made the output's dtype another
@@ -187,6 +195,9 @@ def _forward(
         return mask.mul_(w)
 
     weights = pattern._units(wide)[..., 0]
+    if isa := _isa(weights, threshold, temperature):
+        result = _native.gate(weights, threshold, float(temperature), isa, solved=solved, hard=hard)
+        return result.view(matrix.shape).to(matrix.dtype)
     return _in_parts(part, weights, threshold).view(matrix.shape).to(matrix.dtype)
 
 
@@ -208,11 +219,40 @@ def _backward(
         return _backward_of_units(grad, wide, threshold, temperature, pattern, hard=hard).to(matrix.dtype), None
     weights, grads = pattern._units(wide)[..., 0], pattern._units(grad)[..., 0]
     by_threshold = None
-    if solved:
+    if isa := _isa(weights, threshold, temperature, grads):
+        by_matrix, by_threshold = _native.gate_backward(
+            grads, weights, threshold, float(temperature), isa, solved=solved, hard=hard, owned=owned
+        )
+    elif solved:
         by_matrix = _backward_solved(grads, weights, threshold, temperature, hard=hard, owned=owned)
     else:
         by_matrix, by_threshold = _backward_learned(grads, weights, threshold, temperature, hard=hard, owned=owned)
     return by_matrix.view(matrix.shape).to(matrix.dtype), by_threshold
+
+
+def _isa(weights: Tensor, threshold: Tensor, temperature: Tensor, *grads: Tensor) -> str | None:
+    """The instruction set of the native pass over ``[competitions, units]``, or None where it cannot serve.
+
+    It reads and writes plain memory. Whatever records, batches, traces or watches torch's operations would miss it.
+    """
+    if (
+        is_watched()
+        or torch.is_grad_enabled()  # a backward pass that is to be differentiated again
+        or not weights.numel()
+        or threshold.shape not in (weights.shape, (len(weights), 1))
+    ):
+        return None
+    plain = all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cpu
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        and torch._C._has_storage(tensor)
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        for tensor in (weights, threshold, temperature, *grads)
+    )
+    return kernels._isa() if plain else None
 
 
 def _backward_learned(
@@ -230,7 +270,7 @@ def _backward_learned(
         by_t.copy_(pull.sum_to_size(t.shape))
         if kept is not None:
             through = g * kept
-        return through.addcmul_(pull, torch.sign(w), value=-1)
+        return torch.addcmul(through, pull, torch.sign(w), value=-1)  # in place would spoil a second derivative
 
     return _in_parts(part, weights, threshold, grads, by_threshold, owned=owned), by_threshold
 
@@ -289,7 +329,7 @@ def _backward_of_units(
     products = grad * matrix
     by_score = _unit_sums(products, height, width).view(1, -1)
     shift = (by_score * pull).sum(1, keepdim=True) / pull.sum(1, keepdim=True).clamp_min(_TINY)
-    by_score = by_score.sub_(shift).mul_(pull).mul_(_slope(threshold, temperature))
+    by_score = (by_score - shift).mul_(pull).mul_(_slope(threshold, temperature))
     by_score.div_((scores * (height * width)).clamp_min_(_TINY))  # ds/dw = w / (elements * s)
     if hard:
         mask = (scores >= threshold).to(scores.dtype)
@@ -363,7 +403,9 @@ _PART = 1 << 18
 
 
 def _several_parts(weights: Tensor) -> bool:
-    return weights.device.type == "cpu" and weights.numel() > _PART and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # no second derivative goes through what is written
+        return False
+    return weights.device.type == "cpu" and weights.numel() > _PART
 
 
 def _in_parts(
