@@ -57,6 +57,12 @@ struct Gate {
     int threads;
 };
 
+// Units of several weights: a matrix cut into blocks of height x width, without remainder.
+struct Units {
+    int64_t rows, columns, height, width;
+    int threads;
+};
+
 struct Table {
     const char* name;
     void (*bitmask)(const Call&, const Bitmask&);
@@ -66,6 +72,9 @@ struct Table {
     void (*gate)(const Gate&, float* out);
     // out may be grad. by_threshold is of the thresholds' shape, and written if they are learned.
     void (*gate_backward)(const Gate&, const float* grad, float* out, float* by_threshold);
+    void (*unit_sums)(const Units&, const float* a, const float* b, float* out);
+    // b and by_b may be null. out may be a.
+    void (*times_units)(const Units&, const float* a, const float* by_a, const float* b, const float* by_b, float* out);
 };
 
 extern const Table table_generic;

@@ -105,6 +105,9 @@ void* scratch(Slot slot, int64_t bytes) {
         bool solved, bool hard, int threads
 #define THE_GATE {at<float>(weight), at<float>(threshold), temperature, competitions, units, each, solved, hard, threads}
 
+#define UNIT_ARGUMENTS int64_t rows, int64_t columns, int64_t height, int64_t width, int threads
+#define THE_UNITS {rows, columns, height, width, threads}
+
 NB_MODULE(_native, m) {
     using namespace secateur;
     m.doc() = "The kernels. Addresses are not checked: use secateur.kernels.linear and secateur.nn.";
@@ -131,5 +134,13 @@ NB_MODULE(_native, m) {
     m.def("gate_backward", [](const char* isa, GATE_ARGUMENTS, uintptr_t grad, uintptr_t out, uintptr_t by_threshold) {
         table(isa).gate_backward(THE_GATE, at<float>(grad), reinterpret_cast<float*>(out),
                                  reinterpret_cast<float*>(by_threshold));
+    }, Released());
+    m.def("unit_sums", [](const char* isa, UNIT_ARGUMENTS, uintptr_t a, uintptr_t b, uintptr_t out) {
+        table(isa).unit_sums(THE_UNITS, at<float>(a), at<float>(b), reinterpret_cast<float*>(out));
+    }, Released());
+    m.def("times_units", [](const char* isa, UNIT_ARGUMENTS, uintptr_t a, uintptr_t by_a, uintptr_t b, uintptr_t by_b,
+                            uintptr_t out) {
+        table(isa).times_units(THE_UNITS, at<float>(a), at<float>(by_a), at<float>(b), at<float>(by_b),
+                               reinterpret_cast<float*>(out));
     }, Released());
 }

@@ -203,7 +203,7 @@ def gradients(layer, x, **options):
 def calls(monkeypatch):
     """The native functions that were called."""
     made = []
-    for name in ("gate", "gate_backward"):
+    for name in ("gate", "gate_backward", "unit_sums", "times_units"):
         function = getattr(native, name)
 
         def spy(*arguments, function=function, name=name, **options):
@@ -357,9 +357,76 @@ def test_matrices_without_weights(shape, calls):
     assert not calls
 
 
+# Units of several weights
+
+
+SHAPES = [
+    (4, 4, 4, 4),
+    (8, 12, 4, 4),
+    (6, 2100, 3, 3),
+    (64, 1088, 32, 32),
+    (3, 2976, 1, 48),
+    (10, 7, 5, 7),
+    (5, 9, 5, 1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@EVERY_ISA
+def test_sums_and_products_of_units(isa, shape):
+    rows, columns, height, width = shape
+    a, b = torch.randn(rows, columns), torch.randn(rows, columns)
+    by_a, by_b = (torch.randn(rows // height, columns // width) for _ in range(2))
+
+    def spread(units):
+        return units.double().repeat_interleave(height, 0).repeat_interleave(width, 1)
+
+    blocks = (a.double() * b.double()).view(rows // height, height, columns // width, width)
+    sums = native.unit_sums(a, b, height, width, isa)
+    torch.testing.assert_close(sums.double(), blocks.sum((1, 3)), rtol=1e-5, atol=1e-5)
+    alone = native.times_units(a, by_a, height, width, isa, owned=False)
+    assert torch.equal(alone, (a * spread(by_a).float()))
+    expected = a.double() * spread(by_a) + b.double() * spread(by_b)
+    before = a.clone()
+    both = native.times_units(a, by_a, height, width, isa, plus=(b, by_b), owned=False)
+    torch.testing.assert_close(both.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(a, before)
+    over = native.times_units(a, by_a, height, width, isa, plus=(b, by_b), owned=True)
+    assert over is a
+    assert torch.equal(over, both)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("pattern", ["block:2x4", "block:5x3", "block:1x8", "row", "column"])
+@EVERY_ISA
+def test_layers_of_blocks_are_native_and_equal_to_torch(isa, pattern, hard, calls):
+    layer = SparseLinear(24, 10, pattern=pattern, sparsity=0.5, hard=hard)
+    calls.clear()
+    x = an_input(layer)
+    with kernels.use("reference"):
+        expected = gradients(layer, x)
+    assert not calls
+    with kernels.use("native", isa=isa):
+        ours = gradients(layer, x)
+    assert calls == ["unit_sums", "times_units", "unit_sums", "unit_sums", "times_units"]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 @NEEDS_NATIVE
-@pytest.mark.parametrize("pattern", ["block:2x2", "row", "column"])
-def test_units_of_several_weights_are_left_to_torch(pattern, calls):
-    layer = SparseLinear(24, 10, pattern=pattern, sparsity=0.5)
+@pytest.mark.parametrize(("pattern", "shape"), [("row", (100, 10)), ("column", (10, 100)), ("block:2x100", (100, 10))])
+def test_large_units_are_left_to_torch(pattern, shape, calls):
+    layer = SparseLinear(*shape, pattern=pattern, sparsity=0.5)
     gradients(layer, an_input(layer))
     assert not calls
+
+
+@NEEDS_NATIVE
+def test_the_threshold_of_blocks_is_solved_from_the_scores_it_meets():
+    """Whether gradients are recorded or not: otherwise a unit at the cut could be counted on either side."""
+    layer = SparseLinear(512, 512, pattern="block:4x4", sparsity=0.9, hard=True)
+    layer.solve_threshold()
+    asked = round(0.9 * 128 * 128) * 16
+    assert layer.weight.numel() - layer.num_active() == asked
+    assert int((layer.effective_weight() == 0).sum()) == asked
+    with torch.no_grad():
+        assert layer.weight.numel() - layer.num_active() == asked

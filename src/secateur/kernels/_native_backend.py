@@ -124,3 +124,35 @@ def _gate_arguments(
     each = not solved and threshold.shape == weights.shape
     threads = torch.get_num_threads() if weights.numel() > _SMALL else 1
     return weights.data_ptr(), threshold.data_ptr(), temperature, *weights.shape, each, solved, hard, threads
+
+
+def unit_sums(a: Tensor, b: Tensor, height: int, width: int, isa: str) -> Tensor:
+    """Return the sum of ``a * b`` over each unit, ``[rows / height, columns / width]``, for matrices in order."""
+    native = load()
+    assert not isinstance(native, str)
+    out = a.new_empty(a.shape[0] // height, a.shape[1] // width)
+    native.unit_sums(isa, *_unit_arguments(a, height, width), a.data_ptr(), b.data_ptr(), out.data_ptr())
+    return out
+
+
+def times_units(
+    a: Tensor,
+    by_a: Tensor,
+    height: int,
+    width: int,
+    isa: str,
+    *,
+    plus: tuple[Tensor, Tensor] | None = None,
+    owned: bool,
+) -> Tensor:
+    """Return ``a`` times one number for each unit, written over it if ``owned``, plus another matrix times another."""
+    native = load()
+    assert not isinstance(native, str)
+    out = a if owned else torch.empty_like(a)
+    b, by_b = (0, 0) if plus is None else (tensor.data_ptr() for tensor in plus)
+    native.times_units(isa, *_unit_arguments(a, height, width), a.data_ptr(), by_a.data_ptr(), b, by_b, out.data_ptr())
+    return out
+
+
+def _unit_arguments(matrix: Tensor, height: int, width: int) -> tuple[int, ...]:
+    return *matrix.shape, height, width, torch.get_num_threads() if matrix.numel() > _SMALL else 1

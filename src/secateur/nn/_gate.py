@@ -13,8 +13,9 @@ A solved threshold moves with the scores. The backward pass therefore takes the 
 sum of the mask stays what it is: with q = dL/dm and k = dm/ds, the gradient of a score is k * (q - sum(k q) / sum(k)).
 Without the second term the task can lower its loss only by raising all scores at once, which a budget undoes.
 
-Where each weight is a unit of its own and :func:`_isa` says so, native code does this in one pass over the weights
-forward and one or two backward. The torch operations below are its reference and serve everything else.
+Where :func:`_isa` says so, native code does this: in one pass over the weights forward and one or two backward if each
+weight is a unit of its own, else what touches every weight of a block. The torch operations below are its reference and
+serve everything else.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ def unit_scores(matrix: Weight, pattern: SparsityPattern) -> Tensor:
     if height * width == 1:
         return pattern._units(matrix)[..., 0].abs()
     norms: Tensor
-    if height == 1:
+    if height == 1 and width > _WIDE:
         norms = torch.linalg.vector_norm(matrix.reshape(len(matrix), -1, width), dim=2)
     else:
-        norms = _unit_sums(matrix * matrix, height, width).sqrt_()
+        norms = _unit_sums(matrix, matrix, height, width).sqrt_()
     scores: Tensor = norms.view(1, -1) * (height * width) ** -0.5
     return scores
 
 
+@torch.no_grad()
 def solve_threshold(matrix: Weight, pattern: SparsityPattern, sparsity: float, near: float | None = None) -> Tensor:
     """The threshold of each competition, ``[competitions, 1]``, at which exactly the asked sparsity is pruned."""
     rows, columns = pattern._core(matrix.shape)
@@ -57,6 +59,7 @@ def solve_threshold(matrix: Weight, pattern: SparsityPattern, sparsity: float, n
     return cut_between(scores, units_to_prune(scores.shape[1], sparsity), near)
 
 
+@torch.no_grad()
 def hard_mask(matrix: Weight, threshold: Tensor, pattern: SparsityPattern) -> Tensor:
     """The mask without its slope, ``[out, in]`` bool: kept where the score reaches the threshold."""
     rows, columns = pattern._core(matrix.shape)
@@ -195,7 +198,7 @@ def _forward(
         return mask.mul_(w)
 
     weights = pattern._units(wide)[..., 0]
-    if isa := _isa(weights, threshold, temperature):
+    if isa := _isa_of_elements(weights, threshold, temperature):
         result = _native.gate(weights, threshold, float(temperature), isa, solved=solved, hard=hard)
         return result.view(matrix.shape).to(matrix.dtype)
     return _in_parts(part, weights, threshold).view(matrix.shape).to(matrix.dtype)
@@ -216,10 +219,11 @@ def _backward(
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     grad = grad.to(wide.dtype)
     if math.prod(pattern._unit_size(*matrix.shape)) > 1:
-        return _backward_of_units(grad, wide, threshold, temperature, pattern, hard=hard).to(matrix.dtype), None
+        by_units = _backward_of_units(grad, wide, threshold, temperature, pattern, hard=hard, owned=owned)
+        return by_units.to(matrix.dtype), None
     weights, grads = pattern._units(wide)[..., 0], pattern._units(grad)[..., 0]
     by_threshold = None
-    if isa := _isa(weights, threshold, temperature, grads):
+    if isa := _isa_of_elements(weights, threshold, temperature, grads):
         by_matrix, by_threshold = _native.gate_backward(
             grads, weights, threshold, float(temperature), isa, solved=solved, hard=hard, owned=owned
         )
@@ -230,17 +234,12 @@ def _backward(
     return by_matrix.view(matrix.shape).to(matrix.dtype), by_threshold
 
 
-def _isa(weights: Tensor, threshold: Tensor, temperature: Tensor, *grads: Tensor) -> str | None:
-    """The instruction set of the native pass over ``[competitions, units]``, or None where it cannot serve.
+def _isa(*tensors: Tensor) -> str | None:
+    """The instruction set of a native pass over these tensors, or None where it cannot serve.
 
     It reads and writes plain memory. Whatever records, batches, traces or watches torch's operations would miss it.
     """
-    if (
-        is_watched()
-        or torch.is_grad_enabled()  # a backward pass that is to be differentiated again
-        or not weights.numel()
-        or threshold.shape not in (weights.shape, (len(weights), 1))
-    ):
+    if is_watched() or torch.is_grad_enabled():  # a backward pass that is to be differentiated again
         return None
     plain = all(
         type(tensor) in (Tensor, nn.Parameter)
@@ -250,9 +249,15 @@ def _isa(weights: Tensor, threshold: Tensor, temperature: Tensor, *grads: Tensor
         and torch._C._has_storage(tensor)
         and not tensor.is_neg()
         and not tensor._is_zerotensor()
-        for tensor in (weights, threshold, temperature, *grads)
+        for tensor in tensors
     )
-    return kernels._isa() if plain else None
+    return kernels._isa() if plain and tensors[0].numel() else None
+
+
+def _isa_of_elements(weights: Tensor, threshold: Tensor, temperature: Tensor, *grads: Tensor) -> str | None:
+    """The same for weights ``[competitions, units]`` that are units each."""
+    fits = threshold.shape in (weights.shape, (len(weights), 1))
+    return _isa(weights, threshold, temperature, *grads) if fits else None
 
 
 def _backward_learned(
@@ -320,21 +325,26 @@ def _backward_solved(
 
 
 def _backward_of_units(
-    grad: Tensor, matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, *, hard: bool
+    grad: Tensor,
+    matrix: Tensor,
+    threshold: Tensor,
+    temperature: Tensor,
+    pattern: SparsityPattern,
+    *,
+    hard: bool,
+    owned: bool,
 ) -> Tensor:
     height, width = pattern._unit_size(*matrix.shape)
     scores = unit_scores(matrix, pattern)
     mask = _soft_mask(scores, threshold, temperature, solved=True)
     pull = torch.addcmul(mask, mask, mask, value=-1)
-    products = grad * matrix
-    by_score = _unit_sums(products, height, width).view(1, -1)
+    by_score = _unit_sums(grad, matrix, height, width).view(1, -1)
     shift = (by_score * pull).sum(1, keepdim=True) / pull.sum(1, keepdim=True).clamp_min(_TINY)
     by_score = (by_score - shift).mul_(pull).mul_(_slope(threshold, temperature))
     by_score.div_((scores * (height * width)).clamp_min_(_TINY))  # ds/dw = w / (elements * s)
     if hard:
         mask = (scores >= threshold).to(scores.dtype)
-    by_matrix = _times_units(grad, mask, height, width)
-    return by_matrix.add_(_times_units(matrix, by_score, height, width))
+    return _times_units(grad, mask, height, width, plus=(matrix, by_score), owned=owned)
 
 
 def _slope(threshold: Tensor, temperature: Tensor) -> Tensor:
@@ -379,22 +389,41 @@ def _sum_units(values: Tensor) -> Tensor:
     return total.unsqueeze(1)
 
 
-def _unit_sums(matrix: Tensor, height: int, width: int) -> Tensor:
-    """The sum over each unit, ``[rows / height, columns / width]``: down the rows first, where memory is contiguous."""
+# Units up to this size each way are summed and multiplied natively, in parts of whole rows of units. A unit that is a
+# row or column of the matrix has no such parts.
+_WIDE = 64
+
+
+def _unit_sums(a: Tensor, b: Tensor, height: int, width: int) -> Tensor:
+    """The sum of ``a * b`` over each unit, ``[rows / height, columns / width]``."""
+    if max(height, width) <= _WIDE and (isa := _isa(a, b)):
+        return _native.unit_sums(a, b, height, width, isa)
+    matrix = a * b
     rows, columns = matrix.shape
-    if height > 1:
+    if height > 1:  # down the rows first, where memory is contiguous
         matrix = matrix.reshape(rows // height, height, columns).sum(1)
     return matrix.reshape(rows // height, columns // width, width).sum(2)
 
 
-def _times_units(matrix: Tensor, units: Tensor, height: int, width: int) -> Tensor:
-    """A matrix times one number for each unit."""
+def _times_units(
+    matrix: Tensor,
+    units: Tensor,
+    height: int,
+    width: int,
+    *,
+    plus: tuple[Tensor, Tensor] | None = None,
+    owned: bool = False,
+) -> Tensor:
+    """A matrix times one number for each unit, plus another times another; written over the first if ``owned``."""
+    if max(height, width) <= _WIDE and (isa := _isa(matrix, units, *(plus or ()))):
+        return _native.times_units(matrix, units, height, width, isa, plus=plus, owned=owned)
     rows, columns = matrix.shape
     across = units.view(rows // height, columns // width)
     if 1 < width < columns:
         across = across.repeat_interleave(width, dim=1)
     shape = (rows // height, height, columns)
-    return (matrix.reshape(shape) * across.unsqueeze(1)).reshape(rows, columns)
+    product = (matrix.reshape(shape) * across.unsqueeze(1)).reshape(rows, columns)
+    return product if plus is None else product.add_(_times_units(*plus, height, width))
 
 
 # Weights worked on at a time: intermediates stay in cache, and no fresh memory is asked for, which for a large weight
