@@ -113,7 +113,7 @@ def test_every_layout_multiplies_at_every_batch_and_shape(name, isa):
     torch.manual_seed(0)
     for rows, columns in [(1, 1), (3, 5), (17, 70), (40, 128), (130, 300)]:
         weight, _, packed = packed_case(name, rows, columns)
-        for batch in [0, 1, 2, 3, 4, 5, 8, 11, 16, 17, 24, 33, 57, 70]:
+        for batch in [0, 1, 2, 3, 4, 5, 8, 11, 16, 17, 24, 33, 57, 64, 70, 259]:
             x = torch.randn(batch, weight.shape[1])
             bias = torch.randn(weight.shape[0]) if batch % 2 else None
             assert_close(run(isa, x, packed, bias), x, weight, bias)
@@ -125,7 +125,7 @@ def test_every_layout_multiplies_at_every_batch_and_shape(name, isa):
 def test_every_value_type_multiplies(name, dtype, isa):
     torch.manual_seed(0)
     _, _, packed = packed_case(name, 48, 130, dtype)
-    for batch in [1, 3, 8, 20, 70]:
+    for batch in [1, 3, 8, 20, 70, 128, 259]:
         x, bias = torch.randn(batch, packed.shape[1]), torch.randn(packed.shape[0])
         assert_close(run(isa, x, packed, bias), x, packed.to_dense(), bias)
 
@@ -160,7 +160,7 @@ def test_results_do_not_depend_on_threads_or_repetition(name, isa):
     torch.manual_seed(0)
     _, _, packed = packed_case(name, 256, 512)
     try:
-        for batch in [1, 8, 40]:
+        for batch in [1, 8, 40, 128, 300, 600]:  # shared out by rows of the weight or by rows of x
             x = torch.randn(batch, packed.shape[1])
             torch.set_num_threads(1)
             once = run(isa, x, packed)
