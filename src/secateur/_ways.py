@@ -176,7 +176,7 @@ class Runner(ABC):
 class _Kernel(Runner):
     def __init__(self, layout: kernels.Layout, shared: int = 0) -> None:
         self._layout = layout
-        plain = has_kernels() and layout.values.is_cpu
+        plain = kernels.available()["native"] == "ok" and layout.values.is_cpu
         self._bound = _native_backend.Bound(layout, _native_backend.default_isa()) if plain else None
         self.nbytes = layout.nbytes - shared
 
