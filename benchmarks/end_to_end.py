@@ -39,7 +39,7 @@ def encoder() -> tuple[nn.Module, int]:
 
 
 def demo() -> tuple[nn.Module, int]:
-    from secateur._demo import DemoModel
+    from secateur.demo import DemoModel
 
     model: Any = DemoModel().model
     return model, model.config.vocab_size

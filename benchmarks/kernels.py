@@ -27,9 +27,9 @@ from _timing import describe
 from torch import Tensor, nn
 
 from secateur import kernels
-from secateur._formats import ColumnPacked, RowPacked
-from secateur._ways import _Kernel, candidates, make_runner
-from secateur.kernels import BitmaskLayout, LaneLayout, Layout, PanelLayout, StripLayout
+from secateur.formats import ColumnPacked, RowPacked
+from secateur.kernels import BitmaskLayout, LaneLayout, Layout, PanelLayout, StripLayout, candidates, make_runner
+from secateur.kernels._routes import _Kernel
 
 Run = Callable[[Tensor], Tensor]
 CHOOSING = 3  # rounds

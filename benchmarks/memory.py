@@ -12,8 +12,8 @@ import torch
 from _timing import describe
 
 import secateur
-from secateur._hf import load_model
-from secateur._io import ModelDirectory
+from secateur.files import ModelDirectory
+from secateur.huggingface import load_model
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "sparsegpt+refit")
 TOKENS = 64 * 256

@@ -11,8 +11,8 @@ from _timing import describe
 from sparsegpt import make_layer, relative_error
 
 import secateur
-from secateur._demo import METHODS, TARGETS, DemoModel
-from secateur._recipe import parse_method
+from secateur.demo import METHODS, TARGETS, DemoModel
+from secateur.pruning import parse_method
 
 SEEDS = (0, 1, 2)
 

@@ -22,11 +22,11 @@ from _timing import describe
 from torch import Tensor, nn
 
 import secateur
-from secateur._demo import HELDOUT_WINDOWS, LENGTH, DemoModel
-from secateur._evaluate import perplexity
-from secateur._hf import load_tokenizer
-from secateur._io import ModelDirectory
-from secateur._text import Windows, batched, read_text
+from secateur.calibration import Windows, batched, read_text
+from secateur.demo import HELDOUT_WINDOWS, LENGTH, DemoModel
+from secateur.evaluation import perplexity
+from secateur.files import ModelDirectory
+from secateur.huggingface import load_tokenizer
 from secateur.training import SET, SRSTE, Gate, GradualMagnitude, RigL, Static
 
 STEPS = 150
@@ -57,7 +57,7 @@ class Text:
     """The demo's texts as windows of token ids."""
 
     def __init__(self) -> None:
-        with as_file(files("secateur") / "demo_model") as path:
+        with as_file(files("secateur.demo") / "model") as path:
             tokenizer = load_tokenizer(ModelDirectory.open(path))
             training = Windows(tokenizer, read_text(path / "calibration.txt"), LENGTH)
             heldout = list(Windows(tokenizer, read_text(path / "heldout.txt"), LENGTH).all())

@@ -1,6 +1,6 @@
 """Train the demo's language model: a small Llama on the Python standard library's own source.
 
-    python demo/train.py --output src/secateur/demo_model
+    python demo/train.py --output src/secateur/demo/model
 
 writes `model.safetensors` (float16), `config.json`, the tokenizer, `calibration.txt` and `heldout.txt` to the output
 directory and prints the log kept in `demo/train.log`. The corpus is whatever standard library the running interpreter

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 import secateur
-from secateur import FormatError, PackedLinear, RecipeError, _autotune, _packing, _ways
-from secateur._autotune import Cache, Measurement, decide, race
-from secateur._packreport import PackReport
-from secateur._ways import Plan, why_not_prepacked
+from secateur import FormatError, PackedLinear, RecipeError
+from secateur.kernels import Plan, why_not_prepacked
+from secateur.kernels import _routes as _ways
 from secateur.nn import PackedConv2d
+from secateur.packing import Cache, Measurement, _autotune, decide, race
+from secateur.packing import _pack as _packing
+from secateur.reports import PackReport
 
 DENSE_BYTES = 1000
 

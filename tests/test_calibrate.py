@@ -11,8 +11,8 @@ from torch.nn import functional
 
 import secateur
 from secateur import SolverError, StatisticsError, prune_
-from secateur._calibrate import Calibration, call_model, hash_batches, load_batches, quiet
-from secateur._layers import select_layers
+from secateur.calibration import Calibration, call_model, hash_batches, load_batches, quiet
+from secateur.layers import select_layers
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _seed():
 
 
 def slow_rows(module, x):
-    """[groups, tokens, in] float64, written apart from secateur._layers."""
+    """[groups, tokens, in] float64, written apart from secateur.layers."""
     if not isinstance(module, nn.Conv2d):
         return x.detach().double().reshape(1, -1, x.shape[-1])
     columns = functional.unfold(x.detach().double(), module.kernel_size, module.dilation, module.padding, module.stride)

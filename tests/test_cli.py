@@ -188,7 +188,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path, llama, text):
 
 @pytest.mark.parametrize("stored_twice", [False, True])
 def test_a_tied_head_that_is_included_is_written_wherever_it_is_stored(tmp_path, stored_twice):
-    with as_file(files("secateur") / "demo_model") as demo:
+    with as_file(files("secateur.demo") / "model") as demo:
         source = tmp_path / "model"
         shutil.copytree(demo, source)
     if stored_twice:
@@ -210,7 +210,7 @@ def test_html_report(llama, tmp_path):
 
 def test_tied_head_and_fused_names_are_left_alone(tmp_path, text):
     """The demo model ties its head to its embedding: neither may change."""
-    with as_file(files("secateur") / "demo_model") as demo:
+    with as_file(files("secateur.demo") / "model") as demo:
         result = prune(demo, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude", "--json")
         assert result.exit_code == 0, result.output
         before = weights(demo)["model.embed_tokens.weight"]
@@ -349,7 +349,7 @@ def test_an_interrupt_writes_nothing(llama, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("secateur._hf.prune_", interrupt)
+    monkeypatch.setattr("secateur.huggingface._models.prune_", interrupt)
     result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
     assert result.exit_code == 130
     assert "nothing was written" in result.stderr
@@ -392,7 +392,8 @@ def test_a_quantized_checkpoint_is_refused(llama, tmp_path):
 @pytest.fixture
 def kernels_win(monkeypatch):
     """Every kernel takes a quarter of the dense layer's time, and nothing is measured."""
-    from secateur import _autotune, _ways
+    from secateur.kernels import _routes as _ways
+    from secateur.packing import _autotune
 
     def race(calls, timer, before=None, keep=()):
         for call in calls.values():
@@ -465,7 +466,8 @@ def test_bench_measures_a_random_layer(kernels_win, pattern, tmp_path):
     assert result.exit_code == 0, result.output
     table = json.loads(result.stdout)
     found = {(entry["rows"], entry["contender"]): entry for entry in table["results"]}
-    from secateur import _bench, kernels
+    from secateur import kernels
+    from secateur.packing import _bench
 
     assert {key[1] for key in found} == set(_bench.CONTENDERS)
     assert {key[0] for key in found} == {1, 5}
@@ -514,7 +516,8 @@ def test_bench_says_what_is_wrong(arguments, kernels_win):
 
 
 def test_bench_refuses_a_wrong_product(kernels_win, monkeypatch):
-    from secateur import _bench, kernels
+    from secateur import kernels
+    from secateur.packing import _bench
 
     if kernels.available()["native"] != "ok":
         pytest.skip("no kernels")

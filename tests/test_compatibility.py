@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import secateur
-from secateur._packreport import PackReport
-from secateur.integrations._shared import read_state
+from secateur.integrations import read_state
 from secateur.nn import PackedConv2d
+from secateur.packing import Cache
+from secateur.reports import PackReport
 
 FILES = Path(__file__).parent / "fixtures" / "v0.1.0"
 
@@ -162,5 +163,5 @@ def test_reports():
 def test_measurements():
     """A file of measurements is read and added to, and those of another machine stay in it."""
     table = json.loads((FILES / "autotune.json").read_text(encoding="utf-8"))
-    cache = secateur._autotune.Cache(FILES / "autotune.json")
-    assert list(table["machines"])[0] in (cache._machine, *cache._others)
+    cache = Cache(FILES / "autotune.json")
+    assert next(iter(table["machines"])) in (cache._machine, *cache._others)

@@ -5,7 +5,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from secateur import Recipe, _demo
+from secateur import Recipe
+from secateur.demo import _demo
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur import NM, Block, Column, FormatError, PatternError, Row, SparsityPattern, Unstructured
-from secateur._formats import (
+from secateur.formats import (
     FORMATS,
     MAX_SIDE,
     VALUE_DTYPES,

@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import NM, SparseConv2d, SparseLinear, Unstructured, kernels
-from secateur.kernels import _native_backend as native
 from secateur.nn import _gate
 
 EVERY_ISA = pytest.mark.parametrize("isa", kernels.isas())
@@ -71,17 +70,17 @@ def test_native_follows_the_formula(isa, mode, shape, hard):
     weights, threshold, grads, temperature = numbers(mode, shape)
     options = {"solved": mode == "solved", "hard": hard}
     effective, by_weights, by_threshold = by_autograd(weights, threshold, grads, temperature, **options)
-    out = native.gate(weights, threshold, temperature, isa, **options)
+    out = kernels.gate(weights, threshold, temperature, isa, **options)
     torch.testing.assert_close(out.double(), effective, rtol=1e-5, atol=1e-7)
     before = grads.clone()
-    ours, moved = native.gate_backward(grads, weights, threshold, temperature, isa, owned=False, **options)
+    ours, moved = kernels.gate_backward(grads, weights, threshold, temperature, isa, owned=False, **options)
     torch.testing.assert_close(ours.double(), by_weights, rtol=1e-5, atol=1e-5)
     assert torch.equal(grads, before)
     if mode == "solved":
         assert moved is None
     else:
         torch.testing.assert_close(moved.double(), by_threshold, rtol=1e-5, atol=1e-6 * math.sqrt(shape[1]) + 1e-5)
-    over, _ = native.gate_backward(grads, weights, threshold, temperature, isa, owned=True, **options)
+    over, _ = kernels.gate_backward(grads, weights, threshold, temperature, isa, owned=True, **options)
     assert over is grads
     assert torch.equal(over, ours)
 
@@ -91,7 +90,7 @@ def test_the_sigmoid_is_good_to_two_units_in_the_last_place(isa):
     z = torch.linspace(-86, 86, 200_001)
     threshold = 1 - z.view(1, -1)
     exact = torch.sigmoid(1 - threshold.double())
-    mask = native.gate(torch.ones_like(threshold), threshold, 1.0, isa, solved=False, hard=False)
+    mask = kernels.gate(torch.ones_like(threshold), threshold, 1.0, isa, solved=False, hard=False)
     assert ((mask.double() - exact) / exact).abs().max() < 2 * 2**-23
 
 
@@ -130,8 +129,8 @@ def test_extremes_are_those_of_torch(isa, value, units, hard):
 def test_a_weight_that_is_nan_stays_where_it_is(isa):
     weights, threshold, grads, temperature = numbers("row", (5, 40))
     weights[2, 7] = math.nan
-    out = native.gate(weights, threshold, temperature, isa, solved=False, hard=False)
-    ours, _ = native.gate_backward(grads, weights, threshold, temperature, isa, solved=False, hard=False, owned=False)
+    out = kernels.gate(weights, threshold, temperature, isa, solved=False, hard=False)
+    ours, _ = kernels.gate_backward(grads, weights, threshold, temperature, isa, solved=False, hard=False, owned=False)
     for tensor in (out, ours):
         assert tensor.isnan().nonzero().tolist() == [[2, 7]]
 
@@ -159,8 +158,8 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, mode, shape, hard):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            out = native.gate(weights, threshold, temperature, isa, **options)
-            by = native.gate_backward(grads, weights, threshold, temperature, isa, owned=False, **options)
+            out = kernels.gate(weights, threshold, temperature, isa, **options)
+            by = kernels.gate_backward(grads, weights, threshold, temperature, isa, owned=False, **options)
             results.append([tensor for tensor in (out, *by) if tensor is not None])
     finally:
         torch.set_num_threads(before)
@@ -204,13 +203,13 @@ def calls(monkeypatch):
     """The native functions that were called."""
     made = []
     for name in ("gate", "gate_backward", "unit_sums", "times_units"):
-        function = getattr(native, name)
+        function = getattr(kernels, name)
 
         def spy(*arguments, function=function, name=name, **options):
             made.append(name)
             return function(*arguments, **options)
 
-        monkeypatch.setattr(native, name, spy)
+        monkeypatch.setattr(kernels, name, spy)
     return made
 
 
@@ -387,16 +386,16 @@ def test_sums_and_products_of_units(isa, shape):
         return units.double().repeat_interleave(height, 0).repeat_interleave(width, 1)
 
     blocks = (a.double() * b.double()).view(rows // height, height, columns // width, width)
-    sums = native.unit_sums(a, b, height, width, isa)
+    sums = kernels.unit_sums(a, b, height, width, isa)
     torch.testing.assert_close(sums.double(), blocks.sum((1, 3)), rtol=1e-5, atol=1e-5)
-    alone = native.times_units(a, by_a, height, width, isa, owned=False)
+    alone = kernels.times_units(a, by_a, height, width, isa, owned=False)
     assert torch.equal(alone, (a * spread(by_a).float()))
     expected = a.double() * spread(by_a) + b.double() * spread(by_b)
     before = a.clone()
-    both = native.times_units(a, by_a, height, width, isa, plus=(b, by_b), owned=False)
+    both = kernels.times_units(a, by_a, height, width, isa, plus=(b, by_b), owned=False)
     torch.testing.assert_close(both.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(a, before)
-    over = native.times_units(a, by_a, height, width, isa, plus=(b, by_b), owned=True)
+    over = kernels.times_units(a, by_a, height, width, isa, plus=(b, by_b), owned=True)
     assert over is a
     assert torch.equal(over, both)
 

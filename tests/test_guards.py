@@ -14,44 +14,30 @@ import secateur
 
 PACKAGE = Path(secateur.__file__).parent
 
-LEVEL = {
-    "_errors": 0,
-    "_types": 0,
-    "_plain": 0,
-    "_pattern": 1,
-    "_optimizer": 1,
-    "_statistics": 1,
-    "_layers": 2,
-    "_report": 1,
-    "_text": 1,
-    "schedules": 1,
-    "_measure": 2,
-    "_importance": 2,
-    "_formats": 2,
-    "_html": 2,
-    "_packreport": 2,
-    "_io": 2,
-    "_group": 3,
-    "_inspect": 3,
-    "_packedfile": 3,
-    "kernels": 2,
-    "solvers": 3,
-    "_ways": 3,
-    "nn": 4,
-    "_recipe": 4,
-    "_calibrate": 4,
-    "_evaluate": 5,
-    "_oneshot": 5,
-    "training": 5,
-    "integrations": 6,
-    "_autotune": 5,
-    "_packing": 6,
-    "_hf": 6,
-    "_packedmodel": 7,
-    "_bench": 7,
-    "_demo": 8,
-    "cli": 9,
-}
+# A room imports only rooms above it; the ground is first, the public surface and the command are last.
+ROOMS = [
+    "_errors",
+    "_types",
+    "_checks",
+    "patterns",
+    "reports",
+    "files",
+    "layers",
+    "calibration",
+    "solvers",
+    "schedules",
+    "evaluation",
+    "formats",
+    "kernels",
+    "nn",
+    "pruning",
+    "huggingface",
+    "training",
+    "packing",
+    "integrations",
+    "demo",
+    "cli",
+]
 
 PUBLIC = [
     "Block",
@@ -108,18 +94,58 @@ def module_names() -> list[str]:
     return [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "secateur.")]
 
 
-def imported_siblings(source: str) -> set[str]:
-    """Modules of the package that a module imports when it is imported itself; imports inside functions are lazy."""
-    found = set()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("secateur."):
-            found.add(node.module.split(".")[1])
+def imports_of(path: Path) -> list[tuple[str, list[str]]]:
+    """Every module of the package that a file imports, lazily or not, with the names it takes."""
+    found = []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            block.body = []  # names for annotations, which are never imported
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "secateur":
+            found.append((node.module or "", [alias.name for alias in node.names]))
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names if alias.name.split(".")[0] == "secateur"]
     return found
 
 
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def modules_by_name() -> dict[str, Path]:
+    """Every file of the package by module name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ["secateur", *path.relative_to(PACKAGE).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def wrong_imports(module: str, imports: list[tuple[str, list[str]]]) -> list[str]:
+    """What the rules of the house forbid among the imports of a module of a room."""
+    wrong = []
+    for target, names in imports:
+        if target == "secateur" and room_of(module) in ("cli", "demo", "integrations"):
+            continue  # they use secateur as anybody does
+        if target == "secateur":
+            rooms = [name for name in names if name in ROOMS]
+            if names != rooms or not rooms:
+                wrong.append(f"{module} imports {names} from the public surface")
+        else:
+            rooms = [room_of(target)]
+        for room in rooms:
+            if room == room_of(module):
+                continue
+            if ROOMS.index(room) > ROOMS.index(room_of(module)):
+                wrong.append(f"{module} imports {room}, which lies below it")
+            if target.count(".") > 1 or any(name.startswith("_") for name in names):
+                wrong.append(f"{module} reaches into {target} for {names}")
+    return wrong
+
+
 def test_public_names_are_the_declared_ones():
-    modules = {"solvers", "cli", "nn", "schedules", "training", "integrations", "kernels"}
-    public = {name for name in vars(secateur) if not name.startswith("_")} - modules
+    public = {name for name in vars(secateur) if not name.startswith("_")} - set(ROOMS)
     assert public == set(PUBLIC)
 
 
@@ -130,20 +156,49 @@ def test_public_names_are_documented(name):
     assert "Args:" not in public.__doc__ or len(public.__doc__.splitlines()) > 3
 
 
-def test_imports_point_down():
-    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")]
-    for path in files:
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if module == "__init__":
-            continue
-        for target in imported_siblings(path.read_text(encoding="utf-8")):
-            inside = target == module
-            assert inside or LEVEL[target] < LEVEL[module], f"{module} (level {LEVEL[module]}) imports {target}"
+@pytest.mark.parametrize("module", sorted(modules_by_name()))
+def test_imports_point_down_and_stop_at_the_door(module):
+    if module != "secateur":
+        assert not wrong_imports(module, imports_of(modules_by_name()[module]))
 
 
-def test_every_module_has_a_level():
-    packages = {"kernels", "solvers", "nn", "training", "integrations"}
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | packages == set(LEVEL)
+def test_the_guard_of_imports_can_fail():
+    assert wrong_imports("secateur.patterns._pattern", [("secateur.layers", ["Layer"])])
+    assert wrong_imports("secateur.layers._layers", [("secateur.patterns._pattern", ["NM"])])
+    assert wrong_imports("secateur.layers._layers", [("secateur.patterns", ["_first"])])
+    assert wrong_imports("secateur.layers._layers", [("secateur", ["prune_"])])
+    assert not wrong_imports("secateur.layers._layers", [("secateur.patterns", ["NM"]), ("secateur._errors", [])])
+
+
+def test_rooms_import_one_another_without_a_circle():
+    """Modules within a room, too: each is imported on its own in a fresh interpreter's order of need."""
+    modules = modules_by_name()
+    needs = {
+        module: {
+            found
+            for target, names in imports_of(path)
+            for found in (target, *(f"{target}.{name}" for name in names))
+            if found in modules and found != module and modules[found].name != "__init__.py"
+        }
+        for module, path in modules.items()
+    }
+    done: set[str] = set()
+    while ready := {module for module, wants in needs.items() if module not in done and wants <= done}:
+        done |= ready
+    assert done == set(modules), f"a circle among {sorted(set(modules) - done)}"
+
+
+def test_every_room_is_listed_and_says_what_it_answers():
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert found - {"__init__"} == set(ROOMS)
+    for room in ROOMS:
+        assert importlib.import_module(f"secateur.{room}").__doc__
+
+
+@pytest.mark.parametrize("module", sorted(modules_by_name()))
+def test_no_file_is_too_long_for_one_job(module):
+    path = modules_by_name()[module]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -168,7 +223,7 @@ def test_the_light_import_guard_can_fail():
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize("name", module_names())
 def test_examples_in_docstrings_run(name, monkeypatch):
-    from secateur import _layers
+    from secateur.layers import _layers
 
     monkeypatch.setattr(_layers, "_KINDS", dict(_layers._KINDS))  # the example of register_layer registers one
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)

@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import save_file
 
 from secateur import NM, Block, Column, FormatError, Row, Unstructured
-from secateur._inspect import inspect, satisfied, summarize
+from secateur.files import inspect, summarize
+from secateur.patterns import satisfied
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(4, 8), NM(3, 16), Block(4, 4), Block(16, 16), Block(1, 8), Row(), Column()]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import secateur
-from secateur.nn._sparsify import sparse_layers
+from secateur.nn import sparse_layers
 from secateur.schedules import OneShot
 from secateur.training import RigL
 
@@ -19,8 +19,8 @@ pytest.importorskip("accelerate")
 pl = pytest.importorskip("lightning.pytorch")
 
 from secateur.integrations import lightning as for_lightning  # noqa: E402
+from secateur.integrations import read_state, write_state  # noqa: E402
 from secateur.integrations import transformers as for_transformers  # noqa: E402
-from secateur.integrations._shared import read_state, write_state  # noqa: E402
 
 STATE = "sparse_training.safetensors"
 STEPS, ACCUMULATE, BATCH = 12, 2, 4  # of 32 examples: 4 steps an epoch

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import FormatError
-from secateur._io import INDEX, SINGLE, ModelDirectory, check_output, whole_directory, write_text
+from secateur.files import INDEX, SINGLE, ModelDirectory, check_output, whole_directory, write_text
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(single, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("secateur._io.save_file", full)
+    monkeypatch.setattr("secateur.files._directory.save_file", full)
     with pytest.raises(FormatError, match="disk is full"):
         ModelDirectory.open(single).write_pruned(output, {}, {}, overwrite=True)
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "old"]

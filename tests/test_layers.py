@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import secateur
-from secateur import RecipeError, _layers
-from secateur._layers import kind_of, select_layers
+from secateur import RecipeError
+from secateur.layers import _layers, kind_of, select_layers
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from torch import nn
 import secateur
 from secateur import FormatError, PackedLinear, SparsityError, kernels
 from secateur._errors import KernelError
-from secateur._formats import Bitmask, NMPacked, RowPacked
-from secateur._ways import Plan, candidates, make_runner
+from secateur.formats import Bitmask, NMPacked, RowPacked
+from secateur.kernels import Plan, candidates, make_runner
 from secateur.nn import _packed
 
 PATTERNS = ["unstructured", "2:4", "3:8", "block:4x4", "block:16x1", "row", "column", "block:5x3,remainder=dense"]

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import NM, Block, Column, FormatError, Row, SparsityPattern, Unstructured
-from secateur._formats import FORMATS, Bitmask, BlockPacked, ColumnPacked, NMPacked, RowPacked
-from secateur._packedfile import PackedFile, read_compressed_tensors, read_packed, write_packed
+from secateur.formats import FORMATS, Bitmask, BlockPacked, ColumnPacked, NMPacked, RowPacked
+from secateur.packing import PackedFile, read_compressed_tensors, read_packed, write_packed
 
 NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8",

@@ -9,13 +9,23 @@ from tiny import with_tokenizer
 from torch import nn
 
 import secateur
-from secateur import FormatError, PackedLinear, RecipeError, _autotune, _ways
-from secateur._autotune import Cache
-from secateur._formats import Bitmask
-from secateur._packedfile import PackedFile, read_packed, write_packed
-from secateur._packedmodel import FILE, REPORT, _Contents, _plan, export_directory, pack_directory
-from secateur._packing import packed_layers
+from secateur import FormatError, PackedLinear, RecipeError
+from secateur.formats import Bitmask
+from secateur.kernels import _routes as _ways
 from secateur.nn import PackedConv2d
+from secateur.packing import (
+    FILE,
+    REPORT,
+    Cache,
+    PackedFile,
+    _autotune,
+    export_directory,
+    pack_directory,
+    packed_layers,
+    read_packed,
+    write_packed,
+)
+from secateur.packing._model import _Contents, _plan
 
 
 @pytest.fixture(autouse=True)
@@ -510,7 +520,7 @@ def test_what_runs_dense_is_stored_without_its_zeros_and_comes_back_dense(tmp_pa
 
 @pytest.mark.parametrize("shape", [[127, 128], [128], [128, 128, 0], [128, -128], "128", [128.0, 128]], ids=str)
 def test_a_sparse_tensor_of_another_shape(tmp_path, shape):
-    from secateur._packedfile import read_packed, write_packed
+    from secateur.packing import read_packed, write_packed
 
     model = nn.Sequential(nn.Linear(128, 128))
     secateur.prune_(model, sparsity=0.9, pattern="unstructured", method="magnitude")
@@ -524,8 +534,8 @@ def test_a_sparse_tensor_of_another_shape(tmp_path, shape):
 
 
 def test_a_small_file_that_claims_a_vast_tensor_allocates_nothing(tmp_path, monkeypatch):
-    from secateur._formats import ColumnPacked
-    from secateur._packedfile import read_packed, write_packed
+    from secateur.formats import ColumnPacked
+    from secateur.packing import read_packed, write_packed
 
     path = tmp_path / "vast.safetensors"
     side, shape = 1 << 16, (1 << 16, 1 << 20)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import secateur
 from secateur import NM, Block, Column, PatternError, Row, SparsityPattern, Unstructured
-from secateur._pattern import _keep_top_narrow, _keep_top_wide, _kth_smallest, with_channel_width, with_scope
+from secateur.patterns import with_channel_width, with_scope
+from secateur.patterns._pattern import _keep_top_narrow, _keep_top_wide, kth_smallest
 
 PATTERNS = [
     Unstructured(),
@@ -502,11 +503,11 @@ def test_selection_from_long_vectors_is_exact(make):
 
 
 @pytest.mark.parametrize("shape", [(1, 33), (5, 40), (1, LONG)], ids=str)
-def test_kth_smallest_is_that_of_a_sort(shape):
+def testkth_smallest_is_that_of_a_sort(shape):
     values = random(*shape, dtype=torch.float32)
     ordered = values.sort(dim=1).values
     for k in (1, 2, shape[1] // 3, shape[1] - 1, shape[1]):
-        assert torch.equal(_kth_smallest(values, k), ordered[:, k - 1 : k])
+        assert torch.equal(kth_smallest(values, k), ordered[:, k - 1 : k])
 
 
 # check

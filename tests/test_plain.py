@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from secateur import PackedLinear, kernels
-from secateur._plain import is_plain
+from secateur.kernels import is_plain
 
 
 class Named(torch.Tensor):

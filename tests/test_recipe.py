@@ -23,7 +23,7 @@ from secateur import (
     Unstructured,
     Wanda,
 )
-from secateur._recipe import METHODS, parse_method
+from secateur.pruning import METHODS, parse_method
 
 SOLVERS = {
     "magnitude": Select(Magnitude()),

@@ -13,8 +13,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from secateur._html import comparison_page
-from secateur._report import Comparison, Evaluation, Histogram, LayerReport, Report, SkippedLayer
+from secateur.reports import Comparison, Evaluation, Histogram, LayerReport, Report, SkippedLayer, comparison_page
 
 HOSTILE = '<script>alert("1")</script>|&amp;\n$x_$'
 HISTOGRAM = Histogram(edges=(-3.0, -2.0, -1.0, 0.0), kept=(0, 3, 5), pruned=(6, 2, 0), cut=-1.75)

@@ -10,8 +10,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
 
 from secateur import NM, Block, Column, PatternError, Row, SparseConv2d, SparseLinear, SparsityPattern, Unstructured
-from secateur._optimizer import clear_state_
-from secateur._pattern import with_channel_width
+from secateur.layers import clear_state_
+from secateur.patterns import with_channel_width
 
 # With the shape [out, in] to learn them in; 2 of the rows and columns of the last ones are a dense remainder.
 PATTERNS = [

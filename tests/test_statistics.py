@@ -6,7 +6,7 @@ import reference
 import torch
 
 from secateur import LayerStatistics, StatisticsError
-from secateur._statistics import Accumulator
+from secateur.calibration import Accumulator
 
 BOTH = frozenset({"input_norm", "gram"})
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from secateur import StatisticsError
-from secateur._text import Windows, batched, read_text
+from secateur.calibration import Windows, batched, read_text
 
 
 class Letters:

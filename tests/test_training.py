@@ -25,10 +25,9 @@ from secateur import (
     Unstructured,
     sparsify_,
 )
-from secateur._report import Report
+from secateur.reports import Report
 from secateur.schedules import Cubic, Linear, OneShot
-from secateur.training import SET, SRSTE, Gate, GradualMagnitude, Method, RigL, Static
-from secateur.training._methods import exchange
+from secateur.training import SET, SRSTE, Gate, GradualMagnitude, Method, RigL, Static, exchange
 
 METHODS = ["gate", "magnitude", "sr-ste", "set", "rigl", "static"]
 LEARNED = ["gate", "sr-ste"]
@@ -934,7 +933,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("make", ["registered", "Conv1D", "nn.Conv1d"])
 def test_other_kinds_of_layers(method, make, monkeypatch):
     if make == "registered":
-        monkeypatch.setattr("secateur._layers._KINDS", dict(secateur._layers._KINDS))
+        monkeypatch.setattr("secateur.layers._layers._KINDS", dict(secateur.layers._layers._KINDS))
         kind = secateur.LayerKind(
             to_matrix=lambda module, kernel: kernel.T,
             from_matrix=lambda module, matrix: matrix.T,

@@ -1,8 +1,11 @@
 """Every error a user can cause, as one small tree under ``ValueError``.
 
 A message has three clauses: where and what, with the numbers; what was expected and why; what to do. Inner code raises
-the bare fact and the boundary that knows the layer's name adds it once.
+the bare fact; the boundary that knows the layer's name adds it once, with :func:`naming`.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SparsityError(ValueError):
@@ -31,3 +34,17 @@ class RecipeError(SparsityError):
 
 class KernelError(SparsityError):
     """A weight no kernel layout fits, or a backend that does not exist or cannot run here."""
+
+
+@contextmanager
+def naming(title: object, advice: str = "") -> Iterator[None]:
+    """Put the name of a layer or file in front of the errors that are raised inside, and advice behind them.
+
+    Args:
+        title: what the message begins with.
+        advice: a further line of the message.
+    """
+    try:
+        yield
+    except SparsityError as error:
+        raise type(error)(f"{title}: {error}{advice and chr(10)}{advice}") from None

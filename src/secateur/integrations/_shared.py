@@ -16,14 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur._io import _umask, open_safetensors
-from secateur._pattern import SparsityPattern, check_sparsity
-from secateur.nn import sparsify_
-from secateur.nn._sparsify import sparse_layers
+from secateur.files import open_safetensors, umask
+from secateur.nn import sparse_layers, sparsify_
+from secateur.patterns import SparsityPattern, check_sparsity
 from secateur.schedules import Schedule
-from secateur.training import Method, SparseTraining
-from secateur.training._methods import parse_method
-from secateur.training._targets import MaskedWeight
+from secateur.training import MaskedWeight, Method, SparseTraining, parse_method
 
 STATE_FILE = "sparse_training.safetensors"
 _METADATA = "secateur.SparseTraining"
@@ -218,7 +215,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata={_METADATA: header})
-        partial.chmod(0o666 & ~_umask())  # save_file makes it private
+        partial.chmod(0o666 & ~umask())  # save_file makes it private
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise FormatError(f"{path} could not be written: {error}.") from None

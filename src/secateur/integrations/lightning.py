@@ -9,9 +9,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from secateur._errors import FormatError, RecipeError
-from secateur._pattern import SparsityPattern
-from secateur._report import Report
 from secateur.integrations._shared import Settings, abandon, known_steps, restore
+from secateur.patterns import SparsityPattern
+from secateur.reports import Report
 from secateur.schedules import Schedule
 from secateur.training import Method, SparseTraining
 

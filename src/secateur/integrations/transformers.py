@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur._pattern import SparsityPattern
-from secateur._report import Report
 from secateur.integrations._shared import STATE_FILE, Settings, abandon, known_steps, read_state, restore, write_state
+from secateur.patterns import SparsityPattern
+from secateur.reports import Report
 from secateur.schedules import Schedule
 from secateur.training import Method, SparseTraining
 

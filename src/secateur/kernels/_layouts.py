@@ -1,6 +1,6 @@
 """How a sparse weight lies in memory while it runs: each layout is made from a dense weight for one kind of kernel.
 
-A layout is for running, not for keeping: :mod:`secateur._formats` stores. Values are float32, bfloat16, float16 or int8
+A layout is for running, not for keeping: :mod:`secateur.formats` stores. Values are float32, bfloat16, float16 or int8
 with one scale for each output row; sums are always float32.
 """
 
@@ -58,7 +58,7 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return nn.functional.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
 
 
-def _settled(tensor: Tensor, spare: int = 0) -> Tensor:
+def settled(tensor: Tensor, spare: int = 0) -> Tensor:
     """A flat or whole copy, with `spare` zeros after it, in large pages where the system has them.
 
     A kernel streams through its weight once; large pages spare it the page walks, a sixth of the time of one input row.
@@ -125,7 +125,7 @@ class BitmaskLayout(Layout):
         """Pack what the mask keeps (default: what is not zero) of a weight [out, in]."""
         values, mask, scale = _prepared(weight, mask, value_dtype)
         words = _as_bits(_padded(mask, 1, 64), np.int64, "little")
-        return cls(_shape(values), _settled(values[mask], _SPARE), scale, words, _offsets(mask.sum(1)))
+        return cls(_shape(values), settled(values[mask], _SPARE), scale, words, _offsets(mask.sum(1)))
 
     def to_dense(self) -> Weight:
         rows, columns = self.shape
@@ -182,9 +182,9 @@ class PanelLayout(Layout):
         small = torch.from_numpy(counts.numpy().astype(np.uint16))
         return cls(
             shape,
-            _settled(kept, _SPARE),
+            settled(kept, _SPARE),
             scale,
-            _settled(index, _SPARE),
+            settled(index, _SPARE),
             small,
             _offsets(counts.sum(-1)),
             height,
@@ -250,7 +250,7 @@ class LaneLayout(Layout):
             place = nn.functional.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, -1, per_word, _ROWS)
         shifts = (torch.arange(place.shape[2]) * bits)[:, None]
         words = torch.from_numpy((place << shifts).sum(2).numpy().astype(np.uint32).view(np.int32))
-        return cls(shape, _settled(kept, _SPARE), scale, words, n, m)
+        return cls(shape, settled(kept, _SPARE), scale, words, n, m)
 
     @staticmethod
     def _word(m: int) -> tuple[int, int]:
@@ -312,7 +312,7 @@ class StripLayout(Layout):
         flat = values.new_zeros(blocks.numel() + _SPARE)
         for target, first, strip in layout._strips(row):
             flat[target] = blocks[:, first : first + strip].transpose(1, 2).flatten(1)
-        return cls(shape, _settled(flat), scale, layout.block_columns, layout.block_rows, height, width)
+        return cls(shape, settled(flat), scale, layout.block_columns, layout.block_rows, height, width)
 
     def _strips(self, row: Tensor) -> list[tuple[Tensor, int, int]]:
         """For each strip of a block: where its values [blocks, width * strip rows] lie, its first row, its rows."""

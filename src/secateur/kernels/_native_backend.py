@@ -14,7 +14,7 @@ from secateur.kernels._load import load
 
 ISAS = ("avx512", "avx2", "generic")  # widest first
 
-_SMALL = 32768  # multiplications, or weights of a mask, below which a second thread costs more than it saves
+SMALL = 32768  # multiplications, or weights of a mask, below which a second thread costs more than it saves
 
 
 def isas() -> list[str]:
@@ -72,7 +72,7 @@ class Bound:
             batch,
             *self._shape,
             self._type,
-            torch.get_num_threads() if self._size * batch > _SMALL else 1,
+            torch.get_num_threads() if self._size * batch > SMALL else 1,
             *self._arguments,
         )
         return y
@@ -81,78 +81,3 @@ class Bound:
 def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
     """Run the layout's kernel once on x [batch, in], float32 and contiguous, on the processor."""
     return Bound(packed, isa)(x, bias)
-
-
-def gate(weights: Tensor, threshold: Tensor, temperature: float, isa: str, *, solved: bool, hard: bool) -> Tensor:
-    """Return the weights times their mask, as ``secateur.nn._gate`` has it, which checks the tensors."""
-    native = load()
-    assert not isinstance(native, str)
-    out = torch.empty_like(weights)
-    native.gate(isa, *_gate_arguments(weights, threshold, temperature, solved, hard), out.data_ptr())
-    return out
-
-
-def gate_backward(
-    grads: Tensor,
-    weights: Tensor,
-    threshold: Tensor,
-    temperature: float,
-    isa: str,
-    *,
-    solved: bool,
-    hard: bool,
-    owned: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the weights, written over ``grads`` if ``owned``, and of a learned threshold."""
-    native = load()
-    assert not isinstance(native, str)
-    by_weights = grads if owned else torch.empty_like(grads)
-    by_threshold = None if solved else torch.empty_like(threshold)
-    native.gate_backward(
-        isa,
-        *_gate_arguments(weights, threshold, temperature, solved, hard),
-        grads.data_ptr(),
-        by_weights.data_ptr(),
-        0 if by_threshold is None else by_threshold.data_ptr(),
-    )
-    return by_weights, by_threshold
-
-
-def _gate_arguments(
-    weights: Tensor, threshold: Tensor, temperature: float, solved: bool, hard: bool
-) -> tuple[int | float, ...]:
-    each = not solved and threshold.shape == weights.shape
-    threads = torch.get_num_threads() if weights.numel() > _SMALL else 1
-    return weights.data_ptr(), threshold.data_ptr(), temperature, *weights.shape, each, solved, hard, threads
-
-
-def unit_sums(a: Tensor, b: Tensor, height: int, width: int, isa: str) -> Tensor:
-    """Return the sum of ``a * b`` over each unit, ``[rows / height, columns / width]``, for matrices in order."""
-    native = load()
-    assert not isinstance(native, str)
-    out = a.new_empty(a.shape[0] // height, a.shape[1] // width)
-    native.unit_sums(isa, *_unit_arguments(a, height, width), a.data_ptr(), b.data_ptr(), out.data_ptr())
-    return out
-
-
-def times_units(
-    a: Tensor,
-    by_a: Tensor,
-    height: int,
-    width: int,
-    isa: str,
-    *,
-    plus: tuple[Tensor, Tensor] | None = None,
-    owned: bool,
-) -> Tensor:
-    """Return ``a`` times one number for each unit, written over it if ``owned``, plus another matrix times another."""
-    native = load()
-    assert not isinstance(native, str)
-    out = a if owned else torch.empty_like(a)
-    b, by_b = (0, 0) if plus is None else (tensor.data_ptr() for tensor in plus)
-    native.times_units(isa, *_unit_arguments(a, height, width), a.data_ptr(), by_a.data_ptr(), b, by_b, out.data_ptr())
-    return out
-
-
-def _unit_arguments(matrix: Tensor, height: int, width: int) -> tuple[int, ...]:
-    return *matrix.shape, height, width, torch.get_num_threads() if matrix.numel() > _SMALL else 1

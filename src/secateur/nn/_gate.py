@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from secateur import kernels
-from secateur._pattern import SparsityPattern, cut_between, units_to_prune
-from secateur._plain import is_watched
 from secateur._types import Weight
-from secateur.kernels import _native_backend as _native
+from secateur.kernels import is_watched
+from secateur.patterns import SparsityPattern, cut_between, units_to_prune
 
 # Keeps 1 / threshold finite where everything or nothing is pruned (threshold = inf, -inf) or all scores are zero.
 _TINY = 1e-30
@@ -199,7 +198,7 @@ def _forward(
 
     weights = pattern._units(wide)[..., 0]
     if isa := _isa_of_elements(weights, threshold, temperature):
-        result = _native.gate(weights, threshold, float(temperature), isa, solved=solved, hard=hard)
+        result = kernels.gate(weights, threshold, float(temperature), isa, solved=solved, hard=hard)
         return result.view(matrix.shape).to(matrix.dtype)
     return _in_parts(part, weights, threshold).view(matrix.shape).to(matrix.dtype)
 
@@ -224,7 +223,7 @@ def _backward(
     weights, grads = pattern._units(wide)[..., 0], pattern._units(grad)[..., 0]
     by_threshold = None
     if isa := _isa_of_elements(weights, threshold, temperature, grads):
-        by_matrix, by_threshold = _native.gate_backward(
+        by_matrix, by_threshold = kernels.gate_backward(
             grads, weights, threshold, float(temperature), isa, solved=solved, hard=hard, owned=owned
         )
     elif solved:
@@ -251,7 +250,7 @@ def _isa(*tensors: Tensor) -> str | None:
         and not tensor._is_zerotensor()
         for tensor in tensors
     )
-    return kernels._isa() if plain and tensors[0].numel() else None
+    return kernels.current_isa() if plain and tensors[0].numel() else None
 
 
 def _isa_of_elements(weights: Tensor, threshold: Tensor, temperature: Tensor, *grads: Tensor) -> str | None:
@@ -397,7 +396,7 @@ _WIDE = 64
 def _unit_sums(a: Tensor, b: Tensor, height: int, width: int) -> Tensor:
     """The sum of ``a * b`` over each unit, ``[rows / height, columns / width]``."""
     if max(height, width) <= _WIDE and (isa := _isa(a, b)):
-        return _native.unit_sums(a, b, height, width, isa)
+        return kernels.unit_sums(a, b, height, width, isa)
     matrix = a * b
     rows, columns = matrix.shape
     if height > 1:  # down the rows first, where memory is contiguous
@@ -416,7 +415,7 @@ def _times_units(
 ) -> Tensor:
     """A matrix times one number for each unit, plus another times another; written over the first if ``owned``."""
     if max(height, width) <= _WIDE and (isa := _isa(matrix, units, *(plus or ()))):
-        return _native.times_units(matrix, units, height, width, isa, plus=plus, owned=owned)
+        return kernels.times_units(matrix, units, height, width, isa, plus=plus, owned=owned)
     rows, columns = matrix.shape
     across = units.view(rows // height, columns // width)
     if 1 < width < columns:

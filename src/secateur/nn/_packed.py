@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, KernelError, SparsityError
-from secateur._formats import FORMATS, VALUE_DTYPES, Format, NMPacked, choose
-from secateur._inspect import satisfied
-from secateur._pattern import NM, SparsityPattern, Unstructured
-from secateur._plain import is_plain
 from secateur._types import Weight
-from secateur._ways import Plan, Runner, default_plan, make_runner, padded
+from secateur.formats import FORMATS, VALUE_DTYPES, Format, NMPacked, choose
+from secateur.kernels import Plan, Runner, default_plan, is_plain, make_runner, padded
+from secateur.patterns import NM, SparsityPattern, Unstructured, satisfied
 
 _FLOATS = ("values", "right", "bottom")
 

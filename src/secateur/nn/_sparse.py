@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own documentation uses
 
 from secateur._errors import PatternError, RecipeError
-from secateur._layers import full_tensor
-from secateur._optimizer import clear_state_, local_part, sharded_like
-from secateur._pattern import SparsityPattern, Unstructured, check_sparsity, with_channel_width
 from secateur._types import Mask, Weight
+from secateur.layers import clear_state_, full_tensor, local_part, sharded_like
 from secateur.nn._gate import gated, gated_linear, hard_mask, solve_threshold
+from secateur.patterns import SparsityPattern, Unstructured, check_sparsity, with_channel_width
 
 TEMPERATURE = 10.0
 THRESHOLD = 0.01

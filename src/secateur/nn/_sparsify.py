@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from secateur._errors import RecipeError, SparsityError
-from secateur._layers import Layer, Skipped, select_layers
-from secateur._pattern import SparsityPattern
+from secateur.layers import Layer, Skipped, select_layers, swap_modules_
 from secateur.nn._sparse import THRESHOLD, SparseConv2d, SparseLinear
+from secateur.patterns import SparsityPattern
 
 
 def sparsify_(
@@ -88,7 +88,7 @@ def sparsify_(
                 raise type(error)(f"{layer.title}: {error}") from None
             made[name] = new
             swaps.append((module, new))
-    _swap_(model, swaps)
+    swap_modules_(model, swaps)
     return made
 
 
@@ -117,7 +117,7 @@ def densify_(model: nn.Module) -> list[str]:
             layer._must_be_whole("densify_")
         except SparsityError as error:
             raise type(error)(f"{name}: {error}") from None
-    _swap_(
+    swap_modules_(
         model, [(old, old.to_linear() if isinstance(old, SparseLinear) else old.to_conv2d()) for old in layers.values()]
     )
     return list(layers)
@@ -184,12 +184,3 @@ def _why_not_replaceable(model: nn.Module, module: nn.Module, reads_weights: set
     if id(module) in reads_weights:
         return "nn.TransformerEncoderLayer reads its weight without calling it"
     return None
-
-
-def _swap_(model: nn.Module, swaps: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Replace modules wherever they hang in the model."""
-    new = {id(old): replacement for old, replacement in swaps}
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                parent._modules[name] = new[id(child)]

@@ -1,5 +1,10 @@
 """Solvers: choose the mask and the surviving weights of one layer."""
 
+from secateur.solvers._importance import RIA as RIA
+from secateur.solvers._importance import Importance as Importance
+from secateur.solvers._importance import Magnitude as Magnitude
+from secateur.solvers._importance import Random as Random
+from secateur.solvers._importance import Wanda as Wanda
 from secateur.solvers._problem import LayerProblem as LayerProblem
 from secateur.solvers._problem import Solution as Solution
 from secateur.solvers._problem import Solver as Solver

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from secateur._errors import SolverError, StatisticsError
-from secateur._statistics import LayerStatistics
 from secateur._types import Weight
+from secateur.calibration import LayerStatistics
 
 
 def gram_for(weight: Weight, statistics: LayerStatistics | None) -> Tensor:

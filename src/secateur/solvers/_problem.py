@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from secateur._errors import PatternError, SolverError
-from secateur._pattern import Scope, SparsityPattern, with_scope
-from secateur._statistics import LayerStatistics, Need
 from secateur._types import Mask, Scores, Weight
+from secateur.calibration import LayerStatistics, Need
+from secateur.patterns import Scope, SparsityPattern, with_scope
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from secateur._errors import SolverError
-from secateur._statistics import Need
+from secateur.calibration import Need
 from secateur.solvers._gram import damped, gram_for
 from secateur.solvers._problem import LayerProblem, Solution, Solver
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from secateur._importance import Importance
-from secateur._pattern import with_scope
-from secateur._statistics import Need
+from secateur.calibration import Need
+from secateur.patterns import with_scope
+from secateur.solvers._importance import Importance
 from secateur.solvers._problem import LayerProblem, Solution, Solver
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur._errors import SolverError
-from secateur._pattern import SparsityPattern, units_to_prune, with_scope
-from secateur._statistics import Need
+from secateur.calibration import Need
+from secateur.patterns import SparsityPattern, units_to_prune, with_scope
 from secateur.solvers._gram import gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import PatternError, RecipeError, SparsityError
-from secateur._layers import select_layers
-from secateur._measure import versions
-from secateur._pattern import NM, SparsityPattern, Unstructured, _keep_top, check_sparsity, on_the_way, units_to_prune
-from secateur._report import Report, SkippedLayer
 from secateur._types import Mask
+from secateur.layers import select_layers
+from secateur.patterns import NM, SparsityPattern, Unstructured, check_sparsity, keep_top, on_the_way, units_to_prune
+from secateur.reports import Report, SkippedLayer, versions
 from secateur.training._session import _sharded_modules
 from secateur.training._targets import MaskedWeight, check_optimizer, report_layer
 
@@ -527,7 +526,7 @@ class LotteryTicket:
             return masks
         device = next(iter(parts.values())).device
         scores = torch.cat([part.to(device) for part in parts.values()])
-        keep = _keep_top(scores[None], len(scores) - units_to_prune(len(scores), sparsity))
+        keep = keep_top(scores[None], len(scores) - units_to_prune(len(scores), sparsity))
         for (name, part), kept in zip(parts.items(), keep.split([len(p) for p in parts.values()], dim=1), strict=True):
             rows, columns = self._weights[name].pattern._core(self._shapes[name])
             masks[name][:rows, :columns] = self._weights[name].pattern._spread(kept.to(part.device), rows, columns)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 
 from secateur._errors import PatternError, RecipeError
-from secateur._optimizer import clear_state_
-from secateur._pattern import SparsityPattern, _keep_top, _kth_smallest, on_the_way
 from secateur._types import Mask, Scores, Weight
+from secateur.layers import clear_state_
+from secateur.patterns import SparsityPattern, keep_top, kth_smallest, on_the_way
 from secateur.schedules import Cubic, OneShot, Schedule
 from secateur.training._targets import LearnedWeight, MaskedWeight, magnitudes
 
@@ -398,15 +398,15 @@ def exchange(
     gains = pattern._unit_scores(growth.to(scores.dtype)[:rows, :columns])
 
     def exchanged(moving: int) -> Mask:
-        staying = _keep_top(torch.where(kept, scores, -math.inf), count - moving)
+        staying = keep_top(torch.where(kept, scores, -math.inf), count - moving)
         enough_others = kept.shape[1] - count >= moving
         candidates = ~kept if enough_others and not regrow_dropped else ~staying
-        return staying | _keep_top(torch.where(candidates, gains, -math.inf), moving)
+        return staying | keep_top(torch.where(candidates, gains, -math.inf), moving)
 
     units = exchanged(moving)
     if more:
-        next_smallest = _kth_smallest(torch.where(kept, scores, math.inf), moving + 1)
-        units = torch.where(_keep_top(-next_smallest.view(1, -1), more).view(-1, 1), exchanged(moving + 1), units)
+        next_smallest = kth_smallest(torch.where(kept, scores, math.inf), moving + 1)
+        units = torch.where(keep_top(-next_smallest.view(1, -1), more).view(-1, 1), exchanged(moving + 1), units)
     result = mask.clone()
     result[:rows, :columns] = pattern._spread(units, rows, columns)
     return result

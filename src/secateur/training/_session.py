@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from secateur._errors import RecipeError, SparsityError
-from secateur._layers import Layer, Skipped, select_layers
-from secateur._measure import versions
-from secateur._pattern import Column, SparsityPattern, Unstructured, with_channel_width
-from secateur._report import LayerReport, Report, SkippedLayer
 from secateur._types import Mask
-from secateur.nn import SparseConv2d, SparseLinear, densify_, sparsify_
-from secateur.nn._sparsify import replaceable_layers, sparse_layers
+from secateur.layers import Layer, Skipped, select_layers
+from secateur.nn import SparseConv2d, SparseLinear, densify_, replaceable_layers, sparse_layers, sparsify_
+from secateur.patterns import Column, SparsityPattern, Unstructured, with_channel_width
+from secateur.reports import LayerReport, Report, SkippedLayer, versions
 from secateur.schedules import Cubic, Linear, OneShot, Schedule
 from secateur.training._methods import Method, Moment, parse_method
 from secateur.training._targets import LearnedWeight, MaskedWeight, check_optimizer, report_layer
@@ -466,7 +464,7 @@ def _existing_layers(
     model: nn.Module, existing: Mapping[str, Any]
 ) -> tuple[list[Layer], list[Skipped], list[tuple[Any, ...]]]:
     """Sparse layers as layers, those that share a weight together."""
-    from secateur._layers import LayerKind
+    from secateur.layers import LayerKind
 
     shared: dict[int, list[str]] = {}
     for name, module in existing.items():

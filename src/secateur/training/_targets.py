@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import PatternError, RecipeError
-from secateur._layers import Layer, full_tensor
-from secateur._measure import thumbnail
-from secateur._optimizer import clear_state_, local_part, sharded_like
-from secateur._pattern import SparsityPattern
-from secateur._report import LayerReport
 from secateur._types import Mask, Scores, Weight
+from secateur.layers import Layer, clear_state_, full_tensor, local_part, sharded_like
 from secateur.nn import SparseConv2d, SparseLinear
+from secateur.patterns import SparsityPattern
+from secateur.reports import LayerReport, thumbnail
 
 
 class MaskedWeight:

@@ -1,0 +1,14 @@
+"""What do the inputs of each layer look like?"""
+
+from secateur.calibration._calibration import Calibration as Calibration
+from secateur.calibration._calibration import Forward as Forward
+from secateur.calibration._calibration import call_model as call_model
+from secateur.calibration._calibration import hash_batches as hash_batches
+from secateur.calibration._calibration import load_batches as load_batches
+from secateur.calibration._calibration import quiet as quiet
+from secateur.calibration._statistics import Accumulator as Accumulator
+from secateur.calibration._statistics import LayerStatistics as LayerStatistics
+from secateur.calibration._statistics import Need as Need
+from secateur.calibration._text import Windows as Windows
+from secateur.calibration._text import batched as batched
+from secateur.calibration._text import read_text as read_text

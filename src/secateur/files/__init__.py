@@ -1,0 +1,15 @@
+"""Is a file what it claims to be, and is what we write there whole or not there at all?"""
+
+from secateur.files._directory import INDEX as INDEX
+from secateur.files._directory import SINGLE as SINGLE
+from secateur.files._directory import ModelDirectory as ModelDirectory
+from secateur.files._directory import check_output as check_output
+from secateur.files._directory import check_place as check_place
+from secateur.files._directory import copy_all_but_weights as copy_all_but_weights
+from secateur.files._directory import find_shards as find_shards
+from secateur.files._directory import open_safetensors as open_safetensors
+from secateur.files._directory import umask as umask
+from secateur.files._directory import whole_directory as whole_directory
+from secateur.files._directory import write_text as write_text
+from secateur.files._inspect import inspect as inspect
+from secateur.files._inspect import summarize as summarize

@@ -1,0 +1,43 @@
+"""Find the patterns that zeros satisfy, for weights whose pattern nobody remembers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.patterns._pattern import NM, Block, Column, Row, SparsityPattern
+
+_GROUPS = (2, 4, 8, 16)
+_WIDTHS = (2, 4, 8, 16, 32)
+_TILES = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 16), (16, 1), (1, 8), (8, 1), (1, 4), (4, 1))
+
+
+def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
+    """Return the patterns that the zeros of a matrix (``[out, in]`` bool, True = zero) satisfy, N:M first."""
+    found: list[SparsityPattern] = []
+    zeros, (rows, columns) = int(zero.count_nonzero()), zero.shape
+    if not zeros:
+        return ()
+    counts = {1: zero.view(torch.uint8)}  # zeros in groups of so many columns
+    for m in _WIDTHS:
+        if columns % m == 0:
+            pairs = counts[m // 2].unflatten(1, (-1, 2))
+            counts[m] = pairs[..., 0] + pairs[..., 1]
+    for m in _GROUPS:
+        if m in counts:
+            n = m - int(counts[m].min())
+            # 4:8 says nothing new where 2:4 holds already.
+            implied = any(isinstance(p, NM) and m % p.m == 0 and p.n * (m // p.m) <= n for p in found)
+            if n < m and not implied:
+                found.append(NM(n, m))
+    for height, width in _TILES:
+        if rows % height == 0 and width in counts:
+            tiles = (counts[width] == width).unflatten(0, (-1, height)).all(1)
+            implied = any(isinstance(p, Block) and p.height % height == 0 and p.width % width == 0 for p in found)
+            if int(tiles.count_nonzero()) * height * width == zeros and not implied:
+                found.append(Block(height, width))
+    if int(zero.all(1).count_nonzero()) * columns == zeros:
+        found.append(Row())
+    if int(zero.all(0).count_nonzero()) * rows == zeros:
+        found.append(Column())
+    return tuple(found)
