@@ -6,6 +6,7 @@ from importlib.resources import as_file, files
 
 import pytest
 import torch
+from fake_timing import routes_take
 from safetensors.torch import load_file, save_file
 from tiny import with_tokenizer
 from typer.testing import CliRunner
@@ -392,17 +393,7 @@ def test_a_quantized_checkpoint_is_refused(llama, tmp_path):
 @pytest.fixture
 def kernels_win(monkeypatch):
     """Every kernel takes a quarter of the dense layer's time, and nothing is measured."""
-    from secateur.kernels import _routes as _ways
-    from secateur.packing import _autotune
-
-    def race(calls, timer, before=None, keep=()):
-        for call in calls.values():
-            call()
-        return {way: [{"dense": 1.0, "prepacked": 2.0}.get(way, 0.25)] * 3 for way in calls}
-
-    monkeypatch.setattr(_autotune, "race", race)
-    monkeypatch.setattr(_ways, "has_kernels", lambda: True)  # or their reference, where they could not be built
-    monkeypatch.setattr(_autotune.Cache, "_memory", {})
+    routes_take(monkeypatch, lambda name, index: {"dense": 1.0, "prepacked": 2.0}.get(name, 0.25))
 
 
 def test_pack_and_export_bring_back_every_weight(llama, tmp_path, kernels_win):

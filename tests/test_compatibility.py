@@ -14,7 +14,7 @@ from torch import nn
 import secateur
 from secateur.integrations import read_state
 from secateur.nn import PackedConv2d
-from secateur.packing import Cache
+from secateur.packing import cache_at
 from secateur.reports import PackReport
 
 FILES = Path(__file__).parent / "fixtures" / "v0.1.0"
@@ -163,5 +163,5 @@ def test_reports():
 def test_measurements():
     """A file of measurements is read and added to, and those of another machine stay in it."""
     table = json.loads((FILES / "autotune.json").read_text(encoding="utf-8"))
-    cache = Cache(FILES / "autotune.json")
+    cache = cache_at(FILES / "autotune.json")
     assert next(iter(table["machines"])) in (cache._machine, *cache._others)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from secateur import NM, Block, Column, FormatError, PatternError, Row, SparsityPattern, Unstructured
 from secateur.formats import (
     FORMATS,
-    MAX_SIDE,
     VALUE_DTYPES,
     Bitmask,
     BlockPacked,
@@ -24,6 +23,7 @@ from secateur.formats import (
     choose,
 )
 
+MAX_SIDE = 2**31 - 1  # indices are int32
 KINDS = list(FORMATS.values())
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 MADE_FOR = {NM: NMPacked, Block: BlockPacked, Row: RowPacked, Column: ColumnPacked, Unstructured: Bitmask}

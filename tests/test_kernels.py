@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from secateur import kernels
 from secateur._errors import KernelError
-from secateur.kernels import BitmaskLayout, LaneLayout, PanelLayout, StripLayout, _native_backend
+from secateur.kernels import BitmaskLayout, GroupLayout, PanelLayout, TileLayout, _native_backend
 
 ISAS = [*kernels.isas(), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
@@ -39,7 +39,7 @@ def free(layout, density, **options):
 def lanes(n, m):
     def case(rows, columns):
         columns = max(columns // m, 1) * m
-        return LaneLayout, group_mask(rows, columns, n, m), {"n": n, "m": m}
+        return GroupLayout, group_mask(rows, columns, n, m), {"n": n, "m": m}
 
     return case
 
@@ -47,7 +47,7 @@ def lanes(n, m):
 def strips(height, width, density=0.4):
     def case(rows, columns):
         rows, columns = max(rows // height, 1) * height, max(columns // width, 1) * width
-        return StripLayout, block_mask(rows, columns, height, width, density), {"height": height, "width": width}
+        return TileLayout, block_mask(rows, columns, height, width, density), {"height": height, "width": width}
 
     return case
 
@@ -183,7 +183,7 @@ def test_any_shape_density_and_batch(data):
 
 def test_a_group_of_lanes_may_keep_fewer():
     weight = torch.tensor([[0.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0]])
-    packed = LaneLayout.pack(weight, n=2, m=4)
+    packed = GroupLayout.pack(weight, n=2, m=4)
     assert torch.equal(packed.to_dense(), weight)
     assert kernels.linear(torch.arange(8.0), packed).item() == 15.0
 
@@ -215,9 +215,9 @@ def test_sizes_are_what_the_bits_say():
     assert bitmask.nbytes == 4 * (kept + spare) + dense // 8 + 8 * 257
     panels = PanelLayout.pack(torch.ones(256, 512), mask, value_dtype=torch.int8)
     assert panels.nbytes == 2 * (kept + spare) + 2 * (256 * 2) + 8 * 5 + 4 * 256
-    pairs = LaneLayout.pack(torch.ones(256, 512), group_mask(256, 512, 2, 4), n=2, m=4, value_dtype=torch.bfloat16)
+    pairs = GroupLayout.pack(torch.ones(256, 512), group_mask(256, 512, 2, 4), n=2, m=4, value_dtype=torch.bfloat16)
     assert pairs.nbytes == 2 * (dense // 2 + spare) + dense // 2 // 4
-    blocks = StripLayout.pack(torch.ones(256, 512), block_mask(256, 512, 4, 4, 1.0), height=4, width=4)
+    blocks = TileLayout.pack(torch.ones(256, 512), block_mask(256, 512, 4, 4, 1.0), height=4, width=4)
     assert blocks.nbytes == 4 * (dense + spare) + 4 * (dense // 16) + 8 * 65
 
 
@@ -242,7 +242,7 @@ def test_without_the_module_the_reference_runs_and_the_reason_is_told(monkeypatc
     monkeypatch.setattr(_load_module(), "_loaded", None)
     monkeypatch.setitem(sys.modules, "secateur.kernels._native", None)
     packed, x = PanelLayout.pack(torch.eye(4)), torch.randn(2, 4)
-    (native, reason), (reference, state) = kernels.explain(x, packed)
+    (native, reason), _, (reference, state) = kernels.explain(x, packed)
     assert (native, reference, state) == ("native", "reference", "ok")
     assert "the native module is not there" in reason
     assert "C++17" in reason
@@ -334,10 +334,10 @@ def test_what_does_not_fit_a_layout_is_named():
     with pytest.raises(KernelError, match="0 rows and 8 columns"):
         PanelLayout.pack(torch.eye(2), height=0, width=8)
     with pytest.raises(KernelError, match="2:4 does not fit a weight of 6 inputs"):
-        LaneLayout.pack(torch.zeros(2, 6), n=2, m=4)
+        GroupLayout.pack(torch.zeros(2, 6), n=2, m=4)
     with pytest.raises(KernelError, match="2:17 does not fit"):
-        LaneLayout.pack(torch.zeros(2, 17), n=2, m=17)
+        GroupLayout.pack(torch.zeros(2, 17), n=2, m=17)
     with pytest.raises(KernelError, match="a group of 4 inputs keeps 3 values; 2:4 keeps at most 2"):
-        LaneLayout.pack(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), n=2, m=4)
+        GroupLayout.pack(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), n=2, m=4)
     with pytest.raises(KernelError, match="blocks of 3x3 do not divide a weight of 4x6"):
-        StripLayout.pack(torch.zeros(4, 6), height=3, width=3)
+        TileLayout.pack(torch.zeros(4, 6), height=3, width=3)

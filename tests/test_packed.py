@@ -10,8 +10,7 @@ import secateur
 from secateur import FormatError, PackedLinear, SparsityError, kernels
 from secateur._errors import KernelError
 from secateur.formats import Bitmask, NMPacked, RowPacked
-from secateur.kernels import Plan, candidates, make_runner
-from secateur.nn import _packed
+from secateur.kernels import BitmaskRoute, DenseRoute, PanelRoute, PrepackedRoute, RoutePlan, _operator, candidates
 
 PATTERNS = ["unstructured", "2:4", "3:8", "block:4x4", "block:16x1", "row", "column", "block:5x3,remainder=dense"]
 VALUES = [None, torch.bfloat16, torch.float16, torch.int8]
@@ -72,25 +71,25 @@ def test_fewer_bits_compute_with_the_weight_they_stand_for(pattern, values):
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_way_computes_the_same(pattern, values):
+def test_every_route_computes_the_same(pattern, values):
     linear = pruned(pattern)
     packed = PackedLinear.from_linear(linear, pattern, value_dtype=values)
-    ways = candidates(packed.packed, (secateur.Unstructured(),))
-    assert ways[-2:] == ["prepacked", "dense"]
-    assert kernels.available()["native"] != "ok" or len(ways) > 4
+    routes = candidates(packed.packed, (secateur.Unstructured(),))
+    assert routes[-2:] == [PrepackedRoute(), DenseRoute()]
+    assert kernels.available()["native"] != "ok" or len(routes) > 4
     dense = packed.to_linear()
-    for way in ways:
-        packed.plan = Plan((way,))
+    for route in routes:
+        packed.plan = RoutePlan((route,))
         for batch in (0, 1, 9):
             x = inputs(batch, IN)
-            torch.testing.assert_close(packed(x).double(), truth(dense, x), rtol=1e-5, atol=1e-5, msg=way)
+            torch.testing.assert_close(packed(x).double(), truth(dense, x), rtol=1e-5, atol=1e-5, msg=str(route))
 
 
 def test_a_plan_takes_the_nearest_measured_batch():
-    plan = Plan.of([(1, "bitmask"), (8, "bitmask"), (32, "panels:64x128"), (128, "dense")])
+    plan = RoutePlan.of([(1, BitmaskRoute()), (8, BitmaskRoute()), (32, PanelRoute(64, 128)), (128, DenseRoute())])
     assert str(plan) == "bitmask@16 panels:64x128@64 dense"
-    assert Plan.parse(str(plan)) == plan
-    assert [plan.way(rows) for rows in (0, 16, 17, 64, 65, 9999)] == [
+    assert RoutePlan.parse(str(plan)) == plan
+    assert [str(plan.route(rows)) for rows in (0, 16, 17, 64, 65, 9999)] == [
         "bitmask",
         "bitmask",
         "panels:64x128",
@@ -101,18 +100,18 @@ def test_a_plan_takes_the_nearest_measured_batch():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fast", "bitmask@", "bitmask@2", "bitmask@9 dense@3 dense", "panels:0x4", "lanes:2"]
+    "text", ["", "fast", "bitmask@", "bitmask@2", "bitmask@9 dense@3 dense", "panels:0x4", "groups:2"]
 )
 def test_a_text_that_is_no_plan(layer, text):
-    with pytest.raises(KernelError, match="no plan"):
+    with pytest.raises(KernelError, match="not a plan"):
         PackedLinear(layer.packed, plan=text)
 
 
 def test_a_plan_that_does_not_fit_the_weight(layer):
-    layer.plan = Plan.parse("lanes:2:4")
+    layer.plan = RoutePlan.parse("lanes:2:4")
     with pytest.raises(KernelError, match="keeps"):
         layer(inputs(1, IN))
-    layer.plan = Plan.parse("rows")
+    layer.plan = RoutePlan.parse("rows")
     with pytest.raises(KernelError, match="pruned by rows"):
         layer(inputs(1, IN))
 
@@ -196,12 +195,12 @@ def test_the_operators_pass_pytorchs_own_check(pattern):
     packed = PackedLinear.from_linear(pruned(pattern), pattern)
     weight = [getattr(packed, name) for name in packed.names]
     for x in (inputs(3, IN), inputs(2, 3, IN).requires_grad_()):
-        torch.library.opcheck(_packed._packed_linear, (x, weight, packed.bias, packed._spec))
+        torch.library.opcheck(_operator._packed_linear, (x, weight, packed.bias, packed._spec))
     y = inputs(3, OUT).requires_grad_()
-    torch.library.opcheck(_packed._packed_linear_transposed, (y, weight, packed._spec))
+    torch.library.opcheck(_operator._packed_linear_transposed, (y, weight, packed._spec))
     checks = ("test_schema", "test_faketensor")
     arguments = (inputs(3, IN), weight, None, packed._spec)
-    torch.library.opcheck(_packed._inference, arguments, test_utils=checks)
+    torch.library.opcheck(_operator._inference, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "row"])
@@ -247,19 +246,19 @@ def test_copies_share_nothing(layer):
 def test_what_was_made_ready_dies_with_the_layer(layer):
     layer(inputs(1, IN))
     gc.collect()
-    before = len(_packed._ready)
+    before = len(_operator._ready)
     twin = copy.deepcopy(layer)
     twin(inputs(1, IN))
-    assert len(_packed._ready) == before + 1
+    assert len(_operator._ready) == before + 1
     del twin
     gc.collect()
-    assert len(_packed._ready) == before
+    assert len(_operator._ready) == before
 
 
 def test_a_call_makes_ready_once(layer, monkeypatch):
     made = []
-    monkeypatch.setattr(_packed, "make_runner", lambda *args: made.append(args[0]) or make_runner(*args))
-    layer.plan = Plan.parse("bitmask@2 panels:128x256")
+    monkeypatch.setattr(_operator, "prepare", lambda *args: made.append(args[1]) or kernels.prepare(*args))
+    layer.plan = RoutePlan.parse("bitmask@2 panels:128x256")
     for _ in range(3):
         layer(inputs(1, IN))
         layer(inputs(40, IN))
@@ -412,7 +411,7 @@ def test_vmap(layer):
 
 def test_compiled_calls_make_ready_once(layer, monkeypatch):
     made = []
-    monkeypatch.setattr(_packed, "make_runner", lambda *args: made.append(args[0]) or make_runner(*args))
+    monkeypatch.setattr(_operator, "prepare", lambda *args: made.append(args[1]) or kernels.prepare(*args))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = inputs(1, IN)
     with torch.no_grad():

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from fake_timing import kernels_win
 from safetensors.torch import load_file, save_file
 from tiny import with_tokenizer
 from torch import nn
@@ -11,33 +12,24 @@ from torch import nn
 import secateur
 from secateur import FormatError, PackedLinear, RecipeError
 from secateur.formats import Bitmask
-from secateur.kernels import _routes as _ways
-from secateur.nn import PackedConv2d
+from secateur.kernels import usable_plan
+from secateur.nn import PackedConv2d, packed_layers
 from secateur.packing import (
     FILE,
     REPORT,
-    Cache,
     PackedFile,
-    _autotune,
     export_directory,
     pack_directory,
-    packed_layers,
     read_packed,
     write_packed,
 )
-from secateur.packing._model import _Contents, _plan
+from secateur.packing._contents import Contents
 
 
 @pytest.fixture(autouse=True)
-def kernels_win(monkeypatch):
+def _kernels_win(monkeypatch):
     """Every layer with zeros is packed, without measuring."""
-
-    def race(calls, timer, before=None):
-        return {way: [{"dense": 1.0, "prepacked": 2.0}.get(way, 0.25 + 0.01 * i)] * 3 for i, way in enumerate(calls)}
-
-    monkeypatch.setattr(_autotune, "race", race)
-    monkeypatch.setattr(_ways, "has_kernels", lambda: True)  # or their reference, where they could not be built
-    monkeypatch.setattr(Cache, "_memory", {})
+    kernels_win(monkeypatch)
 
 
 class Small(nn.Module):
@@ -184,7 +176,7 @@ def test_plans_of_another_machine_are_not_taken(tmp_path, monkeypatch):
         layer.plan = layer.plan.parse("prepacked")
     secateur.save(model, tmp_path / "a.sparse.safetensors")
     assert str(secateur.load(tmp_path / "a.sparse.safetensors", into=small()).up.plan) == "prepacked"
-    monkeypatch.setattr(_autotune, "machine", lambda: {"processor": "another", "kernels": "avx2"})
+    monkeypatch.setattr("secateur.packing._fill.machine", lambda: {"processor": "another", "kernels": "avx2"})
     assert "bitmask" in str(secateur.load(tmp_path / "a.sparse.safetensors", into=small()).up.plan)
 
 
@@ -194,8 +186,8 @@ def test_plans_of_another_machine_are_not_taken(tmp_path, monkeypatch):
 def test_a_plan_that_the_weight_cannot_take_is_replaced(plan):
     weight = torch.randn(16, 16).masked_fill(torch.rand(16, 16) < 0.5, 0)
     packed = Bitmask.from_dense(weight)
-    assert str(_plan(packed, plan)) == "bitmask@2 panels:128x256"
-    assert str(_plan(packed, "bitmask")) == "bitmask"
+    assert str(usable_plan(packed, plan)) == "bitmask@2 panels:128x256"
+    assert str(usable_plan(packed, "bitmask")) == "bitmask"
 
 
 def test_what_does_not_belong_together(tmp_path):
@@ -308,7 +300,7 @@ def test_a_file_without_our_metadata_loads(tmp_path):
     write_packed(path, {"0": Bitmask.from_dense(torch.eye(4))})
     model = secateur.load(path, into=nn.Sequential(nn.Linear(4, 4, bias=False)))
     assert torch.equal(model[0](torch.ones(1, 4)), torch.ones(1, 4))
-    assert _Contents.of(PackedFile({}, {})).tied == {}
+    assert Contents.of(PackedFile({}, {})).tied == {}
 
 
 # Model directories

@@ -1,14 +1,17 @@
 """How is a sparse weight stored?"""
 
-from secateur.formats._formats import FORMATS as FORMATS
-from secateur.formats._formats import MAX_SIDE as MAX_SIDE
-from secateur.formats._formats import VALUE_DTYPES as VALUE_DTYPES
-from secateur.formats._formats import Bitmask as Bitmask
-from secateur.formats._formats import BlockPacked as BlockPacked
-from secateur.formats._formats import ColumnPacked as ColumnPacked
-from secateur.formats._formats import Format as Format
-from secateur.formats._formats import NMPacked as NMPacked
-from secateur.formats._formats import RowPacked as RowPacked
-from secateur.formats._formats import check_shape as check_shape
-from secateur.formats._formats import choose as choose
-from secateur.formats._formats import population as population
+from secateur.formats._arrays import population as population
+from secateur.formats._choose import choose as choose
+from secateur.formats._choose import pack as pack
+from secateur.formats._choose import stored_share as stored_share
+from secateur.formats._format import Format as Format
+from secateur.formats._format import check_shape as check_shape
+from secateur.formats._table import *  # noqa: F403  the formats themselves
+from secateur.formats._table import FORMATS as FORMATS
+from secateur.formats._values import UNSCALED_DTYPES as UNSCALED_DTYPES
+from secateur.formats._values import VALUE_DTYPES as VALUE_DTYPES
+from secateur.formats._values import VALUE_TYPES as VALUE_TYPES
+from secateur.formats._values import ValueType as ValueType
+from secateur.formats._values import as_value_dtype as as_value_dtype
+from secateur.formats._values import encode as encode
+from secateur.formats._values import is_scaled as is_scaled

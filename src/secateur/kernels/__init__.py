@@ -8,28 +8,42 @@
 tensor([[20.,  3.]])
 """
 
-from secateur.kernels._interception import is_plain as is_plain
-from secateur.kernels._interception import is_watched as is_watched
-from secateur.kernels._layouts import BitmaskLayout as BitmaskLayout
-from secateur.kernels._layouts import LaneLayout as LaneLayout
-from secateur.kernels._layouts import Layout as Layout
-from secateur.kernels._layouts import PanelLayout as PanelLayout
-from secateur.kernels._layouts import StripLayout as StripLayout
-from secateur.kernels._linear import available as available
-from secateur.kernels._linear import current_isa as current_isa
+import warnings
+from typing import Any
+
+from secateur.kernels._backends import Backend as Backend
+from secateur.kernels._backends import available as available
+from secateur.kernels._backends import can_run as can_run
+from secateur.kernels._backends import current_isa as current_isa
+from secateur.kernels._backends import isas as isas
+from secateur.kernels._backends import prepare as prepare
+from secateur.kernels._backends import use as use
+from secateur.kernels._dispatch import is_intercepted as is_intercepted
+from secateur.kernels._layout import Layout as Layout
+from secateur.kernels._layout import with_spare_values as with_spare_values
 from secateur.kernels._linear import explain as explain
-from secateur.kernels._linear import isas as isas
 from secateur.kernels._linear import linear as linear
-from secateur.kernels._linear import use as use
 from secateur.kernels._masks import gate as gate
 from secateur.kernels._masks import gate_backward as gate_backward
 from secateur.kernels._masks import times_units as times_units
 from secateur.kernels._masks import unit_sums as unit_sums
-from secateur.kernels._routes import Plan as Plan
-from secateur.kernels._routes import Runner as Runner
-from secateur.kernels._routes import candidates as candidates
-from secateur.kernels._routes import default_plan as default_plan
-from secateur.kernels._routes import make_runner as make_runner
-from secateur.kernels._routes import padded as padded
-from secateur.kernels._routes import stored_share as stored_share
-from secateur.kernels._routes import why_not_prepacked as why_not_prepacked
+from secateur.kernels._operator import PackedSpec as PackedSpec
+from secateur.kernels._operator import packed_linear as packed_linear
+from secateur.kernels._operator import runtime_nbytes as runtime_nbytes
+from secateur.kernels._plan import RoutePlan as RoutePlan
+from secateur.kernels._plan import candidates as candidates
+from secateur.kernels._plan import default_plan as default_plan
+from secateur.kernels._plan import usable_plan as usable_plan
+from secateur.kernels._route import Route as Route
+from secateur.kernels._table import *  # noqa: F403  the layouts and routes themselves
+
+_FORMERLY = {"LaneLayout": "GroupLayout", "StripLayout": "TileLayout"}
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    if name in _FORMERLY:
+        new = _FORMERLY[name]
+        warnings.warn(f"secateur.kernels.{name} is now called {new}.", DeprecationWarning, stacklevel=2)
+        return globals()[new]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,147 +1,98 @@
-"""y = x W^T + b for a weight that is packed: native kernels where they can run, and a reference that always can.
-
->>> import torch
->>> from secateur import kernels
->>> weight = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
->>> packed = kernels.BitmaskLayout.pack(weight)
->>> kernels.linear(torch.tensor([[1.0, 10.0]]), packed)
-tensor([[20.,  3.]])
-"""
+"""The public door: multiply by a packed weight, and say what does it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Protocol, overload, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur._errors import KernelError
-from secateur.kernels import _native_backend as _native_code
-from secateur.kernels._layouts import Layout
-from secateur.kernels._load import load
-
-_BACKENDS = ("native", "reference")
-
-_chosen: ContextVar[tuple[str | None, str | None]] = ContextVar("secateur_backend", default=(None, None))
+from secateur.formats import Format
+from secateur.kernels._backends import backend_for, explain_route
+from secateur.kernels._layout import Layout
+from secateur.kernels._operator import PackedSpec, packed_linear, route_for
+from secateur.kernels._plan import RoutePlan, default_plan
 
 
-def available() -> dict[str, str]:
-    """Every backend, and "ok" or the reason why it cannot run here.
+@runtime_checkable
+class PackedModule(Protocol):
+    """A module with a packed weight, such as :class:`secateur.PackedLinear`."""
 
-    Returns: name to state, in order of preference.
+    @property
+    def packed(self) -> Format:
+        """The weight."""
 
-    Example:
-        >>> from secateur import kernels
-        >>> kernels.available()["reference"]
-        'ok'
-    """
-    return {backend: _state(backend) for backend in _BACKENDS}
-
-
-def _state(backend: str) -> str:
-    if backend == "reference":
-        return "ok"
-    native = load()
-    if isinstance(native, str):
-        return native
-    try:
-        _native_code.default_isa()
-    except KernelError as error:
-        return str(error)
-    return "ok"
+    @property
+    def plan(self) -> RoutePlan:
+        """Which route to take for how many input rows."""
 
 
-def isas() -> list[str]:
-    """Instruction sets the native kernels can use on this machine, best first; empty if they cannot run.
-
-    Example:
-        >>> from secateur import kernels
-        >>> set(kernels.isas()) <= {"avx512", "avx2", "generic"}
-        True
-    """
-    return _native_code.isas()
+@overload
+def explain(x: Tensor, packed: Layout | Format | PackedModule) -> list[tuple[str, str]]: ...
 
 
-def explain(x: Tensor, packed: Layout) -> list[tuple[str, str]]:
-    """Which backend runs x [..., in] with this weight: the first that says "ok"; the others say why not.
+@overload
+def explain(x: Tensor, packed: nn.Module) -> list[tuple[str, str]] | dict[str, list[tuple[str, str]]]: ...
 
-    Returns: (backend, "ok" or reason) in order of preference. A backend that cannot load stays listed.
+
+def explain(
+    x: Tensor, packed: Layout | Format | PackedModule | nn.Module
+) -> list[tuple[str, str]] | dict[str, list[tuple[str, str]]]:
+    """Say which backend runs x with this weight: the first that says "ok"; the others say why not.
+
+    Args:
+        x: ``[..., in]``; of a whole model, any input with as many rows as its layers will see.
+        packed: a layout, a weight in its storage format, a packed layer, or a model with packed layers.
+
+    Returns:
+        (backend, "ok" or reason) in order of preference. A backend that cannot load stays listed. Of a packed layer the
+        "ok" is followed by the route that its plan takes: "ok: panels:128x256". Of a model, a dict of such lists by the
+        qualified name of the packed layer.
+
+    Raises:
+        TypeError: neither of these, or a model without packed layers.
 
     Example:
-        >>> import torch
+        >>> import torch, secateur
         >>> from secateur import kernels
         >>> packed = kernels.BitmaskLayout.pack(torch.eye(4))
         >>> kernels.explain(torch.ones(1, 4, device="meta"), packed)[0]
         ('native', 'x is on meta; the native kernels run on the processor')
+        >>> model = torch.nn.Sequential(secateur.PackedLinear.from_linear(torch.nn.Linear(4, 4), plan="dense"))
+        >>> kernels.explain(torch.ones(1, 4), model)["0"][-1]
+        ('reference', 'ok: dense')
     """
-    return [(backend, _reason(backend, x, packed) or _state(backend)) for backend in _BACKENDS]
+    if isinstance(packed, Layout):
+        found = explain_route(packed, packed.route, x.device, x.dtype, _records_gradient(x))
+        return [(backend.name, reason or backend.state()) for backend, reason in found]
+    if isinstance(packed, Format):
+        return _explain(x, packed, default_plan(packed))
+    if isinstance(packed, PackedModule):
+        return _explain(x, packed.packed, packed.plan)
+    if not isinstance(packed, nn.Module):
+        raise TypeError(f"packed must be a layout, a format, a packed layer or a model, got {type(packed).__name__}")
+    layers = {name: module for name, module in packed.named_modules() if isinstance(module, PackedModule)}
+    if not layers:
+        raise TypeError(f"the {type(packed).__name__} has no packed layers. Pack it first: secateur.pack_(model).")
+    return {name: _explain(x, module.packed, module.plan) for name, module in layers.items()}
 
 
-def _reason(backend: str, x: Tensor, packed: Layout, bias: Tensor | None = None) -> str | None:
-    """Why the backend cannot take these tensors, or None."""
-    chosen, _ = _chosen.get()
-    if chosen is not None and backend != chosen:
-        return f"use({chosen!r}) is in force"
-    if backend == "reference":
-        return None
-    if not x.is_cpu or not packed.values.is_cpu:
-        where = x.device if not x.is_cpu else packed.values.device
-        return f"{'x' if not x.is_cpu else 'the weight'} is on {where}; the native kernels run on the processor"
+def _explain(x: Tensor, packed: Format, plan: RoutePlan) -> list[tuple[str, str]]:
+    route = route_for(plan, x)
+    found = explain_route(packed, route, x.device, x.dtype)
+    return [(backend.name, reason or f"{backend.state()}: {route}") for backend, reason in found]
+
+
+def _records_gradient(x: Tensor, bias: Tensor | None = None) -> str | None:
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return "x or the bias requires a gradient, which the native kernels do not record"
-    native = load()
-    return native if isinstance(native, str) else None
+    return None
 
 
-@contextmanager
-def use(backend: str, *, isa: str | None = None) -> Iterator[None]:
-    """Run only the named backend within a `with` block, and optionally one instruction set.
-
-    The masks of ``SparseLinear`` and ``SparseConv2d`` heed it too.
-
-    Args:
-        backend: "native" or "reference".
-        isa: for native, one of :func:`isas`; default the best, or what the variable SECATEUR_ISA names.
-
-    Raises:
-        KernelError: the backend or instruction set does not exist or cannot run here.
-
-    Example:
-        >>> import torch
-        >>> from secateur import kernels
-        >>> packed = kernels.BitmaskLayout.pack(torch.eye(4))
-        >>> with kernels.use("reference"):
-        ...     kernels.linear(torch.ones(1, 4), packed)
-        tensor([[1., 1., 1., 1.]])
-    """
-    if backend not in _BACKENDS:
-        raise KernelError(f"there is no backend {backend!r}; expected one of {', '.join(_BACKENDS)}. See available().")
-    state = _state(backend)
-    if state != "ok":
-        raise KernelError(f"backend {backend!r} cannot run: {state}. Use {_BACKENDS[-1]!r}.")
-    if isa is not None and (backend != "native" or isa not in isas()):
-        raise KernelError(
-            f"isa={isa!r} with backend {backend!r}: only native takes one, of {', '.join(isas())} on this machine. "
-            "Leave isa out to get the best."
-        )
-    token = _chosen.set((backend, isa))
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def current_isa() -> str | None:
-    """The instruction set of native code here and now, or None where it cannot or must not run."""
-    backend, isa = _chosen.get()
-    if backend == "reference" or isinstance(load(), str):
-        return None
-    return isa or _native_code.default_isa()
-
-
-def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, packed: Layout | Format, bias: Tensor | None = None, plan: RoutePlan | str | None = None
+) -> Tensor:
     """y = x Wᵀ + b for a packed weight W.
 
     Sums are float32; an x of another floating type is converted and the result has its type. The native kernels give
@@ -149,18 +100,21 @@ def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
     matters only for an x that holds an infinity or NaN.
 
     The native kernels run where :func:`explain` says so, otherwise the weight is made dense for the call. An x that
-    requires a gradient gets one, through that reference.
+    requires a gradient gets one.
 
     Args:
         x: [..., in], floating point.
-        packed: the weight, [out, in], in one of the layouts of this module.
+        packed: the weight, [out, in], in one of the layouts of this module or one of the formats of
+            :mod:`secateur.formats`. What runs a format is made at the first call and kept as long as its tensors live.
         bias: [out] or None.
+        plan: for a format, which route to take for how many input rows; None for what the format was made for.
 
     Returns: [..., out], x's type.
 
     Raises:
-        KernelError: a size that does not fit the weight, or a SECATEUR_ISA this machine cannot run.
-        TypeError: a packed weight that is not a layout, or an x that is not floating point.
+        KernelError: a size that does not fit the weight, a plan that does not, or a SECATEUR_ISA this machine cannot
+            run.
+        TypeError: a packed weight that is neither a layout nor a format, or an x that is not floating point.
 
     Example:
         >>> import torch
@@ -169,8 +123,15 @@ def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
         >>> kernels.linear(torch.tensor([1.0, 2.0, 3.0]), packed, torch.tensor([0.5, 0.0]))
         tensor([ 4.5000, 10.0000])
     """
+    if isinstance(packed, Format):
+        tensors = packed.tensors()
+        plan = default_plan(packed) if plan is None else RoutePlan.parse(str(plan))
+        spec = PackedSpec(type(packed), packed.pattern, packed.shape, tuple(tensors), plan)
+        return packed_linear(x, list(tensors.values()), bias, str(spec))
     if not isinstance(packed, Layout):
         raise TypeError(f"packed must be a layout of secateur.kernels, got {type(packed).__name__}")
+    if plan is not None:
+        raise TypeError("a layout is run by its own kernel: a plan goes with a format")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     rows, columns = packed.shape
@@ -184,12 +145,6 @@ def linear(x: Tensor, packed: Layout, bias: Tensor | None = None) -> Tensor:
             f"the bias has shape {tuple(bias.shape)}, the packed weight has {rows} outputs; it must be [{rows}]. "
             "Check that the bias belongs to this layer."
         )
-    flat = x.reshape(-1, columns).to(torch.float32)
-    bias = None if bias is None else bias.to(torch.float32)
-    if _reason("native", x, packed, bias) is None:
-        bias = None if bias is None else bias.detach().contiguous()
-        isa = _chosen.get()[1] or _native_code.default_isa()
-        y = _native_code.linear(flat.detach().contiguous(), packed, bias, isa)
-    else:
-        y = torch.nn.functional.linear(flat, packed.to_dense().to(x.device), bias)
-    return y.reshape(*x.shape[:-1], rows).to(x.dtype)
+    backend = backend_for(packed, packed.route, x.device, x.dtype, _records_gradient(x, bias))
+    prepared = backend.prepare(packed, packed.route, x.dtype)
+    return prepared.run(x.reshape(-1, columns), bias).reshape(*x.shape[:-1], rows)

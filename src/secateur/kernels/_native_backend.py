@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur._errors import KernelError
-from secateur.kernels._layouts import VALUE_TYPES, Layout
+from secateur.formats import VALUE_TYPES
+from secateur.kernels._layout import Layout
 from secateur.kernels._load import load
 
 ISAS = ("avx512", "avx2", "generic")  # widest first
@@ -53,7 +54,7 @@ class Bound:
         self._kernel, self._isa = getattr(native, packed.kernel), isa
         self._rows, self._size = packed.shape[0], values.numel()
         self._scale, self._values = 0 if scale is None else scale.data_ptr(), values.data_ptr()
-        self._shape, self._type = packed.shape, VALUE_TYPES[values.dtype]
+        self._shape, self._type = packed.shape, VALUE_TYPES[values.dtype].code
         self._arguments = packed.arguments()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,8 +77,3 @@ class Bound:
             *self._arguments,
         )
         return y
-
-
-def linear(x: Tensor, packed: Layout, bias: Tensor | None, isa: str) -> Tensor:
-    """Run the layout's kernel once on x [batch, in], float32 and contiguous, on the processor."""
-    return Bound(packed, isa)(x, bias)

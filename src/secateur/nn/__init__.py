@@ -1,8 +1,12 @@
 """Layers: those that learn their mask, those that run packed, and how a model's layers are swapped for them."""
 
+from secateur.nn._counterpart import PackedAs as PackedAs
+from secateur.nn._counterpart import linear_of as linear_of
+from secateur.nn._counterpart import packed_layers as packed_layers
+from secateur.nn._counterpart import shape_as_matrix as shape_as_matrix
+from secateur.nn._counterpart import why_no_counterpart as why_no_counterpart
 from secateur.nn._packed import PackedConv2d as PackedConv2d
 from secateur.nn._packed import PackedLinear as PackedLinear
-from secateur.nn._packed import pack_weight as pack_weight
 from secateur.nn._sparse import SparseConv2d as SparseConv2d
 from secateur.nn._sparse import SparseLinear as SparseLinear
 from secateur.nn._sparsify import densify_ as densify_

@@ -28,7 +28,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from secateur import kernels
 from secateur._types import Weight
-from secateur.kernels import is_watched
+from secateur.kernels import is_intercepted
 from secateur.patterns import Units, cut_between, units_to_prune
 
 # Keeps 1 / threshold finite where everything or nothing is pruned (threshold = inf, -inf) or all scores are zero.
@@ -228,7 +228,7 @@ def _isa(*tensors: Tensor) -> str | None:
 
     It reads and writes plain memory. Whatever records, batches, traces or watches torch's operations would miss it.
     """
-    if is_watched() or torch.is_grad_enabled():  # a backward pass that is to be differentiated again
+    if is_intercepted() or torch.is_grad_enabled():  # a backward pass that is to be differentiated again
         return None
     plain = all(
         type(tensor) in (Tensor, nn.Parameter)

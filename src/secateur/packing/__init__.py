@@ -1,9 +1,5 @@
 """Which layers gain by running packed, and how is a packed model kept?"""
 
-from secateur.packing._autotune import Cache as Cache
-from secateur.packing._autotune import Measurement as Measurement
-from secateur.packing._autotune import decide as decide
-from secateur.packing._autotune import race as race
 from secateur.packing._bench import CONTENDERS as CONTENDERS
 from secateur.packing._bench import OURS as OURS
 from secateur.packing._bench import bench_cell as bench_cell
@@ -12,16 +8,20 @@ from secateur.packing._bench import bench_page as bench_page
 from secateur.packing._bench import bench_table as bench_table
 from secateur.packing._bench import bench_weight as bench_weight
 from secateur.packing._bench import made_weight as made_weight
+from secateur.packing._decide import Decision as Decision
+from secateur.packing._decide import decide as decide
+from secateur.packing._directory import REPORT as REPORT
+from secateur.packing._directory import export_directory as export_directory
+from secateur.packing._directory import pack_directory as pack_directory
 from secateur.packing._file import PackedFile as PackedFile
 from secateur.packing._file import read_compressed_tensors as read_compressed_tensors
 from secateur.packing._file import read_packed as read_packed
 from secateur.packing._file import write_packed as write_packed
+from secateur.packing._measure import Measurement as Measurement
+from secateur.packing._measure import cache_at as cache_at
+from secateur.packing._measure import measure as measure
 from secateur.packing._model import FILE as FILE
-from secateur.packing._model import REPORT as REPORT
-from secateur.packing._model import export_directory as export_directory
 from secateur.packing._model import load as load
-from secateur.packing._model import pack_directory as pack_directory
 from secateur.packing._model import save as save
 from secateur.packing._pack import pack_ as pack_
-from secateur.packing._pack import packed_layers as packed_layers
 from secateur.packing._pack import unpack_ as unpack_

@@ -19,13 +19,14 @@ from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own 
 from secateur._errors import KernelError, SparsityError
 from secateur._types import Weight
 from secateur.files import ModelDirectory
+from secateur.formats import encode, pack, stored_share
 from secateur.huggingface import load_model
-from secateur.kernels import Plan, candidates, stored_share, why_not_prepacked
+from secateur.kernels import DenseRoute, PrepackedRoute, Route, RoutePlan, available, can_run, candidates
 from secateur.layers import select_layers
-from secateur.nn import PackedLinear, pack_weight
-from secateur.packing import _autotune
-from secateur.packing._autotune import Timer, machine
+from secateur.nn import PackedLinear
+from secateur.packing._measure import machine
 from secateur.patterns import SparsityPattern, satisfied
+from secateur.timing import Timer, ratios, time_in_turn
 
 OURS = {"ours": torch.float32, "ours bfloat16": torch.bfloat16, "ours int8": torch.int8}
 OTHERS = ("prepacked dense", "torch CSR", "int8 dynamic dense")
@@ -97,7 +98,7 @@ def bench_directory(
     for layer in layers:
         weight = layer.matrix().float()
         if bool((weight == 0).any()):
-            packed = pack_weight(weight)
+            packed = pack(weight)
             kinds.setdefault(
                 f"{_size(weight.shape)} {packed.pattern} {1 - stored_share(packed):.0%}", (layer.title, weight)
             )
@@ -125,55 +126,70 @@ def bench_weight(
     Raises:
         KernelError: a contender of ours computes something else.
     """
-    packed = pack_weight(weight)
-    layer = layer or f"{_size(weight.shape)} {packed.pattern} {1 - stored_share(packed):.0%}"
+    packed = pack(weight)
+    title = layer or f"{_size(weight.shape)} {packed.pattern} {1 - stored_share(packed):.0%}"
     notes: dict[str, str] = {}
-    makers: dict[str, Callable[[Tensor], Callable[[], Any]]] = {}
+    makers: dict[str | _Ours, Callable[[Tensor], Callable[[], Any]]] = {}
     for name, make in (("prepacked dense", _prepacked), ("torch CSR", _csr), ("int8 dynamic dense", _int8_dynamic)):
         try:
             makers[name] = make(weight)
         except (RuntimeError, NotImplementedError, AttributeError, KernelError) as error:
             notes[name] = str(error).partition("\n")[0][:200]
     for name, dtype in OURS.items():
-        made = pack_weight(weight, dtype)
-        ways = [way for way in candidates(made, satisfied(weight == 0)) if way not in ("dense", "prepacked")]
-        for way in ways:
-            if not ("prepacked" in way and why_not_prepacked()):
-                makers[f"{name}|{way}"] = partial(partial, PackedLinear(made, None, Plan((way,)), torch.float32))
+        made = pack(weight, dtype)
+        for route in candidates(made, satisfied(weight == 0)):
+            if route not in (DenseRoute(), PrepackedRoute()) and can_run(made, route, weight):
+                packed_layer = PackedLinear(made, None, RoutePlan((route,)), torch.float32)
+                makers[_Ours(name, route)] = partial(partial, packed_layer)
     evicting = torch.zeros(_EVICTED // 4) if weight.nbytes < _CACHED else None
     found = []
     for rows in sorted(set(batches)):
         x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
-        calls: dict[str, Callable[[], Any]] = {
+        calls: dict[str | _Ours, Callable[[], Any]] = {
             "dense": partial(F.linear, x, weight),
             **{name: make(x) for name, make in makers.items()},
         }
         errors = {name: _compare(name, call(), F.linear(x, weight)) for name, call in calls.items()}
         before = None if evicting is None else evicting.sum
-        seconds = _autotune.race(calls, timer, before, keep=("dense", *OTHERS))
+        seconds = time_in_turn(calls, "dense", timer, before, keep=OTHERS)
         for contender in CONTENDERS:
-            own = [name for name in seconds if name.partition("|")[0] == contender]
+            own = [name for name in seconds if _contender(name) == contender]
             if not own:
-                found.append(Result(layer, rows, contender, note=notes.get(contender, "no kernel runs here")))
+                found.append(Result(title, rows, contender, note=notes.get(contender, "no kernel runs here")))
                 continue
             best = min(own, key=lambda name, of=seconds: median(of[name]))  # type: ignore[misc]
-            low, ratio, high = _autotune.ratio_of(seconds, best)
+            low, ratio, high = ratios(seconds, "dense", best)
             taken = median(seconds[best]), median(seconds["dense"])
-            found.append(Result(layer, rows, contender, best.partition("|")[2], ratio, low, high, *taken, errors[best]))
+            by_route = str(best.route) if isinstance(best, _Ours) else ""
+            found.append(Result(title, rows, contender, by_route, ratio, low, high, *taken, errors[best]))
     return found
 
 
-def _compare(name: str, y: Tensor, expected: Tensor) -> float:
+@dataclass(frozen=True)
+class _Ours:
+    """One of our value types by one route."""
+
+    contender: str
+    route: Route
+
+
+def _contender(name: str | _Ours) -> str:
+    return name.contender if isinstance(name, _Ours) else name
+
+
+def _compare(name: str | _Ours, y: Tensor, expected: Tensor) -> float:
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     error = float((y - expected).abs().max()) / largest if largest else 0.0
-    if name.startswith("ours") and error > _TOLERANCE.get(name.partition("|")[0], _EXACT):
-        raise KernelError(f"{name} is off by {error:.2g} of the largest output. Please report this.")
+    if isinstance(name, _Ours) and error > _TOLERANCE.get(name.contender, _EXACT):
+        raise KernelError(
+            f"{name.contender} by {name.route} is off by {error:.2g} of the largest output. Please report this."
+        )
     return error
 
 
 def _prepacked(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
-    if why := why_not_prepacked():
-        raise KernelError(why)
+    if (state := available()["onednn"]) != "ok":
+        raise KernelError(state)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     return lambda x: lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
@@ -186,7 +202,8 @@ def _csr(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
 
 
 def _int8_dynamic(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
-    scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+    _, scales = encode(weight, torch.int8)
+    assert scales is not None
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that PyTorch will drop it: until then it is what others have

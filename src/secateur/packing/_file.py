@@ -283,7 +283,7 @@ def _product(sizes: tuple[int, ...]) -> int:
 
 def _own_names(layer: str, kind: Format | type[Format]) -> set[str]:
     """All names that the tensors of a layer may have, the absent ones too."""
-    return {f"{layer}.{name}" for name in ("values", "scales", *kind._own)}
+    return {f"{layer}.{name}" for name in kind.names}
 
 
 def _add(stored: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:

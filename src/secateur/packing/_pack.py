@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur._errors import RecipeError, SparsityError
-from secateur._types import Weight
-from secateur.formats import VALUE_DTYPES, Format
-from secateur.kernels import Plan, stored_share
-from secateur.layers import Layer, Replaceability, is_transposed_linear, select_layers, swap_modules_
-from secateur.nn import PackedConv2d, PackedLinear, pack_weight
-from secateur.packing import _autotune
-from secateur.packing._autotune import Cache, Decision, decide, key_of
-from secateur.patterns import SparsityPattern, satisfied
-from secateur.reports import PackedLayer, PackReport, SkippedLayer
+from secateur._checks import globs, instance, integer, number
+from secateur._errors import RecipeError
+from secateur.formats import as_value_dtype
+from secateur.layers import swap_modules_
+from secateur.nn import PackedConv2d, PackedLinear, linear_of, packed_layers
+from secateur.packing._jobs import find_jobs
+from secateur.packing._measure import cache_at, machine
+from secateur.patterns import SparsityPattern
+from secateur.reports import PackedLayer, PackReport, Report
 
-PIXELS = (49, 196, 784, 3136)  # of 7 x 7 to 56 x 56 feature maps, at which convolutions are measured
 _COLD = 32 << 20  # bytes of weights beyond which a model's layers do not stay in a cache from call to call
 
 Progress = Callable[[str, float, float], None]
@@ -38,6 +34,7 @@ def pack_(
     exclude: Iterable[str] = (),
     memory: float = 1.0,
     cache: str | Path | None = None,
+    history: Report | Sequence[Report] = (),
     timer: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda description, done, total: None,
 ) -> PackReport:
@@ -45,7 +42,7 @@ def pack_(
 
     Each kind of layer (shape, pattern, density, value dtype) is measured with every kernel that can run it, against the
     dense layer as it is, at every batch size. A layer is packed only if it gets faster somewhere and slower nowhere,
-    beyond noise; else it stays dense, and the report says why. Patterns are found from the zeros. Output heads and
+    beyond noise; else it stays dense, and the report says why. Output heads and
     layers that share their weight with an embedding are left alone unless ``include`` names them. Packed layers in the
     model are measured again, and packed anew where ``value_dtype`` differs.
 
@@ -60,6 +57,8 @@ def pack_(
         memory: how many times its dense bytes the layouts that a layer's kernels keep may take together, besides the
             stored weight. 2 or more also admits dense weights in oneDNN's own order, faster at large batches.
         cache: a JSON file of measurements, by machine, to read and to add to; None measures anew in each process.
+        history: reports of how the layers were pruned, whose patterns are used. Patterns of other layers are found
+            from their zeros.
         timer: seconds from any origin.
         progress: called with a description, and how much of how much is done.
 
@@ -81,33 +80,35 @@ def pack_(
         [('2', 'no zeros')]
     """
     began = time.perf_counter()
-    batches = sorted({*batch_sizes})
-    if not batches or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batches):
-        raise RecipeError(f"batch_sizes should be whole numbers from 1 on, got {list(batch_sizes)}.")
-    if not memory > 0:
-        raise RecipeError(f"memory is a multiple of the dense bytes, above 0, got {memory:g}.")
-    dtype = value_dtype_of(value_dtype)
-    known = Cache(cache)
-    jobs, skipped = _jobs(model, include, exclude, dtype)
+    batches = sorted({integer("a batch size", rows, 1) for rows in batch_sizes})
+    if not batches:
+        raise RecipeError("batch_sizes is empty: there is nothing to measure at.")
+    number("memory", memory, above=0)
+    dtype = as_value_dtype(value_dtype)
+    known = cache_at(cache)
+    jobs, skipped = find_jobs(model, globs("include", include), globs("exclude", exclude), dtype, _patterns_in(history))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
     swaps: list[tuple[nn.Module, nn.Module]] = []
-    for number, job in enumerate(jobs):
-        progress(f"packing {job.layer.title}", number, len(jobs))
+    for index, job in enumerate(jobs):
+        progress(f"packing {job.title}", index, len(jobs))
         decision = job.decide(batches, memory, cold, known, timer)
         if decision.plan is not None:
             swaps += job.packed_modules(decision.plan)
-        elif isinstance(job.layer.modules[0], PackedLinear | PackedConv2d):
-            swaps += [(module, job.dense) for module in job.layer.modules]
+        elif isinstance(job.modules[0], PackedLinear | PackedConv2d):
+            swaps += [(module, job.dense) for module in job.modules]
         rows.append(job.report(decision))
     swap_modules_(model, swaps)
-    known.write()
+    known.save()
+    found = sum(job.pattern_was_found for job in jobs)
+    notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     return PackReport(
         layers=tuple(rows),
         skipped=tuple(skipped),
-        machine=_autotune.machine(),
+        machine=machine(),
         memory=memory,
         seconds=time.perf_counter() - began,
+        notes=tuple(notes),
     )
 
 
@@ -120,7 +121,7 @@ def unpack_(model: nn.Module) -> list[str]:
         The qualified names of the layers that were replaced.
 
     Raises:
-        RecipeError: the model is itself a packed layer; use its ``to_linear``.
+        RecipeError: the model is itself a packed layer; use its ``to_dense``.
 
     Example:
         >>> import torch, secateur
@@ -130,7 +131,7 @@ def unpack_(model: nn.Module) -> list[str]:
         (['0'], True)
     """
     if isinstance(model, PackedLinear | PackedConv2d):
-        raise RecipeError("a bare layer cannot be replaced in place; use its to_linear or to_conv2d.")
+        raise RecipeError("a bare layer cannot be replaced in place; use its to_dense.")
     found = packed_layers(model)
     plain: dict[int, nn.Module] = {}
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
@@ -138,7 +139,7 @@ def unpack_(model: nn.Module) -> list[str]:
         if id(module) in plain:
             continue
         made: Any = module.to_dense()
-        inner = module.linear if isinstance(module, PackedConv2d) else module
+        inner = linear_of(module)
         key = id(inner.values), inner.weight_dtype
         made.weight = weights.setdefault(key, made.weight)  # tied ones stay tied
         plain[id(module)] = made
@@ -146,194 +147,11 @@ def unpack_(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
-    """The model's packed layers by qualified name, every name of those that hang in several places."""
-    found: dict[str, PackedLinear | PackedConv2d] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        inside = name.rpartition(".")[0]
-        if isinstance(module, PackedLinear | PackedConv2d) and not isinstance(found.get(inside), PackedConv2d):
-            found[name] = module
-    return found
-
-
-def value_dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the dtype for stored values, from its name or itself.
-
-    Raises:
-        RecipeError: values cannot be stored so.
-    """
-    names = {str(dtype).removeprefix("torch."): dtype for dtype in VALUE_DTYPES}
-    if given is None or given in VALUE_DTYPES:
-        return given
-    if isinstance(given, str) and given in names:
-        return names[given]
-    raise RecipeError(f"value_dtype should be one of {', '.join(names)}, got {given!r}.")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One weight with zeros, and what it would be packed.
-
-    Args:
-        layer: with its modules; packed ones where the model has some already.
-        dense: the first of them, dense.
-        weight: ``[out, in]``.
-        packed: the same, packed.
-        patterns: that its zeros satisfy.
-    """
-
-    layer: Layer
-    dense: nn.Module
-    weight: Weight
-    packed: Format
-    patterns: tuple[SparsityPattern, ...]
-
-    @property
-    def dense_bytes(self) -> int:
-        return self.weight.nbytes
-
-    def decide(
-        self, batches: Sequence[int], memory: float, cold: bool, known: Cache, timer: Callable[[], float]
-    ) -> Decision:
-        convolution = isinstance(self.dense, nn.Conv2d)
-        rows = PIXELS if convolution else batches
-        key = key_of(self.weight, self.packed, type(self.dense).__name__, rows, cold)
-        measured = known.get(key)
-        if measured is None:
-            inputs = [(n, self._input(n)) for n in rows]
-            patterns = (*self.patterns, self.packed.pattern)
-            measured = _autotune.measure(
-                self.dense, lambda plan: self._module(self.dense, plan), self.packed, inputs, patterns, cold, timer
-            )
-            known.put(key, measured)
-        return decide(measured, self.dense_bytes, memory)
-
-    def _input(self, rows: int) -> Tensor:
-        x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
-        if not isinstance(self.dense, nn.Conv2d):
-            return x
-        side = int(rows**0.5)
-        down, across = (side * stride for stride in self.dense.stride)
-        return (
-            x.T.reshape(1, -1, side, side)
-            .repeat_interleave(self.dense.stride[0], 2)
-            .repeat_interleave(self.dense.stride[1], 3)[:, :, :down, :across]
-            .contiguous()
-        )
-
-    def _module(self, dense: nn.Module, plan: Plan, like: PackedLinear | None = None) -> nn.Module:
-        bias = dense.bias
-        made = PackedLinear(self.packed, bias, plan, self.weight.dtype)  # type: ignore[arg-type]
-        made.transposed = not isinstance(dense, nn.Linear | nn.Conv2d)
-        if like is not None:
-            made.share_(like)
-        return (PackedConv2d(made, (dense.stride[0], dense.stride[1])) if isinstance(dense, nn.Conv2d) else made).train(
-            dense.training
-        )
-
-    def packed_modules(self, plan: Plan) -> list[tuple[nn.Module, nn.Module]]:
-        """Each module with its replacement; those that share the weight share its tensors, and those that share the
-        bias too are one module.
-        """
-        made: dict[int, nn.Module] = {}
-        swaps: list[tuple[nn.Module, nn.Module]] = []
-        first: PackedLinear | None = None
-        for module in self.layer.modules:
-            inside = module.linear if isinstance(module, PackedConv2d) else module
-            if isinstance(inside, PackedLinear) and inside.values is self.packed.values:
-                inside.plan = plan
-                continue
-            key = id(module.bias if inside is module else inside.bias)
-            if key not in made:
-                made[key] = self._module(self.dense if isinstance(inside, PackedLinear) else module, plan, first)
-                inner = made[key]
-                first = first or (inner.linear if isinstance(inner, PackedConv2d) else inner)  # type: ignore[assignment]
-            swaps.append((module, made[key]))
-        return swaps
-
-    def report(self, decision: Decision) -> PackedLayer:
-        return PackedLayer(
-            name=self.layer.name,
-            shape=self.packed.shape,
-            pattern=str(self.packed.pattern),
-            density=stored_share(self.packed),
-            format=self.packed.name,
-            value_dtype=str(self.packed.value_dtype).removeprefix("torch."),
-            error=self.packed.error(self.weight),
-            dense_bytes=self.dense_bytes,
-            stored_bytes=self.packed.nbytes,
-            runtime_bytes=decision.nbytes,
-            packed=decision.plan is not None,
-            reason=decision.reason,
-            choices=decision.choices,
-            tied_to=self.layer.tied_to,
-        )
-
-
-def _jobs(
-    model: nn.Module, include: Iterable[str], exclude: Iterable[str], dtype: torch.dtype | None
-) -> tuple[list[_Job], list[SkippedLayer]]:
-    """What to measure, and what to leave alone and why."""
-    include, exclude = tuple(include), tuple(exclude)
-    jobs = []
-    if not include:
-        jobs += _packed_jobs(model, exclude, dtype)
-    try:
-        layers, skipped = select_layers(model, include, exclude)
-    except RecipeError:
-        if not jobs or exclude:
-            raise
-        return jobs, []
-    for layer in layers:
-        module = layer.modules[0]
-        weight = layer.matrix()
-        reason = _why_not(model, layer, weight)
-        packed: Format | None = None
-        patterns: tuple[SparsityPattern, ...] = ()
-        if reason is None:
-            try:
-                patterns = satisfied(weight == 0)
-                packed = pack_weight(weight, dtype, patterns)
-            except SparsityError as error:
-                reason = f"cannot be packed: {str(error).splitlines()[0]}"
-        if packed is None:
-            skipped.append(SkippedLayer(layer.name, type(module).__name__, reason or ""))
-        else:
-            jobs.append(_Job(layer, module, weight, packed, patterns))
-    return jobs, skipped
-
-
-def _packed_jobs(model: nn.Module, exclude: Iterable[str], dtype: torch.dtype | None) -> list[_Job]:
-    """Layers that are packed already, to be measured again as they are."""
-    if isinstance(model, PackedLinear | PackedConv2d):
-        raise RecipeError("a bare layer cannot be replaced in place; put it into a module.")
-    jobs: dict[int, _Job] = {}
-    for name, module in packed_layers(model).items():
-        if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
-            continue
-        inner = module.linear if isinstance(module, PackedConv2d) else module
-        weight = inner.weight
-        layer = Layer(name, (module,), kind=None)  # type: ignore[arg-type]  # not read: the matrix is here
-        packed = inner.packed if dtype in (None, inner.values.dtype) else pack_weight(weight, dtype)
-        jobs[id(module)] = _Job(layer, module.to_dense(), weight, packed, satisfied(weight == 0))
-    return list(jobs.values())
-
-
-def _why_not(model: nn.Module, layer: Layer, weight: Weight) -> str | None:
-    """The reason that a layer cannot be packed, or None."""
-    replaceability = Replaceability(model, "use PackedLinear.from_linear")
-    for module in layer.modules:
-        if (reason := replaceability.why_not(module)) is not None:
-            return reason
-        pointwise = type(module) is nn.Conv2d and PackedConv2d.fits(module)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not pointwise:
-            return "a convolution with kernel, padding or groups: unfolding its input costs what the zeros save"
-        if type(module) is not nn.Linear and not pointwise and not is_transposed_linear(module):
-            return f"only nn.Linear and 1x1 convolutions have a packed counterpart, not {type(module).__name__}"
-    if weight.is_meta:
-        return "its weight is on the meta device, without values"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}; kernels run on the processor"
-    if not bool((weight == 0).any()):
-        return "no zeros"
-    return None
+def _patterns_in(history: Report | Sequence[Report]) -> Mapping[str, SparsityPattern]:
+    """The patterns that layers were pruned to, by name; the last report that names a layer counts."""
+    reports = [history] if isinstance(history, Report) else list(history)
+    return {
+        layer.name: SparsityPattern.parse(layer.pattern)
+        for report in reports
+        for layer in instance("history", report, Report).layers
+    }

@@ -84,6 +84,7 @@ class PackReport:
         machine: what the measurements hold for: processor, instruction set, threads, versions.
         memory: how many times its dense bytes a layer's run-time layouts might take.
         seconds: that packing took.
+        notes: what else is worth knowing, such as where the patterns come from.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -91,6 +92,7 @@ class PackReport:
     machine: Mapping[str, str]
     memory: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -150,7 +152,8 @@ class PackReport:
                 shape, tied_to = tuple(layer.pop("shape")), tuple(layer.pop("tied_to"))
                 layers.append(PackedLayer(choices=choices, shape=shape, tied_to=tied_to, **layer))
             skipped = tuple(SkippedLayer(**entry) for entry in table.pop("skipped"))
-            return cls(layers=tuple(layers), skipped=skipped, **table)
+            notes = tuple(table.pop("notes", ()))
+            return cls(layers=tuple(layers), skipped=skipped, notes=notes, **table)
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a report of pack_: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Whether a call is nothing but a call, so that native code may be reached without PyTorch's dispatcher."""
+"""Whether native code may be reached without PyTorch's dispatcher: only where nobody listens there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch.autograd import forward_ad
 from torch.autograd import profiler as _profiler
 
 _C = torch._C
-_KINDS = (Tensor, nn.Parameter)
-# Of PyTorch's own, without a public name. Where one is missing every call is watched: slower, and the same result.
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+# Of PyTorch's own, without a public name. Where one is missing every call is taken to be intercepted: slower, and the
+# same result.
 _NAMES = (
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
@@ -23,8 +24,8 @@ _known = (
 )
 
 
-def is_watched() -> bool:
-    """Whether something compiles, traces, transforms or intercepts PyTorch's operations here and now."""
+def is_intercepted() -> bool:
+    """Return whether something compiles, traces, transforms or intercepts PyTorch's operations here and now."""
     return (
         torch.compiler.is_compiling()  # first: the compiler then sees nothing of the rest
         or not _known
@@ -35,12 +36,15 @@ def is_watched() -> bool:
     )
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether nothing watches what happens to ``x``, differentiates it forward or profiles.
+def may_skip_dispatcher(x: Tensor) -> bool:
+    """Return whether nobody intercepts what happens to ``x``, differentiates it forward or profiles.
 
-    Gradients by backward are not asked about. The dispatcher costs a small layer as much as its product does, four
+    Gradients by backward are not asked about. The dispatcher costs a small layer as much as its product does, and four
     times that where its code has left the caches.
     """
     return (
-        type(x) in _KINDS and not is_watched() and forward_ad._current_level < 0 and not _profiler._is_profiler_enabled
+        type(x) in _PLAIN_TYPES
+        and not is_intercepted()
+        and forward_ad._current_level < 0
+        and not _profiler._is_profiler_enabled
     )

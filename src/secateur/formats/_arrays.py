@@ -1,0 +1,77 @@
+"""Tensors as numpy arrays of their bits and back, and what the checks of untrusted tensors share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from secateur._errors import FormatError
+from secateur._types import dtype_name
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """The bits of a tensor as an array of integers, which hold any value and copy exactly; uint8 and bool as is."""
+    tensor = tensor.detach().cpu().contiguous()
+    plain = tensor.dtype in (torch.uint8, torch.bool)
+    array: NDArray[Any] = (tensor if plain else tensor.view(_INTEGERS[tensor.dtype.itemsize])).numpy()
+    return array
+
+
+def as_tensor(array: NDArray[Any], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return (tensor if dtype is None else tensor.view(dtype)).to(like.device)
+
+
+def starts_of(kept: Any) -> NDArray[np.int64]:
+    counts = kept.sum(1, dtype=np.int64)
+    starts: NDArray[np.int64] = np.cumsum(counts) - counts
+    return starts
+
+
+def population(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Bits set in each row; numpy counts them itself only from version 2."""
+    pairs = bits - ((bits >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    counts: NDArray[np.int64] = ((nibbles + (nibbles >> 4)) & 0x0F).sum(1, dtype=np.int64)
+    return counts
+
+
+def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+    """Raise unless a tensor has the dtype and the shape, in which None stands for any size."""
+    fits = len(shape) == tensor.ndim and all(w in (None, g) for w, g in zip(shape, tensor.shape, strict=True))
+    if tensor.dtype != dtype or not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        found = ", ".join(str(size) for size in tensor.shape)
+        raise FormatError(f"{name} should be {dtype_name(dtype)} [{wanted}], got {dtype_name(tensor.dtype)} [{found}].")
+
+
+def check_offsets(offsets: NDArray[np.int64], total: int, what: str) -> None:
+    if not offsets.size:
+        if total:
+            raise FormatError(f"there are {total} {what}, but no row for them.")
+        return
+    if offsets[0] != 0:
+        raise FormatError(f"row_offsets start at {offsets[0]}; they should start at 0.")
+    if (falls := np.flatnonzero(offsets[1:] < offsets[:-1])).size:
+        row = int(falls[0])
+        raise FormatError(f"row_offsets fall from {offsets[row]} at row {row} to {offsets[row + 1]} at row {row + 1}.")
+    if offsets[-1] > total:
+        raise FormatError(f"row_offsets reach {offsets[-1]}, but there are {total} {what}.")
+
+
+def check_ascending(name: str, indices: NDArray[np.int32], limit: int, starts: NDArray[np.int64] | None = None) -> None:
+    """Raise unless indices are within [0, limit) and ascend, anew from each of ``starts`` on."""
+    if (outside := np.flatnonzero((indices < 0) | (indices >= limit))).size:
+        raise FormatError(f"{name} names {indices[outside[0]]}, but there are {limit}.")
+    fine = indices[1:] > indices[:-1]
+    if starts is not None:
+        fine[starts[(starts > 0) & (starts < len(indices))] - 1] = True
+    if (falls := np.flatnonzero(~fine)).size:
+        at = int(falls[0])
+        raise FormatError(f"{name} has {indices[at + 1]} after {indices[at]}; it should ascend.")

@@ -1,0 +1,82 @@
+"""One bit for each weight, and the kept values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur._errors import FormatError
+from secateur._types import Mask
+from secateur.formats._arrays import as_array, as_tensor, check_offsets, expect, population, starts_of
+from secateur.formats._format import Format
+from secateur.patterns import NM, Block, Column, Row, SparsityPattern, Unstructured
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Bitmask(Format):
+    """One bit for each weight, and the kept values row by row: density + 1/bits of dense. For any mask.
+
+    The tensors have the byte layout of compressed-tensors' ``sparse-bitmask``.
+
+    Args:
+        shape, pattern, values, scales: see :class:`Format`; values are ``[stored]``, row-major.
+        bitmask: uint8 ``[out, ceil(in / 8)]``; bit ``j % 8`` of byte ``j // 8`` (lowest first) is column j. Bits beyond
+            the last column are 0.
+        row_offsets: int64 ``[out]``, where each row's values start.
+    """
+
+    name: ClassVar[str] = "bitmask"
+    _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Unstructured, NM, Block, Row, Column)
+    names: ClassVar[tuple[str, ...]] = ("values", "scales", "bitmask", "row_offsets")
+    _default: ClassVar[SparsityPattern | None] = Unstructured()
+
+    bitmask: Tensor
+    row_offsets: Tensor
+
+    def mask(self) -> Mask:
+        bits = np.unpackbits(as_array(self.bitmask), axis=1, count=self.shape[1], bitorder="little")
+        return as_tensor(bits.view(np.bool_), self.values)
+
+    @classmethod
+    def _pack(cls, stored: Tensor, mask: Mask, pattern: SparsityPattern, scales: Tensor | None) -> Self:
+        kept = mask.cpu().numpy()
+        values = as_tensor(as_array(stored)[kept], stored, stored.dtype)
+        bitmask = as_tensor(np.packbits(kept, axis=1, bitorder="little"), stored)
+        offsets = as_tensor(starts_of(kept), stored)
+        return cls((mask.shape[0], mask.shape[1]), pattern, values, scales, bitmask, offsets)
+
+    def _stored(self) -> Tensor:
+        dense = np.zeros(self.shape, dtype=as_array(self.values).dtype)
+        dense[self.mask().cpu().numpy()] = as_array(self.values)
+        return as_tensor(dense, self.values, self.values.dtype)
+
+    def _check(self) -> None:
+        rows, columns = self.shape
+        expect("values", self.values, self.values.dtype, (None,))
+        expect("bitmask", self.bitmask, torch.uint8, (rows, math.ceil(columns / 8)))
+        expect("row_offsets", self.row_offsets, torch.int64, (rows,))
+        bits, total = as_array(self.bitmask), len(self.values)
+        if columns % 8 and (bits[:, -1] >> (columns % 8)).any():
+            raise FormatError(f"bitmask has bits set beyond the last of {columns} columns; they should be 0.")
+        check_offsets(as_array(self.row_offsets), total, "values")
+        counts = population(bits)
+        if counts.sum() != total:
+            raise FormatError(f"bitmask marks {counts.sum()} weights, but there are {total} values.")
+        starts = np.cumsum(counts) - counts
+        if (wrong := np.flatnonzero(starts != as_array(self.row_offsets))).size:
+            row = int(wrong[0])
+            raise FormatError(
+                f"row_offsets start row {row} at value {int(self.row_offsets[row])}, "
+                f"but the bitmask has {starts[row]} weights before it."
+            )
+
+    @classmethod
+    def _count(cls, mask: Mask, pattern: SparsityPattern) -> tuple[int, int, int] | None:
+        rows = mask.shape[0]
+        return int(mask.count_nonzero()), rows * (math.ceil(mask.shape[1] / 8) + 8), rows

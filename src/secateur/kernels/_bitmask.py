@@ -1,0 +1,70 @@
+"""Rows of packed values and one bit for each column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur._types import Mask, Weight
+from secateur.formats import ColumnPacked, Format, RowPacked
+from secateur.kernels._layout import SPARE, Layout, as_bits, in_large_pages, offsets_of, padded, prepare, shape_of
+from secateur.kernels._route import LayoutRoute
+from secateur.patterns import SparsityPattern
+
+
+@dataclass(frozen=True, eq=False)
+class BitmaskLayout(Layout):
+    """Rows of packed values and one bit for each column: for one input row, and for densities of a quarter and more."""
+
+    mask: Tensor  # [out, ceil(in / 64)] int64, lowest bit first
+    offsets: Tensor  # [out + 1] int64
+    kernel = "bitmask"
+
+    @classmethod
+    def pack(
+        cls, weight: Weight, mask: Mask | None = None, *, value_dtype: torch.dtype = torch.float32
+    ) -> BitmaskLayout:
+        """Pack what the mask keeps (default: what is not zero) of a weight [out, in]."""
+        values, mask, scale = prepare(weight, mask, value_dtype)
+        words = as_bits(padded(mask, 1, 64), np.int64, "little")
+        return cls(shape_of(values), in_large_pages(values[mask], SPARE), scale, words, offsets_of(mask.sum(1)))
+
+    @property
+    def route(self) -> LayoutRoute:
+        return BitmaskRoute()
+
+    def to_dense(self) -> Weight:
+        rows, columns = self.shape
+        bits = np.unpackbits(self.mask.numpy().view(np.uint8), axis=-1, bitorder="little")[:, :columns]
+        weight = self.values.new_zeros(rows, columns)
+        weight[torch.from_numpy(bits).bool()] = self.values[:-SPARE]
+        return self._scaled(weight)
+
+    def arguments(self) -> tuple[int, ...]:
+        return self.mask.data_ptr(), self.offsets.data_ptr()
+
+
+@dataclass(frozen=True)
+class BitmaskRoute(LayoutRoute):
+    """Run :class:`BitmaskLayout`."""
+
+    name: ClassVar[str] = "bitmask"
+    stores_zeros: ClassVar[bool] = True
+
+    @classmethod
+    def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
+        """One, for weights whose zeros may be anywhere."""
+        return [] if isinstance(packed, RowPacked | ColumnPacked) else [cls()]
+
+    def why_not(self, packed: Format) -> str | None:
+        """Any weight fits."""
+        return None
+
+    def lay_out(self, values: Tensor, mask: Mask) -> Layout:
+        """Return the layout of a weight."""
+        return BitmaskLayout.pack(values, mask, value_dtype=values.dtype)

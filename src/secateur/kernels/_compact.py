@@ -1,0 +1,145 @@
+"""The routes of whole rows and columns: what is kept is a smaller dense matrix, and runs by a route of its own."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import KernelError
+from secateur._types import Mask
+from secateur.formats import ColumnPacked, Format, RowPacked
+from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._layout import Layout
+from secateur.kernels._prepared import Prepared, StoredWeight
+from secateur.kernels._route import LayoutRoute, Route
+from secateur.kernels._tiles import TileLayout
+from secateur.patterns import SparsityPattern
+
+_STRIP = 16  # rows of the highest strip of tiles
+
+
+@dataclass(frozen=True)
+class _WholeTiles(LayoutRoute):
+    """The whole matrix as one row of tiles after the other, each 16 rows high and as wide as the matrix."""
+
+    name: ClassVar[str] = "tiles"
+
+    @classmethod
+    def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
+        return []
+
+    def why_not(self, packed: Format) -> str | None:
+        return None
+
+    def lay_out(self, values: Tensor, mask: Mask) -> Layout:
+        missing = -len(values) % _STRIP  # rows of zeros below, whose outputs nobody reads
+        tall = nn.functional.pad(values, (0, 0, 0, missing))
+        everything = torch.ones_like(tall, dtype=torch.bool)
+        return TileLayout.pack(tall, everything, value_dtype=values.dtype, height=_STRIP, width=values.shape[1])
+
+
+_INNER: dict[str, Route] = {"": DenseRoute(), ":prepacked": PrepackedRoute(), ":tiles": _WholeTiles()}
+
+
+@dataclass(frozen=True)
+class CompactRoute(Route):
+    """Run the kept rows or columns of a weight as a dense matrix.
+
+    Args:
+        inner: how that matrix runs.
+    """
+
+    format_type: ClassVar[type[Format]]
+
+    inner: Route = field(default_factory=DenseRoute)
+
+    def __str__(self) -> str:
+        return self.name + next(suffix for suffix, inner in _INNER.items() if inner == self.inner)
+
+    @property
+    def needs_kernels(self) -> bool:
+        """Whether only native kernels make it worth running."""
+        return self.inner.needs_kernels
+
+    @classmethod
+    def read(cls, text: str) -> Self | None:
+        """Return the route of this class that a text names, or None."""
+        found = re.fullmatch(f"{cls.name}(:prepacked|:tiles)?", text)
+        return None if found is None else cls(_INNER[found[1] or ""])
+
+    @classmethod
+    def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
+        """Every inner route, for a weight that is stored as rows or columns."""
+        if not isinstance(packed, cls.format_type):
+            return []
+        return [cls(inner) for inner in _INNER.values() if packed.values.numel() or not inner.needs_kernels]
+
+    def why_not(self, packed: Format) -> str | None:
+        """The weight must be stored as rows or columns."""
+        if not isinstance(packed, self.format_type):
+            return f"{self.name} runs a weight that was pruned by {self.name}, got {packed!r}"
+        return None
+
+    def compact(self, packed: Format) -> StoredWeight:
+        """Return the kept rows or columns as a matrix of its own."""
+        if (reason := self.why_not(packed)) is not None:
+            raise KernelError(f"{reason}. Use another route.")
+        return StoredWeight(packed.values, packed.scales, packed.values)
+
+    @abstractmethod
+    def around(self, inner: Prepared, packed: Format) -> Prepared:
+        """Return what runs the whole weight, given what runs the matrix of what is kept."""
+
+
+@dataclass(frozen=True)
+class RowRoute(CompactRoute):
+    """Run the kept rows; every other output is the bias."""
+
+    name: ClassVar[str] = "rows"
+    format_type: ClassVar[type[Format]] = RowPacked
+
+    def around(self, inner: Prepared, packed: Format) -> Prepared:
+        """Return what scatters the outputs of the kept rows."""
+        assert isinstance(packed, RowPacked)
+        return _Rows(inner, packed.rows, packed.shape[0])
+
+
+@dataclass(frozen=True)
+class ColumnRoute(CompactRoute):
+    """Run the kept columns on the inputs that they read."""
+
+    name: ClassVar[str] = "columns"
+    format_type: ClassVar[type[Format]] = ColumnPacked
+
+    def around(self, inner: Prepared, packed: Format) -> Prepared:
+        """Return what gathers the inputs of the kept columns."""
+        assert isinstance(packed, ColumnPacked)
+        return _Columns(inner, packed.columns)
+
+
+class _Rows(Prepared):
+    def __init__(self, inner: Prepared, rows: Tensor, out: int) -> None:
+        self._inner, self._rows, self._out = inner, rows.long(), out
+        self.nbytes = inner.nbytes + self._rows.nbytes
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_zeros(x.shape[0], self._out)
+        if bias is not None:
+            y += bias
+        kept = self._inner.run(x, None if bias is None else bias[self._rows])
+        return y.index_copy_(1, self._rows, kept)
+
+
+class _Columns(Prepared):
+    def __init__(self, inner: Prepared, columns: Tensor) -> None:
+        self._inner, self._columns = inner, columns.long()
+        self.nbytes = inner.nbytes + self._columns.nbytes
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._inner.run(x.index_select(1, self._columns), bias)

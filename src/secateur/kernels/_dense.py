@@ -1,0 +1,43 @@
+"""The routes of dense arithmetic: the weight with all its zeros, as PyTorch runs it or packed beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from secateur.formats import Format
+from secateur.kernels._route import Route
+from secateur.patterns import SparsityPattern
+
+
+@dataclass(frozen=True)
+class DenseRoute(Route):
+    """Run the weight with its zeros, as ``F.linear`` does."""
+
+    name: ClassVar[str] = "dense"
+
+    @classmethod
+    def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
+        """Always one."""
+        return [cls()]
+
+    def why_not(self, packed: Format) -> str | None:
+        """Any weight fits."""
+        return None
+
+
+@dataclass(frozen=True)
+class PrepackedRoute(Route):
+    """Run the weight with its zeros, in the order in which oneDNN multiplies: what compilers do with frozen weights."""
+
+    name: ClassVar[str] = "prepacked"
+
+    @classmethod
+    def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
+        """Always one."""
+        return [cls()]
+
+    def why_not(self, packed: Format) -> str | None:
+        """Any weight fits."""
+        return None

@@ -1,0 +1,141 @@
+"""N of every M consecutive inputs, 16 rows side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import KernelError
+from secateur._types import Mask, Weight
+from secateur.formats import Format
+from secateur.kernels._layout import SPARE, Layout, in_large_pages, padded, prepare, shape_of
+from secateur.kernels._route import LayoutRoute
+from secateur.patterns import NM, SparsityPattern
+
+_ROWS = 16  # side by side in a panel
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout(Layout):
+    """n of every m consecutive inputs: 16 rows side by side, each value's place in its group in 2 or 4 bits."""
+
+    words: Tensor  # [panels, words, 16] int32
+    n: int
+    m: int
+    kernel = "lanes"
+
+    @classmethod
+    def pack(
+        cls, weight: Weight, mask: Mask | None = None, *, n: int, m: int, value_dtype: torch.dtype = torch.float32
+    ) -> GroupLayout:
+        """Pack a weight [out, in] that keeps at most n of every m consecutive inputs."""
+        values, mask, scale = prepare(weight, mask, value_dtype)
+        shape = shape_of(values)
+        if not 1 <= n <= m <= 16 or shape[1] % m:
+            raise KernelError(
+                f"{n}:{m} does not fit a weight of {shape[1]} inputs; lanes need 1 <= n <= m <= 16 and inputs that are "
+                "a multiple of m. Use PanelLayout for any other structure."
+            )
+        values, mask = padded(values, _ROWS, 1), padded(mask, _ROWS, 1)
+        groups, panels = shape[1] // m, mask.shape[0] // _ROWS
+        by_group = mask.view(-1, groups, m)
+        if bool((by_group.sum(-1) > n).any()):
+            raise KernelError(
+                f"a group of {m} inputs keeps {int(by_group.sum(-1).max())} values; {n}:{m} keeps at most {n}. "
+                "Prune with that pattern first, or use PanelLayout."
+            )
+        place = torch.argsort(~by_group, dim=-1, stable=True)[..., :n]
+        kept = values.view(-1, groups, m).gather(-1, place)
+        kept = kept.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1).contiguous()
+        place = place.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1)
+        bits, per_word = cls._word(m)
+        if n <= per_word:
+            together = per_word // n
+            place = nn.functional.pad(place, (0, 0, 0, 0, 0, -groups % together)).reshape(
+                panels, -1, together * n, _ROWS
+            )
+        else:
+            place = nn.functional.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, -1, per_word, _ROWS)
+        shifts = (torch.arange(place.shape[2]) * bits)[:, None]
+        words = torch.from_numpy((place << shifts).sum(2).numpy().astype(np.uint32).view(np.int32))
+        return cls(shape, in_large_pages(kept, SPARE), scale, words, n, m)
+
+    @staticmethod
+    def _word(m: int) -> tuple[int, int]:
+        """Bits of a place, places in a word."""
+        bits = 2 if m <= 4 else 4
+        return bits, 32 // bits
+
+    @property
+    def route(self) -> LayoutRoute:
+        return GroupRoute(self.n, self.m)
+
+    def to_dense(self) -> Weight:
+        rows, columns = self.shape
+        groups, panels = columns // self.m, -(-rows // _ROWS)
+        bits, per_word = self._word(self.m)
+        words = torch.from_numpy(self.words.numpy().view(np.uint32).astype(np.int64))
+        place = (words[:, :, None] >> (torch.arange(per_word) * bits)[:, None]) & ((1 << bits) - 1)
+        if self.n <= per_word:
+            together = per_word // self.n
+            place = place[:, :, : together * self.n].reshape(panels, -1, self.n, _ROWS)[:, :groups]
+        else:
+            place = place.reshape(panels, groups, -1, _ROWS)[:, :, : self.n]
+        kept = self.values[:-SPARE].view(panels, groups, self.n, _ROWS)
+        weight = kept.new_zeros(panels, groups, self.m, _ROWS).scatter_add_(2, place, kept)
+        return self._scaled(weight.permute(0, 3, 1, 2).reshape(-1, columns)[:rows])
+
+    def arguments(self) -> tuple[int, ...]:
+        return self.words.data_ptr(), self.n, self.m
+
+
+_MOST_PADDING = 1.3  # every group is stored full; beyond this share of stored zeros another layout is smaller
+
+
+@dataclass(frozen=True)
+class GroupRoute(LayoutRoute):
+    """Run :class:`GroupLayout`.
+
+    Args:
+        n: values stored for each group.
+        m: consecutive inputs of a group.
+    """
+
+    name: ClassVar[str] = "groups"
+    grammar: ClassVar[str] = r"([1-9]\d?):([1-9]\d?)"
+    separator: ClassVar[str] = ":"
+
+    n: int
+    m: int
+
+    @classmethod
+    def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
+        """One for each N:M pattern that the zeros satisfy, unless it stores many zeros."""
+        columns = packed.shape[1]
+        return [
+            cls(pattern.n, pattern.m)
+            for pattern in patterns
+            if isinstance(pattern, NM)
+            and pattern.n
+            and pattern.m <= 16
+            and columns % pattern.m == 0
+            and pattern.n / pattern.m <= _MOST_PADDING * density
+        ]
+
+    def why_not(self, packed: Format) -> str | None:
+        """Every group must keep at most n weights."""
+        if not 1 <= self.n <= self.m <= 16 or packed.shape[1] % self.m:
+            return f"{self.n}:{self.m} does not fit a weight of {packed.shape[1]} inputs"
+        kept = packed.mask().unflatten(1, (-1, self.m)).sum(2)
+        if kept.numel() and int(kept.max()) > self.n:
+            return f"a group of {self.m} inputs keeps {int(kept.max())} weights, more than {self.n}"
+        return None
+
+    def lay_out(self, values: Tensor, mask: Mask) -> Layout:
+        """Return the layout of a weight."""
+        return GroupLayout.pack(values, mask, value_dtype=values.dtype, n=self.n, m=self.m)

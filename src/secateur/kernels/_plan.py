@@ -1,0 +1,167 @@
+"""The one place that chooses routes: which are candidates, which of them to take for how many input rows.
+
+A plan of routes is written as text too, ``bitmask@2 panels:128x256``: bitmask up to 2 input rows, panels beyond.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from secateur._errors import KernelError
+from secateur.formats import BlockPacked, ColumnPacked, Format, NMPacked, RowPacked, stored_share
+from secateur.kernels._backends import has_kernels
+from secateur.kernels._bitmask import BitmaskRoute
+from secateur.kernels._compact import ColumnRoute, RowRoute
+from secateur.kernels._dense import DenseRoute
+from secateur.kernels._groups import GroupRoute
+from secateur.kernels._panels import PanelRoute
+from secateur.kernels._route import Route
+from secateur.kernels._table import ROUTES, read_route
+from secateur.kernels._tiles import TileRoute
+from secateur.patterns import NM, Block, SparsityPattern
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """Which route to take for how many input rows.
+
+    Args:
+        routes: one or more.
+        limits: for each route but the last, the largest number of input rows that takes it; increasing.
+
+    Example:
+        >>> from secateur.kernels import RoutePlan
+        >>> plan = RoutePlan.parse("bitmask@2 panels:128x256")
+        >>> plan.route(2), plan.route(3)
+        (BitmaskRoute(), PanelRoute(height=128, width=256))
+    """
+
+    routes: tuple[Route, ...]
+    limits: tuple[int, ...] = ()
+
+    def route(self, rows: int) -> Route:
+        """Return the route to take for so many input rows."""
+        for route, limit in zip(self.routes, self.limits, strict=False):
+            if rows <= limit:
+                return route
+        return self.routes[-1]
+
+    def __str__(self) -> str:
+        limited = (f"{route}@{limit}" for route, limit in zip(self.routes, self.limits, strict=False))
+        return " ".join((*limited, str(self.routes[-1])))
+
+    @classmethod
+    def parse(cls, text: str) -> RoutePlan:
+        """Return the plan that ``str`` wrote, now or in an earlier version.
+
+        Raises:
+            KernelError: the text is no plan.
+        """
+        return _parse(text)
+
+    @classmethod
+    def of(cls, choices: Sequence[tuple[int, Route]]) -> RoutePlan:
+        """Return the plan that takes, for any number of rows, the route of the nearest batch by ratio.
+
+        Args:
+            choices: batch and route, by increasing batch.
+        """
+        routes, limits = [choices[0][1]], []
+        for (batch, route), (following, next_route) in pairwise(choices):
+            if route != next_route:
+                limits.append(int((batch * following) ** 0.5))
+                routes.append(next_route)
+        return cls(tuple(routes), tuple(limits))
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The routes as text, by the name that they had before version 0.2."""
+        _deprecated("RoutePlan.ways", "RoutePlan.routes")
+        return tuple(map(str, self.routes))
+
+    def way(self, rows: int) -> str:
+        """Return the route as text, by the name that it had before version 0.2."""
+        _deprecated("RoutePlan.way", "RoutePlan.route")
+        return str(self.route(rows))
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(f"{old} is deprecated, use {new}.", DeprecationWarning, stacklevel=3)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> RoutePlan:
+    *first, last = text.split(" ")
+    routes, limits = [], []
+    for part in first:
+        route, _, limit = part.partition("@")
+        if not re.fullmatch(r"[1-9]\d{0,8}|0", limit):
+            raise no_plan(text)
+        routes.append(read_route(route))
+        limits.append(int(limit))
+    routes.append(read_route(last))
+    found = [route for route in routes if route is not None]
+    if limits != sorted(set(limits)) or len(found) < len(routes):
+        raise no_plan(text)
+    return RoutePlan(tuple(found), tuple(limits))
+
+
+def no_plan(text: str) -> KernelError:
+    """Return the error for a text that is no plan of routes."""
+    return KernelError(
+        f"{text!r:.200} is not a plan of routes. A plan reads like 'bitmask@2 panels:128x256': limits increase, and "
+        "the last route has none. pack_ makes a plan from measurements."
+    )
+
+
+def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list[Route]:
+    """Return the routes that are worth measuring for a weight, those of dense arithmetic last.
+
+    Args:
+        packed: the weight.
+        patterns: others than the format's own that its zeros satisfy too.
+    """
+    density, known = stored_share(packed), tuple(dict.fromkeys((packed.pattern, *patterns)))
+    native = has_kernels() and bool(packed.shape[0] and packed.shape[1])
+    return [
+        route
+        for route_type in ROUTES
+        for route in route_type.candidates(packed, known, density)
+        if native or not route.needs_kernels
+    ]
+
+
+def default_plan(packed: Format) -> RoutePlan:
+    """Return a plan for a weight that was never measured: what its format was made for; dense without kernels."""
+    rows, columns = packed.shape
+    match packed, packed.pattern:
+        case RowPacked(), _:
+            return RoutePlan((RowRoute(),))
+        case ColumnPacked(), _:
+            return RoutePlan((ColumnRoute(),))
+        case _ if not has_kernels():
+            return RoutePlan((DenseRoute(),))
+        case NMPacked(), NM(n, m) if n and columns % m == 0:
+            return RoutePlan((GroupRoute(n, m),))
+        case BlockPacked(), Block(height, width) if not (rows % height or columns % width):
+            return RoutePlan((TileRoute(height, width),))
+    return RoutePlan((BitmaskRoute(), PanelRoute()), (2,))
+
+
+def usable_plan(packed: Format, text: str) -> RoutePlan:
+    """Return the plan that a file holds for a weight, if all its routes can run the weight, else the default one.
+
+    A plan is no part of the weight: one of an unknown version, or of another machine's kernels, is only a lost
+    measurement.
+    """
+    try:
+        plan = RoutePlan.parse(text)
+    except KernelError:
+        return default_plan(packed)
+    runs = all(route.why_not(packed) is None and (has_kernels() or not route.needs_kernels) for route in plan.routes)
+    return plan if runs else default_plan(packed)

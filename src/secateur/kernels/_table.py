@@ -1,0 +1,47 @@
+"""The one table of routes: a route is a file, and its lines here."""
+
+from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
+from secateur.kernels._compact import ColumnRoute, RowRoute
+from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._groups import GroupLayout, GroupRoute
+from secateur.kernels._panels import PanelLayout, PanelRoute
+from secateur.kernels._route import Route
+from secateur.kernels._tiles import TileLayout, TileRoute
+
+__all__ = [
+    "BitmaskLayout",
+    "BitmaskRoute",
+    "ColumnRoute",
+    "DenseRoute",
+    "GroupLayout",
+    "GroupRoute",
+    "PanelLayout",
+    "PanelRoute",
+    "PrepackedRoute",
+    "RowRoute",
+    "TileLayout",
+    "TileRoute",
+]
+
+# In the order of candidates.
+ROUTES: tuple[type[Route], ...] = (
+    RowRoute,
+    ColumnRoute,
+    GroupRoute,
+    TileRoute,
+    BitmaskRoute,
+    PanelRoute,
+    PrepackedRoute,
+    DenseRoute,
+)
+
+# As version 0.1 wrote them.
+_FORMERLY = {"lanes:": "groups:", "strips:": "tiles:", "rows:strips": "rows:tiles", "columns:strips": "columns:tiles"}
+
+
+def read_route(text: str) -> Route | None:
+    """Return the route that a text names, or None."""
+    for old, new in _FORMERLY.items():
+        if text.startswith(old):
+            text = new + text.removeprefix(old)
+    return next(filter(None, (route_type.read(text) for route_type in ROUTES)), None)

@@ -1,0 +1,193 @@
+"""Everything in a packed model, as a file holds it: a model taken apart, and a file's metadata checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import FormatError, RecipeError
+from secateur._types import dtype_name
+from secateur.formats import UNSCALED_DTYPES, Format, pack
+from secateur.nn import PackedAs, linear_of, packed_layers
+from secateur.packing._file import PackedFile
+from secateur.packing._measure import machine
+
+# Of dense weights and of tensors that are not packed, by name.
+_DTYPES = {dtype_name(dtype): dtype for dtype in (*UNSCALED_DTYPES, torch.float64)}
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What a packed layer is besides its weight.
+
+    Args:
+        dtype: of the dense weight.
+        packed_as: the module that it stands for.
+        plan: which route to take for how many input rows, as text.
+    """
+
+    dtype: torch.dtype
+    packed_as: PackedAs = field(default_factory=PackedAs)
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything in a model, as a file holds it.
+
+    Args:
+        layers: packed weights by name.
+        entries: what each is besides.
+        tensors: all others by name, biases of packed layers among them.
+        modules: further names of packed layers that hang in several places, and the first name.
+        weights: packed layers that share their weight with another, and which.
+        tied: further names of tensors, and the first name.
+        machine: that the plans were measured on.
+        model: name of the class, for transformers models.
+        absent: tensors that the checkpoint had no values for.
+        sparse: names among ``layers`` that are plain tensors, stored without their zeros, and their shapes. Read from a
+            file, a file of a few bytes may claim any shape; they are made whole where the model has one like it.
+    """
+
+    layers: Mapping[str, Format]
+    entries: Mapping[str, LayerEntry]
+    tensors: Mapping[str, Tensor]
+    modules: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+    absent: tuple[str, ...] = ()
+    sparse: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
+        kinds = {
+            name: {
+                "dtype": dtype_name(entry.dtype),
+                "transposed": entry.packed_as.transposed,
+                "stride": None if entry.packed_as.stride is None else list(entry.packed_as.stride),
+                "plan": entry.plan,
+            }
+            for name, entry in self.entries.items()
+        }
+        same = {name: dict(getattr(self, name)) for name in ("modules", "weights", "tied", "machine")}
+        sparse = {name: list(shape) for name, shape in self.sparse.items()}
+        return {"kinds": kinds, **same, "model": self.model, "absent": list(self.absent), "sparse": sparse}
+
+    @classmethod
+    def of(cls, file: PackedFile) -> Contents:
+        """Return what a file holds, after checking what its own reader does not know.
+
+        Raises:
+            FormatError: metadata that cannot be.
+        """
+        table = file.metadata
+        layers, tensors = dict(file.layers), dict(file.tensors)
+        try:
+            sparse = {name: tuple(shape) for name, shape in dict(table.get("sparse", {})).items()}
+            for name, shape in sparse.items():
+                if name in tensors or any(type(side) is not int or side < 0 for side in shape):
+                    raise ValueError(f"a tensor {name} of shape {shape}")
+                if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != layers[name].shape:
+                    raise ValueError(f"a tensor {name} of shape {shape}, which is stored as {layers[name].shape}")
+            texts = {key: dict(table.get(key, {})) for key in ("modules", "weights", "tied", "machine")}
+            of = {**{name: name for name in layers if name not in sparse}, **texts["weights"]}
+            entries = {n: _entry(table.get("kinds", {}).get(n), layers[first]) for n, first in of.items()}
+            model, absent = table.get("model", ""), table.get("absent", [])
+            if not all(isinstance(text, str) for named in texts.values() for text in named.values()):
+                raise TypeError("names should be texts")
+            if not isinstance(model, str) or not all(isinstance(name, str) for name in absent):
+                raise TypeError("names should be texts")
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise FormatError(f"its metadata is not that of a packed model: {error}") from None
+        plain = {**tensors, **sparse}
+        for key, known in (("modules", entries), ("weights", layers.keys() - sparse), ("tied", plain)):
+            for name, first in texts[key].items():
+                if first not in known or name in known:
+                    raise FormatError(f"its metadata says that {name!r} is {first!r}, but one of them is not so.")
+        return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse)
+
+
+def _entry(table: Any, packed: Format) -> LayerEntry:
+    if table is None:  # a file that was written without a model
+        return LayerEntry(packed.dense_dtype)
+    stride, transposed, plan = table["stride"], table["transposed"], table["plan"]
+    if stride is not None:
+        stride = tuple(stride)
+        if len(stride) != 2 or any(type(step) is not int or not 0 < step < 2**31 for step in stride):
+            raise ValueError(f"a stride of {stride}")
+    if not isinstance(transposed, bool) or not isinstance(plan, str):
+        raise TypeError("transposed should be a truth value and plan a text")
+    return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride), plan)
+
+
+def take_apart(model: nn.Module, dtype: torch.dtype | None, absent: Iterable[str] = ()) -> Contents:
+    """Return what is in a model: packed layers, other tensors, and how they belong together.
+
+    Raises:
+        RecipeError: the model is itself a packed layer.
+        FormatError: state that is no tensor.
+    """
+    layers: dict[str, Format] = {}
+    entries: dict[str, LayerEntry] = {}
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, str] = {}
+    weights: dict[str, str] = {}
+    by_module: dict[int, str] = {}
+    by_weight: dict[int, str] = {}
+    own: set[str] = set()  # keys of the model's state that packed layers account for
+    for name, module in packed_layers(model).items():
+        inner = linear_of(module)
+        prefix = f"{name}." if name else ""
+        prefix += "linear." if inner is not module else ""
+        own |= {prefix + key for key in (*inner.names, "bias")}
+        if (first := by_module.setdefault(id(module), name)) != name:
+            modules[name] = first
+            continue
+        packed_as = PackedAs.of(module)
+        assert packed_as is not None
+        entries[name] = LayerEntry(dtype or inner.weight_dtype, packed_as, str(inner.plan))
+        if inner.bias is not None:
+            tensors[f"{name}.bias"] = inner.bias
+        if (first := by_weight.setdefault(id(inner.values), name)) != name:
+            weights[name] = first
+        else:
+            layers[name] = inner.packed
+    if "" in entries:
+        raise RecipeError("a bare packed layer has no name to be stored under. Put it into a module.")
+    tied: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        if name in own or name in absent:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise FormatError(f"{name}: the module's extra state is no tensor, and cannot be stored. Remove it first.")
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if (first := seen.setdefault(place, name)) != name:
+            tied[name] = first
+        else:
+            tensors[name] = tensor
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    sparse = {name: packed for name, tensor in tensors.items() if (packed := _without_zeros(tensor)) is not None}
+    shapes = {name: tuple(tensors.pop(name).shape) for name in sparse}
+    name = type(model).__name__
+    absent = tuple(sorted(absent))
+    return Contents(layers | sparse, entries, tensors, modules, weights, tied, machine(), name, absent, shapes)
+
+
+def _without_zeros(tensor: Tensor) -> Format | None:
+    """A weight that runs dense, packed for the file alone; None where that would not make it smaller."""
+    if tensor.ndim < 2 or tensor.dtype not in UNSCALED_DTYPES or not tensor.numel():
+        return None
+    matrix = tensor.detach().cpu().flatten(1)
+    if not (matrix == 0).any():
+        return None
+    packed = pack(matrix)
+    return packed if packed.nbytes < matrix.nbytes else None

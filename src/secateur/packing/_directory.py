@@ -1,0 +1,122 @@
+"""Model directories: a pruned one becomes a packed one, and a packed one a plain one again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from secateur._errors import FormatError
+from secateur.files import (
+    INDEX,
+    SINGLE,
+    ModelDirectory,
+    check_output,
+    copy_all_but_weights,
+    find_shards,
+    whole_directory,
+)
+from secateur.formats import VALUE_DTYPES
+from secateur.huggingface import Progress, load_model
+from secateur.packing._model import FILE, load_directory, save_with
+from secateur.packing._pack import pack_
+from secateur.reports import PackReport
+
+REPORT = "secateur.pack.json"
+
+
+def pack_directory(
+    source: str | Path,
+    output: str | Path,
+    *,
+    value_dtype: torch.dtype | str | None = None,
+    batch_sizes: Sequence[int] = (1, 8, 32, 128),
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    memory: float = 1.0,
+    cache: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda description, done, total: None,
+) -> PackReport:
+    """Pack a pruned Hugging Face model directory into another one that :func:`load` reads.
+
+    Args:
+        source: model directory with safetensors weights.
+        output: directory to write; it appears complete or not at all.
+        value_dtype: of packed weights; None for the checkpoint's own.
+        batch_sizes: see :func:`pack_`, like all up to ``cache``. Timed in float32, in which processors are fast.
+        include: glob patterns on qualified names.
+        exclude: glob patterns.
+        memory: times the dense bytes.
+        cache: a JSON file of measurements.
+        overwrite: replace an existing output directory.
+        progress: called with a description, and how much of how much is done.
+
+    Raises:
+        FormatError: the source is not a safetensors model directory, or the output cannot be written.
+        SparsityError: its other children, for layers and dtypes that do not fit.
+        ImportError: transformers is missing.
+    """
+    directory = ModelDirectory.open(source)
+    check_output(directory.path, Path(output), overwrite, directory.num_bytes)
+    progress("loading the model", 0, 1)
+    model, missing = load_model(directory, "cpu", with_head=True)
+    stored = directory.widest_dtype
+    if value_dtype is None and stored in VALUE_DTYPES:
+        value_dtype = stored
+    untrained = [name for name, _ in model.named_modules() if name in missing]
+    report = pack_(
+        model,
+        batch_sizes=batch_sizes,
+        value_dtype=value_dtype,
+        include=include,
+        exclude=(*exclude, *untrained),
+        memory=memory,
+        cache=cache,
+        progress=progress,
+    )
+    absent = [name for name in model.state_dict() if name.rpartition(".")[0] in missing]
+    progress("writing", 0, 1)
+    extra = {REPORT: report.to_json() + "\n"}
+    save_with(model, output, source=source, dtype=stored, overwrite=overwrite, absent=absent, extra=extra)
+    return report
+
+
+def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
+    """Write a packed model directory as a plain dense one, zeros included, that any tool reads.
+
+    Args:
+        source: what :func:`save` or :func:`pack_directory` wrote.
+        output: directory to write; it appears complete or not at all.
+        overwrite: replace an existing output directory.
+
+    Raises:
+        FormatError: the source is no packed model directory, or the output cannot be written.
+        ImportError: transformers is missing.
+    """
+    source, output = Path(source), Path(output)
+    if not source.is_dir():
+        what = "is a file, not a directory" if source.exists() else "does not exist"
+        raise FormatError(f"{source} {what}. Give a directory that secateur pack wrote.")
+    check_output(source, output, overwrite, 0)
+    model, contents = load_directory(source, dense=True, into=None, dtype=None)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    check_output(source, output, overwrite, size)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in contents.absent}
+    shards = (FILE,) if (source / FILE).exists() else find_shards(source)
+    with whole_directory(output) as made:
+        weights = made / ".weights"
+        try:
+            model.save_pretrained(weights, state_dict=state)  # type: ignore[operator]
+        except (OSError, SafetensorError):
+            raise
+        except Exception as error:  # whatever transformers makes of a config that it does not check
+            raise FormatError(f"{source} cannot be written by transformers: {error}") from None
+        found = [entry for entry in sorted(weights.iterdir()) if entry.name in (SINGLE, INDEX) or "-of-" in entry.name]
+        for entry in found:
+            entry.rename(made / entry.name)
+        shutil.rmtree(weights)
+        copy_all_but_weights(source, made, (*shards, INDEX, REPORT))

@@ -1,0 +1,217 @@
+"""The weights of a model that could run packed, each with what it would be packed as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import RecipeError, SparsityError
+from secateur._types import Weight, dtype_name
+from secateur.formats import Format, pack, stored_share
+from secateur.kernels import RoutePlan
+from secateur.layers import Layer, Replaceability, select_layers
+from secateur.nn import PackedAs, PackedConv2d, PackedLinear, linear_of, packed_layers, why_no_counterpart
+from secateur.packing._decide import Decision, decide
+from secateur.packing._measure import Measurement, key_of, measure
+from secateur.patterns import SparsityPattern, satisfied
+from secateur.reports import PackedLayer, SkippedLayer
+from secateur.timing import MeasurementCache, Timer
+
+PIXELS = (49, 196, 784, 3136)  # of 7 x 7 to 56 x 56 feature maps, at which convolutions are measured
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight with zeros, and what it would be packed.
+
+    Args:
+        name: of the first module.
+        modules: that use the weight; packed ones where the model has some already.
+        dense: the first of them, dense.
+        weight: ``[out, in]``.
+        packed: the same, packed.
+        patterns: that its zeros satisfy.
+        tied_to: names of the other modules.
+        pattern_was_found: from the zeros, rather than told by the history.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    dense: nn.Module
+    weight: Weight
+    packed: Format
+    patterns: tuple[SparsityPattern, ...]
+    tied_to: tuple[str, ...] = ()
+    pattern_was_found: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name, or words for the model itself, which has none."""
+        return self.name or "(the model itself)"
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the dense weight."""
+        return self.weight.nbytes
+
+    def decide(
+        self,
+        batches: Sequence[int],
+        memory: float,
+        cold: bool,
+        known: MeasurementCache[Measurement],
+        timer: Timer,
+    ) -> Decision:
+        """Return how the layer should run, from what is known of layers like it, or else measured now."""
+        rows = PIXELS if isinstance(self.dense, nn.Conv2d) else batches
+        key = key_of(self.weight, self.packed, type(self.dense).__name__, rows, cold)
+        measured = known.get(key)
+        if measured is None:
+            inputs = [(n, self._input(n)) for n in rows]
+            patterns = (*self.patterns, self.packed.pattern)
+            measured = measure(
+                self.dense, lambda plan: self._build(self.dense, plan), self.packed, inputs, patterns, cold, timer
+            )
+            known.put(key, measured, lasting=not measured.noisy)
+        return decide(measured, self.dense_bytes, memory)
+
+    def _input(self, rows: int) -> Tensor:
+        x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
+        if not isinstance(self.dense, nn.Conv2d):
+            return x
+        side = int(rows**0.5)
+        down, across = (side * stride for stride in self.dense.stride)
+        return (
+            x.T.reshape(1, -1, side, side)
+            .repeat_interleave(self.dense.stride[0], 2)
+            .repeat_interleave(self.dense.stride[1], 3)[:, :, :down, :across]
+            .contiguous()
+        )
+
+    def _build(
+        self, dense: nn.Module, plan: RoutePlan, like: PackedLinear | None = None
+    ) -> PackedLinear | PackedConv2d:
+        packed_as = PackedAs.of(dense)
+        assert packed_as is not None
+        made = packed_as.build(self.packed, dense.bias, plan, self.weight.dtype)  # type: ignore[arg-type]
+        if like is not None:
+            linear_of(made).share_(like)
+        return made.train(dense.training)
+
+    def packed_modules(self, plan: RoutePlan) -> list[tuple[nn.Module, nn.Module]]:
+        """Return each module with its replacement.
+
+        Those that share the weight share its tensors, and those that share the bias too are one module.
+        """
+        made: dict[int, PackedLinear | PackedConv2d] = {}
+        swaps: list[tuple[nn.Module, nn.Module]] = []
+        first: PackedLinear | None = None
+        for module in self.modules:
+            was_packed = isinstance(module, PackedLinear | PackedConv2d)
+            inside = linear_of(module) if was_packed else module  # type: ignore[arg-type]
+            if was_packed and inside.values is self.packed.values:
+                inside.plan = plan  # type: ignore[assignment]
+                continue
+            key = id(inside.bias)
+            if key not in made:
+                made[key] = self._build(self.dense if was_packed else module, plan, first)
+                first = first or linear_of(made[key])
+            swaps.append((module, made[key]))
+        return swaps
+
+    def report(self, decision: Decision) -> PackedLayer:
+        """Return what the report says of the layer."""
+        return PackedLayer(
+            name=self.name,
+            shape=self.packed.shape,
+            pattern=str(self.packed.pattern),
+            density=stored_share(self.packed),
+            format=self.packed.name,
+            value_dtype=dtype_name(self.packed.value_dtype),
+            error=self.packed.error(self.weight),
+            dense_bytes=self.dense_bytes,
+            stored_bytes=self.packed.nbytes,
+            runtime_bytes=decision.nbytes,
+            packed=decision.plan is not None,
+            reason=decision.reason,
+            choices=decision.choices,
+            tied_to=self.tied_to,
+        )
+
+
+def find_jobs(
+    model: nn.Module,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    dtype: torch.dtype | None,
+    known: Mapping[str, SparsityPattern],
+) -> tuple[list[Job], list[SkippedLayer]]:
+    """Return what to measure, and what to leave alone and why.
+
+    Args:
+        model: to pack.
+        include: globs; given, exactly these layers are considered, and packed ones are not measured again.
+        exclude: globs that win over ``include``.
+        dtype: of the values to store; None for the weights' own.
+        known: patterns that layers were pruned to, by name.
+    """
+    jobs = [] if include else _packed_jobs(model, exclude, dtype)
+    try:
+        layers, skipped = select_layers(model, include, exclude)
+    except RecipeError:
+        if not jobs or exclude:
+            raise
+        return jobs, []
+    replaceability = Replaceability(model, "use PackedLinear.from_linear")
+    for layer in layers:
+        weight = layer.matrix()
+        reason = _why_not(replaceability, layer, weight)
+        if reason is None:
+            try:
+                jobs.append(_job(layer, weight, dtype, known.get(layer.name)))
+            except SparsityError as error:
+                reason = f"cannot be packed: {str(error).splitlines()[0]}"
+        if reason is not None:
+            skipped.append(SkippedLayer(layer.name, type(layer.modules[0]).__name__, reason))
+    return jobs, skipped
+
+
+def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: SparsityPattern | None) -> Job:
+    patterns = satisfied(weight == 0) if known is None else (known,)
+    packed = pack(weight, dtype, patterns)
+    return Job(layer.name, layer.modules, layer.modules[0], weight, packed, patterns, layer.tied_to, known is None)
+
+
+def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None) -> list[Job]:
+    """Layers that are packed already, to be measured again as they are."""
+    if isinstance(model, PackedLinear | PackedConv2d):
+        raise RecipeError("a bare layer cannot be replaced in place; put it into a module.")
+    jobs: dict[int, Job] = {}
+    for name, module in packed_layers(model).items():
+        if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
+            continue
+        inner = linear_of(module)
+        weight = inner.weight
+        stored, patterns = inner.packed, (inner.pattern, *satisfied(weight == 0))
+        packed = stored if dtype in (None, stored.value_dtype) else pack(weight, dtype)
+        jobs[id(module)] = Job(name, (module,), module.to_dense(), weight, packed, patterns)
+    return list(jobs.values())
+
+
+def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> str | None:
+    """The reason that a layer cannot be packed, or None."""
+    for module in layer.modules:
+        reason = replaceability.why_not(module) or why_no_counterpart(module)
+        if reason is not None:
+            return reason
+    if weight.is_meta:
+        return "its weight is on the meta device, without values"
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}; kernels run on the processor"
+    if not bool((weight == 0).any()):
+        return "no zeros"
+    return None
