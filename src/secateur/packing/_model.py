@@ -23,6 +23,7 @@ from secateur.files import (
     check_place,
     copy_all_but_weights,
     find_shards,
+    read_header,
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES, Format, NMPacked
@@ -31,7 +32,7 @@ from secateur.kernels import Plan, candidates, default_plan
 from secateur.layers import kind_of, swap_modules_
 from secateur.nn import PackedConv2d, PackedLinear, pack_weight
 from secateur.packing import _autotune
-from secateur.packing._file import PackedFile, read_compressed_tensors, read_header, read_packed, write_packed
+from secateur.packing._file import PackedFile, read_compressed_tensors, read_packed, write_packed
 from secateur.packing._pack import pack_, packed_layers, unpack_
 from secateur.patterns import NM, Block, SparsityPattern
 from secateur.reports import PackReport
