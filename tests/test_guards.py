@@ -41,6 +41,7 @@ ROOMS = [
 
 PUBLIC = [
     "Block",
+    "Choice",
     "Column",
     "Evaluation",
     "FormatError",
@@ -55,6 +56,8 @@ PUBLIC = [
     "LotteryTicket",
     "Magnitude",
     "NM",
+    "PackReport",
+    "PackedLayer",
     "PackedLinear",
     "PatternError",
     "RIA",
@@ -232,7 +235,16 @@ def test_examples_in_docstrings_run(name, monkeypatch):
 
 def test_public_callables_have_examples():
     without = {"Importance", "Solver", "LayerKind", "LayerProblem", "LayerStatistics", "Solution", "verify"}
-    reports = {"Evaluation", "Histogram", "LayerReport", "Report", "SkippedLayer"}
+    reports = {
+        "Choice",
+        "Evaluation",
+        "Histogram",
+        "LayerReport",
+        "PackReport",
+        "PackedLayer",
+        "Report",
+        "SkippedLayer",
+    }
     errors = {name for name in PUBLIC if name.endswith("Error")}
     for name in set(PUBLIC) - without - reports - errors:
         assert ">>>" in getattr(secateur, name).__doc__, name

@@ -152,17 +152,19 @@ def test_totals_count_the_pruned_layers():
 
 def test_markdown_has_a_row_for_each_layer_and_skipped_module():
     text = REPORT.to_markdown()
-    assert "| blocks.0.mlp.up | 4 x 4 | 2:4 | 0.5 | 50.0000% | 0.1250 | 0.25 | shared with decoder.up; damping" in text
-    assert "| head | 2 x 3 | unstructured | 0.3 | 33.3333% |  | 0.00 |  |" in text
+    assert (
+        "| blocks.0.mlp.up | 4 x 4 | 2:4 | 0.5 | 50.00% | 0.1250 | 2 | 0.25 | shared with decoder.up; damping" in text
+    )
+    assert "| head | 2 x 3 | unstructured | 0.3 | 33.33% |  |  | 0.00 |  |" in text
     assert "| embed | Embedding | its weight is a table |\n| (root) | Root | no weight matrix |" in text
-    assert "| 4,096 tokens | 12.5 | 15.25 |" in text
+    assert "| perplexity | 4,096 | 12.50 | 15.25 | 1.220 |" in text
 
 
 def test_markdown_cells_hold_what_would_break_them():
     report = replace(REPORT, layers=(replace(LAYER, name=HOSTILE, notes=("a|b\nc",)),))
     rows = [line for line in report.to_markdown().splitlines() if "alert" in line]
     assert len(rows) == 1
-    assert rows[0].replace("\\|", "").count("|") == 9
+    assert rows[0].replace("\\|", "").count("|") == 10
     assert "<script>" not in rows[0]
 
 
@@ -181,7 +183,7 @@ def comparison() -> str:
 
 def test_page_shows_the_whole_report(page):
     text = Page(page).text
-    facts = ["45.45", "1 min 15 s", "12.50", "15.25", "1.220", "4,096 tokens", "Method wanda+refit"]
+    facts = ["45.45", "1 min 15 s", "12.50", "15.25", "1.220", "4,096", "Method wanda+refit"]
     facts += ["blocks.0.mlp.up", "head", "0.1250", "shared with decoder.up", "damping raised from 0.01 to 0.1"]
     facts += ["embed", "its weight is a table", "(root)", "no weight matrix"]
     facts += ['pattern = "2:4"', "torch", "2.9.0", "calibration.txt", "0123abcd" * 8, "model, batches, recipe=recipe"]
