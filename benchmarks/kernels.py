@@ -28,11 +28,21 @@ from torch import Tensor, nn
 
 from secateur import kernels
 from secateur.formats import ColumnPacked, RowPacked
-from secateur.kernels import BitmaskLayout, LaneLayout, Layout, PanelLayout, StripLayout, candidates, make_runner
-from secateur.kernels._routes import _Kernel
+from secateur.kernels import (
+    BitmaskLayout,
+    ColumnRoute,
+    GroupLayout,
+    Layout,
+    PanelLayout,
+    RowRoute,
+    TileLayout,
+    candidates,
+)
+from secateur.kernels._backends import backend_for
 
 Run = Callable[[Tensor], Tensor]
 CHOOSING = 3  # rounds
+CPU = torch.device("cpu")
 FLOAT, BFLOAT, INT8 = torch.float32, torch.bfloat16, torch.int8
 
 
@@ -67,15 +77,21 @@ CASES = [
 
 @dataclass
 class Prepared:
-    """A pruned weight and every way to run it."""
+    """A pruned weight and every route to run it by."""
 
     weight: Tensor
-    expected: Tensor  # what the ways should multiply by: the weight in its value type
-    ways: dict[str, tuple[Run, int]] = field(default_factory=dict)  # name: how, bytes it reads
+    expected: Tensor  # what the routes should multiply by: the weight in its value type
+    routes: dict[str, tuple[Run, int]] = field(default_factory=dict)  # name: how, bytes it reads
 
     def add(self, name: str, layout: Layout) -> None:
         self.expected = layout.to_dense()
-        self.ways[name] = (partial(_Kernel(layout), bias=None), layout.nbytes)  # as a packed layer calls it
+        self.routes[name] = (partial(self._run(layout), bias=None), layout.nbytes)
+
+    @staticmethod
+    def _run(layout: Layout) -> Callable[..., Tensor]:
+        """As a packed layer calls it."""
+        backend = backend_for(layout, layout.route, CPU, FLOAT)
+        return backend.prepare(layout, layout.route, FLOAT).run
 
 
 def prepare(case: Case, rows: int, columns: int) -> Prepared:
@@ -98,10 +114,10 @@ def prepare(case: Case, rows: int, columns: int) -> Prepared:
     prepared = Prepared(dense.masked_fill(~mask, 0), dense)
     weight, dtype = prepared.weight, case.dtype
     if kind == "block":
-        prepared.add("strips", StripLayout.pack(weight, mask, height=height, width=width, value_dtype=dtype))
+        prepared.add("tiles", TileLayout.pack(weight, mask, height=height, width=width, value_dtype=dtype))
         return prepared
     if kind != "unstructured":
-        prepared.add("lanes", LaneLayout.pack(weight, mask, n=n, m=m, value_dtype=dtype))
+        prepared.add("groups", GroupLayout.pack(weight, mask, n=n, m=m, value_dtype=dtype))
     prepared.add("bitmask", BitmaskLayout.pack(weight, mask, value_dtype=dtype))
     for width, height in [(128, 256), (256, 128), (512, 128), (32768, 64)]:
         layout = PanelLayout.pack(weight, mask, height=height, width=width, value_dtype=dtype)
@@ -115,12 +131,12 @@ def sliced(dense: Tensor, kind: str, keep: float) -> Prepared:
     kept = torch.randperm(dense.shape[axis])[: round(dense.shape[axis] * keep)].sort().values
     weight = torch.zeros_like(dense).index_copy_(axis, kept, dense.index_select(axis, kept))
     packed = (RowPacked if kind == "row" else ColumnPacked).from_dense(weight)
-    ways: dict[str, tuple[Run, int]] = {}
-    for way in candidates(packed):
-        if way.startswith(packed.name):
-            runner = make_runner(way, packed, torch.float32)
-            ways[way] = (partial(runner, bias=None), packed.values.nbytes)
-    return Prepared(weight, weight, ways)
+    routes: dict[str, tuple[Run, int]] = {}
+    for route in candidates(packed):
+        if isinstance(route, RowRoute | ColumnRoute):
+            prepared = kernels.prepare(packed, route, CPU, FLOAT)
+            routes[str(route)] = (partial(prepared.run, bias=None), packed.values.nbytes)
+    return Prepared(weight, weight, routes)
 
 
 def rivals(weight: Tensor, batch: int) -> dict[str, Run]:
@@ -178,13 +194,13 @@ def measure(case: Case, rows: int, columns: int, rounds: int, clock: Callable[[]
     for batch, target in case.targets.items():
         x = torch.randn(batch, columns)
         against = rivals(prepared.weight, batch)
-        for run, _ in prepared.ways.values():
+        for run, _ in prepared.routes.values():
             check(run, x, prepared.expected)
         for run in against.values():
             check(run, x, prepared.weight)
-        everyone = {**against, **{name: run for name, (run, _) in prepared.ways.items()}}
+        everyone = {**against, **{name: run for name, (run, _) in prepared.routes.items()}}
         trial = interleaved(everyone, x, CHOOSING, clock)
-        best = min(prepared.ways, key=lambda name: trial[name][0])
+        best = min(prepared.routes, key=lambda name: trial[name][0])
         dense = min(({"onednn", "mkl"} & set(against)) or {"eager"}, key=lambda name: trial[name][0])
         times = {name: record for name, (_, record) in interleaved(everyone, x, rounds, clock).items()}
         ours = statistics.median(times[best])
@@ -193,7 +209,7 @@ def measure(case: Case, rows: int, columns: int, rounds: int, clock: Callable[[]
             for label, name in [("eager", "eager"), ("prepacked", dense), ("csr", "csr")]
         }
         reached = {label: statistics.median(record) for label, record in ratio.items()}
-        least = max(prepared.ways[best][1] / bandwidth, nnz * batch / peak)
+        least = max(prepared.routes[best][1] / bandwidth, nnz * batch / peak)
         table.append(
             {
                 "structure": case.structure,

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.cli import app
+from secateur.cli._app import show
+from secateur.reports import Table, TableColumn
 
 transformers = pytest.importorskip("transformers")
 
@@ -122,7 +125,7 @@ def test_an_encoder_keeps_its_head_and_its_untrained_pooler_is_reported(bert, te
         bert, output, "--pattern", "block:4x4", "--sparsity", "0.5", "--calibration", text, *SMALL, "--evaluate", text
     )
     assert result.exit_code == 0, result.output
-    assert "output similarity: 1 before" in result.output
+    assert re.search(r"metric +tokens +before +after .*\n +output similarity +[\d,]+ +1\.000 ", result.output)
     before, after = weights(bert), weights(output)
     assert before.keys() == after.keys()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
@@ -341,6 +344,20 @@ def test_inspect_one_file(tmp_path):
     assert "75.00%" in result.output
 
 
+def test_tables_on_a_terminal(capsys):
+    """Cells as they are, empty columns left out, remarks below, nothing at all for a table without rows."""
+    columns = (
+        TableColumn("[b]name"),
+        TableColumn("n", is_number=True),
+        TableColumn("no"),
+        TableColumn("x", is_note=True),
+    )
+    rows = (("[red]a", "10", "", ""), ("b", "9", "", "remark [1]"))
+    show(Table("Empty", columns, ()), Table("The [i]title", columns, rows, ("A note.",), strong=((0, 1),)))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["The [i]title", "[b]name   n", "[red]a   10", "b         9", "b: remark [1]", "A note.", ""]
+
+
 def test_version_and_help():
     assert secateur.__version__ in run("--version").output
     assert "--calibration" in run("prune", "--help").output
@@ -364,6 +381,7 @@ def test_missing_transformers_names_the_extra(llama, tmp_path, monkeypatch):
     assert 'pip install "secateur[transformers]"' in result.stderr
 
 
+@pytest.mark.slow
 def test_the_installed_command_prints_plain_progress_lines(llama, tmp_path):
     """In a process of its own, as users run it: lines on stderr, the table on stdout, nothing else."""
     command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", str(llama)]
@@ -399,12 +417,14 @@ def kernels_win(monkeypatch):
 def test_pack_and_export_bring_back_every_weight(llama, tmp_path, kernels_win):
     pruned, packed, dense = (tmp_path / name for name in ("pruned", "packed", "dense"))
     assert prune(llama, pruned, "--sparsity", "0.8", "--method", "magnitude").exit_code == 0
-    result = run("pack", pruned, "--output", packed, "--cache", tmp_path / "cache.json")
+    page = tmp_path / "page.html"
+    result = run("pack", pruned, "--output", packed, "--cache", tmp_path / "cache.json", "--html", page)
     assert result.exit_code == 0, result.output
     assert "packed 14 of 14 layers with zeros" in result.stdout
-    assert "bitmask bfloat16" in result.stdout
+    assert re.search(r"unstructured +20\.\d% +bitmask +bfloat16 ", result.stdout)
     assert "output head" in result.stdout
     assert (tmp_path / "cache.json").exists()
+    assert "model.layers.0.mlp.up_proj" in page.read_text(encoding="utf-8").replace("<wbr>", "")
     model = secateur.load(packed, dtype=torch.float32)
     ids = torch.arange(8)[None]
     with torch.no_grad():
@@ -471,7 +491,9 @@ def test_bench_measures_a_random_layer(kernels_win, pattern, tmp_path):
             assert entry["error"] < _bench._TOLERANCE.get(contender, _bench._EXACT)
     text = page.read_text(encoding="utf-8")
     assert "32x64" in text
-    assert "http" not in text
+    assert '<i style="width:100.0%">' in text
+    assert "http:" not in text
+    assert "https:" not in text
     assert "<script" not in text
     assert "4.00 (4.00-4.00)" in run(*arguments).stdout
 

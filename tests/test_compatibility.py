@@ -157,7 +157,7 @@ def test_reports():
     assert [layer.name for layer in packed.layers] == ["0"]
     assert packed.layers[0].packed
     assert [choice.rows for choice in packed.layers[0].choices] == [1, 8]
-    assert all(choice.way for choice in packed.layers[0].choices)
+    assert all(choice.route for choice in packed.layers[0].choices)
 
 
 def test_measurements():

@@ -17,6 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(_demo, "HELDOUT_WINDOWS", 16)
 
 
+@pytest.mark.slow
 def test_the_demo_prunes_the_model_that_the_package_carries(small, tmp_path):
     steps = []
     rows = _demo.run(tmp_path, lambda description, done, total: steps.append((done, total)))
@@ -33,7 +34,7 @@ def test_the_demo_prunes_the_model_that_the_package_carries(small, tmp_path):
         assert better["error"] < worse["error"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "unstructured 70 %" in page
-    assert json.dumps(rows)
+    assert json.loads(json.dumps(rows)) == rows
 
 
 def test_the_model_knows_its_language(small):
@@ -44,6 +45,7 @@ def test_the_model_knows_its_language(small):
     assert math.isfinite(perplexity)
 
 
+@pytest.mark.slow
 def test_pruning_a_copy_leaves_the_model_alone(small):
     demo = _demo.DemoModel()
     before = demo.perplexity(demo.model)
@@ -58,6 +60,7 @@ def test_calibration_windows_follow_the_seed(small):
     assert any((a["input_ids"] != b["input_ids"]).any() for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_the_last_act_packs_the_pruned_model_and_measures_it(small, monkeypatch):
     monkeypatch.setattr(_demo, "PACKED", (("unstructured", 0.9),))
     monkeypatch.setattr(_demo, "INPUTS", ((1, 1), (2, 8)))
@@ -72,4 +75,8 @@ def test_the_last_act_packs_the_pruned_model_and_measures_it(small, monkeypatch)
         assert row["packed_bytes"] < 0.3 * row["dense_bytes"]  # 3.7 million of them pruned at 90 %
         assert row["difference"] < 1e-4
         assert min(row["dense_speed"], row["packed_speed"], row["ratio"]) > 0
-    assert json.dumps(rows)
+    assert json.loads(json.dumps(rows)) == rows
+    assert [row[:2] for row in _demo.packed_runs_table(rows).rows] == [
+        ("unstructured 90 %", "1 x 1"),
+        ("unstructured 90 %", "2 x 8"),
+    ]

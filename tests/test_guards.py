@@ -42,6 +42,7 @@ ROOMS = [
 
 PUBLIC = [
     "Block",
+    "Choice",
     "Column",
     "Evaluation",
     "FormatError",
@@ -56,6 +57,8 @@ PUBLIC = [
     "LotteryTicket",
     "Magnitude",
     "NM",
+    "PackReport",
+    "PackedLayer",
     "PackedLinear",
     "PatternError",
     "RIA",
@@ -233,7 +236,16 @@ def test_examples_in_docstrings_run(name, monkeypatch):
 
 def test_public_callables_have_examples():
     without = {"Importance", "Solver", "LayerKind", "LayerProblem", "LayerStatistics", "Solution", "verify"}
-    reports = {"Evaluation", "Histogram", "LayerReport", "Report", "SkippedLayer"}
+    reports = {
+        "Choice",
+        "Evaluation",
+        "Histogram",
+        "LayerReport",
+        "PackReport",
+        "PackedLayer",
+        "Report",
+        "SkippedLayer",
+    }
     errors = {name for name in PUBLIC if name.endswith("Error")}
     for name in set(PUBLIC) - without - reports - errors:
         assert ">>>" in getattr(secateur, name).__doc__, name

@@ -28,14 +28,14 @@ def test_a_weaker_pattern_that_follows_is_not_repeated():
     assert [pattern for pattern in satisfied(tiles) if isinstance(pattern, Block)] == [Block(16, 16)]
 
 
-def test_one_wrong_weight_spoils_it():
+def test_one_wrong_weight_breaks_the_pattern():
     zero = ~NM(2, 4).mask(torch.rand(64, 64, generator=torch.Generator().manual_seed(0)))
     row, column = (int(index) for index in zero.nonzero()[0])
     zero[row, column] = False
     assert NM(2, 4) not in satisfied(zero)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_file_summary(tmp_path, dtype):
     weight = torch.ones(8, 8)
     weight[:, ::2] = -0.0
@@ -61,8 +61,8 @@ def test_convolution_is_read_as_out_by_rest():
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 5), (1, 7)])
 def test_odd_shapes(shape):
-    satisfied(torch.zeros(shape, dtype=torch.bool))
-    satisfied(torch.ones(shape, dtype=torch.bool))
+    assert satisfied(torch.zeros(shape, dtype=torch.bool)) == ()
+    assert satisfied(torch.ones(shape, dtype=torch.bool)) == ((Row(), Column()) if 0 not in shape else ())
 
 
 def test_what_is_no_model(tmp_path):

@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import FormatError
-from secateur.files import INDEX, SINGLE, ModelDirectory, check_output, whole_directory, write_text
+from secateur.files import (
+    INDEX,
+    SINGLE,
+    ModelDirectory,
+    check_output,
+    read_header,
+    whole_directory,
+    write_safetensors,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -96,9 +105,11 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_old(single, tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("secateur.files._directory.save_file", full)
-    with pytest.raises(FormatError, match="disk is full"):
+    monkeypatch.setattr("secateur.files._whole.save_file", full)
+    with pytest.raises(FormatError, match="disk is full") as refused:
         ModelDirectory.open(single).write_pruned(output, {}, {}, overwrite=True)
+    assert str(refused.value).startswith(f"{output / SINGLE} could not be written")  # not a temporary name
+    assert "partial" not in str(refused.value)
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "old"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -246,19 +257,95 @@ def test_json_of_the_wrong_form(single, name, content):
         ModelDirectory.open(single)
 
 
-def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "page.html"
-    write_text(path, "old")
-    assert path.read_text() == "old"
+def fill_text(path):
+    write_text(path, "new")
 
-    def fail(source, target):
+
+def fill_tensors(path):
+    write_safetensors(path, {"a": torch.ones(3)}, {"by": "test"})
+
+
+def fill_directory(path):
+    with whole_directory(path) as partial:
+        (partial / "folder").mkdir()
+        (partial / "folder" / "file").write_text("new")
+
+
+def old(path, write):
+    """Put something at the path that the writer replaces."""
+    path.mkdir() if write is fill_directory else path.write_text("old")
+
+
+WRITERS = [fill_text, fill_tensors, fill_directory]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_new_has_the_usual_mode_and_folders_are_made(tmp_path, write, umask):
+    path = tmp_path / "a" / "b"
+    before = os.umask(umask)
+    try:
+        write(path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_is_replaced_keeps_its_mode_and_links_to_it(tmp_path, write):
+    path, link = tmp_path / "path", tmp_path / "link"
+    old(path, write)
+    path.chmod(0o750)
+    link.symlink_to(path)
+    write(link)
+    assert link.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
+    assert list(path.iterdir()) if path.is_dir() else path.read_bytes() != b"old"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "path"]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("step", ["flush", "rename"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, write, exists, step):
+    path = tmp_path / "path"
+    if exists:
+        old(path, write)
+
+    def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(FormatError, match="No space"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in path.parent.iterdir()] == ["page.html"]
+    rename = "pathlib.Path.rename" if write is fill_directory else "os.replace"
+    monkeypatch.setattr("os.fsync" if step == "flush" else rename, fail)
+    rest = "The old path is as it was" if exists else "Nothing was left behind"
+    with pytest.raises(FormatError, match=rf"(?s)path could not be written: .*No space.*disk is full.*{rest}"):
+        write(path)
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["path"][:exists]
+    if exists:
+        assert not list(path.iterdir()) if path.is_dir() else path.read_text() == "old"
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_places_that_cannot_be_written(tmp_path, write):
+    (tmp_path / "file").touch()
+    write(tmp_path / ("x" * 250))  # a name that is just allowed, however long that of the temporary file
+    (tmp_path / ("x" * 250)).rename(tmp_path / "written")
+    for path in (tmp_path / "file" / "path", tmp_path / ("x" * 300)):
+        with pytest.raises(FormatError, match=r"could not be written.*\nCheck the path"):
+            write(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", "written"}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    write_text(tmp_path / "text", "\N{SNOWMAN}\n")
+    assert (tmp_path / "text").read_bytes() == "\N{SNOWMAN}\n".encode()
+    fill_tensors(tmp_path / "tensors")
+    assert load_file(tmp_path / "tensors")["a"].tolist() == [1, 1, 1]
+    assert read_header(tmp_path / "tensors") == ({"a"}, {"by": "test"})
+    fill_directory(tmp_path / "directory")
+    assert (tmp_path / "directory" / "folder" / "file").read_text() == "new"
 
 
 def test_overwrite_deletes_nothing_but_a_model(single, tmp_path):
@@ -268,7 +355,7 @@ def test_overwrite_deletes_nothing_but_a_model(single, tmp_path):
     shutil.rmtree(notes)
     notes.mkdir()
     (notes / "thesis.txt").write_text("years of work")
-    with pytest.raises(FormatError, match="something else than a model"):
+    with pytest.raises(FormatError, match="something other than a model"):
         ModelDirectory.open(single).write_pruned(notes, {}, {}, overwrite=True)
     assert (notes / "thesis.txt").exists()
 

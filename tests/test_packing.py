@@ -159,7 +159,7 @@ def test_pack_replaces_what_wins_and_the_outputs_stay(monkeypatch):
     assert first.error == 0
     assert first.density == pytest.approx(0.3, abs=0.01)
     assert [choice.rows for choice in first.choices] == [1, 8, 32, 128]
-    assert {choice.way for choice in first.choices} == {"bitmask"}
+    assert {choice.route for choice in first.choices} == {"bitmask"}
     assert {choice.ratio for choice in first.choices} == {4.0}
     assert first.dense_bytes == 4 * 48 * 64
     assert first.stored_bytes == model[0].nbytes < first.dense_bytes
@@ -366,7 +366,7 @@ def test_without_kernels_only_dense_ways_are_measured(monkeypatch):
     model = pruned(nn.Linear(64, 64))
     report = secateur.pack_(model)
     assert type(model[0]) is nn.Linear
-    assert {choice.way for choice in report.layers[0].choices} <= {"prepacked", "dense"}
+    assert {choice.route for choice in report.layers[0].choices} <= {"prepacked", "dense"}
     winner(monkeypatch, "rows")
     monkeypatch.setattr("secateur.kernels._plan.has_kernels", lambda: False)
     model = pruned(nn.Linear(64, 64), pattern="row")

@@ -33,9 +33,12 @@ from secateur.patterns import SparsityPattern as SparsityPattern
 from secateur.patterns import Unstructured as Unstructured
 from secateur.pruning import Recipe as Recipe
 from secateur.pruning import prune_ as prune_
+from secateur.reports import Choice as Choice
 from secateur.reports import Evaluation as Evaluation
 from secateur.reports import Histogram as Histogram
 from secateur.reports import LayerReport as LayerReport
+from secateur.reports import PackedLayer as PackedLayer
+from secateur.reports import PackReport as PackReport
 from secateur.reports import Report as Report
 from secateur.reports import SkippedLayer as SkippedLayer
 from secateur.solvers import RIA as RIA

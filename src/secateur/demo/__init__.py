@@ -5,5 +5,6 @@ from secateur.demo._demo import LENGTH as LENGTH
 from secateur.demo._demo import METHODS as METHODS
 from secateur.demo._demo import TARGETS as TARGETS
 from secateur.demo._demo import DemoModel as DemoModel
+from secateur.demo._demo import packed_runs_table as packed_runs_table
 from secateur.demo._demo import run as run
 from secateur.demo._demo import run_packed as run_packed

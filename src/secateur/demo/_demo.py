@@ -1,4 +1,4 @@
-"""The demo: the language model that comes with secateur, pruned by every method under several patterns."""
+"""The demo: the language model that comes with secateur, pruned by every method under several patterns, and packed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from secateur.files import ModelDirectory, check_place, write_text
 from secateur.huggingface import load_model, load_tokenizer
 from secateur.packing import pack_, save
 from secateur.pruning import Recipe, method_name, prune_
-from secateur.reports import Comparison, Report, comparison_page
+from secateur.reports import Comparison, Report, Table, TableColumn, comparison_page
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "magnitude+refit", "wanda+refit", "sparsegpt+refit")
 TARGETS: tuple[tuple[str, float | None], ...] = (
@@ -35,9 +35,9 @@ LENGTH = 256  # tokens in a window, the context that the model was trained with
 HELDOUT_WINDOWS = 96
 
 INTRO = (
-    "A Llama with 4.2 million parameters, trained on the source of the Python standard library. Every row prunes it "
-    "afresh, calibrated on modules it was trained on, and measures perplexity on modules that it never saw. It is a "
-    "small model: read the order of the methods from it, not the size of their gaps in a large one."
+    "A Llama with 4.2 million parameters, trained on the source of the Python standard library. Each row is one run: "
+    "the model is pruned, calibrated on modules that it was trained on, and its perplexity is measured on modules that "
+    "it never saw. It is a small model: read the order of the methods from it, not the size of the gaps in a large one."
 )
 
 
@@ -79,7 +79,7 @@ class DemoModel:
 
 
 def target_name(pattern: str, sparsity: float | None) -> str:
-    """What runs are compared at, in words."""
+    """Return what runs are compared at, in words."""
     return pattern if sparsity is None else f"{pattern} {round(100 * sparsity)} %"
 
 
@@ -115,7 +115,7 @@ def run(output: Path, progress: Callable[[str, float, float], None]) -> list[dic
     return [asdict(row) for row in rows]
 
 
-# What the last act packs: a target at which the best method loses little, and one at which kernels gain much.
+# What is packed: a target at which the best method loses little, and one at which kernels gain much.
 PACKED: tuple[tuple[str, float | None], ...] = (("unstructured", 0.7), ("unstructured", 0.9))
 INPUTS = ((1, 1), (1, 64), (8, 64))  # windows and tokens: one token of an answer, a prompt, a batch of prompts
 ROUNDS = 15
@@ -146,8 +146,32 @@ def run_packed(progress: Callable[[str, float, float], None]) -> list[dict[str, 
     return rows
 
 
+def packed_runs_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return what :func:`run_packed` returned as a table."""
+    headings = ("weights, dense", "packed file", "tokens/s, dense", "packed", "ratio", "largest difference")
+    columns = (
+        TableColumn("packed"),
+        TableColumn("input"),
+        *(TableColumn(heading, is_number=True) for heading in headings),
+    )
+    cells = tuple(
+        (
+            row["target"],
+            f"{row['windows']} x {row['tokens']}",
+            f"{row['dense_bytes'] / 1e6:.1f} MB",
+            f"{row['packed_bytes'] / 1e6:.1f} MB",
+            f"{row['dense_speed']:,.0f}",
+            f"{row['packed_speed']:,.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['difference']:.0e}",
+        )
+        for row in rows
+    )
+    return Table("The best of them, packed; input is windows x tokens", columns, cells)
+
+
 def _bytes_on_disk(model: nn.Module) -> int:
-    """Of the one file that holds all weights without their zeros."""
+    """Return the size of the one file that holds all weights without their zeros."""
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "model", tokenizer=None)
         return sum(file.stat().st_size for file in (Path(folder) / "model").glob("*.safetensors"))

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur._errors import FormatError
+from secateur.files._place import check_output
+from secateur.files._safetensors import open_safetensors
+from secateur.files._whole import whole_directory, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf"})
-
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -77,7 +73,7 @@ class ModelDirectory:
 
     @property
     def widest_dtype(self) -> torch.dtype:
-        """The dtype that holds all stored floating-point tensors, whatever the config says; float32 without any."""
+        """The dtype that holds all stored floating-point tensors, whatever the config says; else float32."""
         dtypes: set[torch.dtype] = set()
         for shard in self.shards:
             with open_safetensors(self.path / shard) as file:
@@ -93,14 +89,15 @@ class ModelDirectory:
     def find(self, name: str, weight: Tensor) -> str | None:
         """Return the name under which the checkpoint stores a parameter, or None.
 
-        A base model's parameters may bear a prefix in the checkpoint, or lack one; values decide, bit for bit.
+        A base model's parameters may have a prefix in the checkpoint, or lack one. Of names that end alike, the one
+        whose values are equal bit for bit is the right one.
 
         Args:
             name: qualified name of the parameter in the model.
             weight: its value, as it was loaded.
         """
         alike = [n for n in self.tensors if n == name or n.endswith(f".{name}") or name.endswith(f".{n}")]
-        for stored in sorted(alike, key=lambda n: n != name):  # the very name first: others may be copies of it
+        for stored in sorted(alike, key=lambda n: n != name):  # the same name first: others may be copies of it
             tensor = self.read(stored)
             if tensor.shape == weight.shape:
                 loaded = weight.detach().cpu().to(tensor.dtype)
@@ -132,8 +129,8 @@ class ModelDirectory:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 for name in tensors.keys() & replaced.keys():
                     tensors[name] = replaced[name].detach().cpu().to(tensors[name].dtype).contiguous()
-                save_file(tensors, partial / shard, metadata=metadata)
-                shutil.copymode(self.path / shard, partial / shard)  # save_file makes it private
+                write_safetensors(partial / shard, tensors, metadata)
+                shutil.copymode(self.path / shard, partial / shard)
             for name, text in extra.items():
                 (partial / name).write_text(text, encoding="utf-8")
 
@@ -144,7 +141,7 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
     Args:
         source: the model.
         target: an existing directory.
-        shards: files that hold its weights, besides those that their ending gives away.
+        shards: files that hold its weights; files with the ending of a weights format are left out, too.
     """
     for entry in sorted(source.rglob("*")):
         relative = entry.relative_to(source)
@@ -155,7 +152,7 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
 
 
 def find_shards(path: Path) -> tuple[str, ...]:
-    """Names of the safetensors files that make up the model in a directory.
+    """Return the names of the safetensors files that make up the model in a directory.
 
     Raises:
         FormatError: there is none, only pickled weights, or an index that cannot be right.
@@ -181,141 +178,6 @@ def find_shards(path: Path) -> tuple[str, ...]:
             "(from_pretrained) and save it again with model.save_pretrained(NEW_DIRECTORY)."
         )
     raise FormatError(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file for reading tensor by tensor.
-
-    Raises:
-        FormatError: the file is missing, truncated or no safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is not a readable safetensors file: {error}.") from None
-
-
-def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) -> None:
-    """Raise unless ``output`` may be written: worth asking before hours of work.
-
-    Raises:
-        FormatError: it exists and ``overwrite`` is off, is the source, is no directory, or does not fit on the disk.
-    """
-    existing = check_place(output)
-    for entry in source.rglob("*"):
-        if not entry.exists():
-            raise FormatError(f"{entry} is a link to nothing. Complete the model directory first.")
-        if entry.is_symlink() and entry.is_dir():
-            raise FormatError(f"{entry} is a link to a directory. Copy the model without such links first.")
-    if output.resolve() != source.resolve() and output.resolve().is_relative_to(source.resolve()):
-        raise FormatError(f"{output} is inside the model that is read. Give an output directory outside of it.")
-    if output.exists():
-        if not output.is_dir():
-            raise FormatError(f"{output} is a file. Give another output directory.")
-        if output.resolve() == source.resolve() or source.resolve().is_relative_to(output.resolve()):
-            raise FormatError(f"{output} holds the model that is read. Give another output directory.")
-        if not overwrite:
-            raise FormatError(f"{output} already exists. Give another output directory, or --overwrite to replace it.")
-        if any(output.iterdir()) and not (output / "config.json").is_file():
-            raise FormatError(
-                f"{output} holds something else than a model, which --overwrite would delete. "
-                "Give another output directory."
-            )
-    free = shutil.disk_usage(existing).free
-    if free < num_bytes:
-        raise FormatError(f"{output} needs {num_bytes:,} bytes, but the disk has {free:,} left. Free some space first.")
-
-
-def check_place(path: Path) -> Path:
-    """Return the nearest existing directory above a path to write; worth asking before hours of work, too.
-
-    Raises:
-        FormatError: nothing can be made there.
-    """
-    parent = path.absolute().parent
-    try:
-        path.exists()  # raises for a name that is too long
-        existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    except OSError as error:
-        raise FormatError(f"{path} cannot be made: {error.strerror}.") from None
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise FormatError(f"{path} cannot be made: {existing} is not a directory that you may write to.")
-    return existing
-
-
-@contextmanager
-def whole_directory(output: Path) -> Iterator[Path]:
-    """A directory beside ``output`` to fill; it takes the place of ``output`` if the block ends well, else it goes.
-
-    Raises:
-        FormatError: the disk is full or refuses.
-    """
-    partial: Path | None = None
-    try:
-        output = output.resolve()  # what a link points to is replaced, not the link
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-        partial.chmod(0o777 & ~umask())
-        yield partial
-        _sync(partial)
-        _replace(partial, output)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        advice = "The disk is full: free some space and run again." if full else "Check the path and its permissions."
-        raise FormatError(f"{output} could not be written: {error}.\n{advice} Nothing was left behind.") from None
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file: complete, or not at all.
-
-    Raises:
-        FormatError: it cannot be written.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise FormatError(f"{path} could not be written: {error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _replace(partial: Path, output: Path) -> None:
-    if not output.exists():
-        partial.rename(output)
-        return
-    # A directory cannot be renamed over another: step the old one aside, and back if the new one cannot take its place.
-    old = partial.with_suffix(".old")
-    try:
-        output.rename(old)
-        partial.rename(output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Flush every file to the disk, so that a later rename never points at files that a crash emptied."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:

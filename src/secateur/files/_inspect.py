@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from secateur._errors import FormatError
-from secateur.files._directory import find_shards, open_safetensors
+from secateur.files._directory import find_shards
+from secateur.files._safetensors import open_safetensors
 from secateur.patterns import SparsityPattern, satisfied
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.files import open_safetensors, umask
+from secateur.files import open_safetensors, write_safetensors
 from secateur.nn import sparse_layers, sparsify_
 from secateur.patterns import SparsityPattern, check_sparsity
 from secateur.schedules import Schedule
@@ -212,15 +209,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         return {"value": value}
 
     header = json.dumps(without_tensors(state, "state"))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata={_METADATA: header})
-        partial.chmod(0o666 & ~umask())  # save_file makes it private
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{path} could not be written: {error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    write_safetensors(path, tensors, {_METADATA: header})
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Which layers gain by running packed, and how is a packed model kept?"""
 
-from secateur.packing._bench import CONTENDERS as CONTENDERS
-from secateur.packing._bench import OURS as OURS
-from secateur.packing._bench import bench_cell as bench_cell
+from secateur.packing._bench import BENCH_UNIT as BENCH_UNIT
+from secateur.packing._bench import bench_dict as bench_dict
 from secateur.packing._bench import bench_directory as bench_directory
 from secateur.packing._bench import bench_page as bench_page
-from secateur.packing._bench import bench_table as bench_table
+from secateur.packing._bench import bench_tables as bench_tables
 from secateur.packing._bench import bench_weight as bench_weight
 from secateur.packing._bench import made_weight as made_weight
 from secateur.packing._decide import Decision as Decision

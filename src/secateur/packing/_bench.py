@@ -1,8 +1,7 @@
-"""How fast this machine runs a pruned layer by every means there is: a table, and a page with bars."""
+"""How fast this machine runs a pruned layer by every means there is."""
 
 from __future__ import annotations
 
-import html
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,11 +25,16 @@ from secateur.layers import select_layers
 from secateur.nn import PackedLinear
 from secateur.packing._measure import machine
 from secateur.patterns import SparsityPattern, satisfied
+from secateur.reports import Table, TableColumn, bars, tables_page
 from secateur.timing import Timer, ratios, time_in_turn
 
 OURS = {"ours": torch.float32, "ours bfloat16": torch.bfloat16, "ours int8": torch.int8}
 OTHERS = ("prepacked dense", "torch CSR", "int8 dynamic dense")
 CONTENDERS = (*OTHERS, *OURS)
+BENCH_UNIT = (
+    "Speed as a multiple of eager F.linear in float32: medians of calls measured in turn, quartiles in brackets, "
+    "and the route that was fastest."
+)
 
 _TOLERANCE = {"ours bfloat16": 2e-2, "ours int8": 4e-2, "int8 dynamic dense": 8e-2}  # of the largest output
 _EXACT = 1e-4
@@ -48,7 +52,7 @@ class Result:
         layer: what it is, as text.
         rows: of the input.
         contender: one of ``CONTENDERS``.
-        way: that won, for ours.
+        route: that won, for ours.
         ratio: time of eager ``F.linear`` in float32 over its own, median of pairs measured in turn; None where it
             cannot run.
         low: lower quartile of the pairs.
@@ -62,7 +66,7 @@ class Result:
     layer: str
     rows: int
     contender: str
-    way: str = ""
+    route: str = ""
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
@@ -216,62 +220,44 @@ def _size(shape: Sequence[int]) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-def bench_table(results: Sequence[Result]) -> dict[str, Any]:
+def bench_dict(results: Sequence[Result]) -> dict[str, Any]:
     """Return results as JSON-ready dicts, with the machine."""
     return {"machine": machine(), "results": [asdict(result) for result in results]}
 
 
-def bench_cell(result: Result) -> str:
-    """Return a result as a few characters: the ratio and the quartiles around it."""
-    if result.ratio is None:
-        return "-"
-    return f"{result.ratio:.2f} ({result.low:.2f}-{result.high:.2f})"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>secateur bench</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1c1d22; }}
-h2 {{ font-size: 1.05rem; margin: 2rem 0 .4rem; }}
-table {{ border-collapse: collapse; width: 100%; }}
-td {{ padding: .15rem .5rem .15rem 0; white-space: nowrap; vertical-align: middle; }}
-td.bar {{ width: 60%; }}
-.bar div {{ height: .9rem; border-radius: 2px; background: #9aa3b2; min-width: 1px; }}
-.bar div.ours {{ background: #2f7d5b; }}
-.way, .machine {{ color: #6a6f7a; font-size: .85rem; }}
-tr.first td {{ border-top: 1px solid #e3e5ea; padding-top: .5rem; }}
-@media (prefers-color-scheme: dark) {{
-  body {{ background: #16181d; color: #e6e8ec; }} tr.first td {{ border-color: #33363f; }}
-}}
-</style></head><body>
-<h1>secateur bench</h1>
-<p>Speed as a multiple of eager <code>F.linear</code> in float32: medians of calls measured in turn, quartiles in
-brackets. Longer is faster.</p>
-<p class="machine">{machine}</p>
-{tables}
-</body></html>
-"""
-
-
-def bench_page(results: Sequence[Result]) -> str:
-    """Return results as one HTML page that loads nothing from anywhere."""
+def bench_tables(results: Sequence[Result]) -> list[Table]:
+    """Return a table for each layer: a row for each batch, a column for each contender."""
     tables = []
     for layer in dict.fromkeys(result.layer for result in results):
         own = [result for result in results if result.layer == layer]
+        by_cell = {(result.rows, result.contender): result for result in own}
+        batches = list(dict.fromkeys(result.rows for result in own))
+        contenders = list(dict.fromkeys(result.contender for result in own))
         longest = max([1.0, *(result.ratio for result in own if result.ratio is not None)])
+        columns = [TableColumn("batch"), TableColumn("F.linear", is_number=True)]
+        for contender in contenders:
+            ratios = [by_cell[rows, contender].ratio for rows in batches]
+            columns.append(TableColumn(contender, is_number=True, bars=bars(ratios, longest)))
         lines = []
-        for number, result in enumerate(own):
-            first = number == 0 or own[number - 1].rows != result.rows
-            width = 100 * (result.ratio or 0) / longest
-            kind = "ours" if result.contender in OURS else ""
-            bar = f'<div class="{kind}" style="width:{width:.1f}%"></div>' if result.ratio else ""
-            text = html.escape(bench_cell(result) if result.ratio else result.note)
-            lines.append(
-                f"<tr{' class=first' if first else ''}><td>{f'batch {result.rows}' if first else ''}</td>"
-                f'<td>{html.escape(result.contender)}</td><td class="bar">{bar}</td>'
-                f'<td>{text} <span class="way">{html.escape(result.way)}</span></td></tr>'
-            )
-        tables.append(f"<h2>{html.escape(layer)}</h2>\n<table>\n" + "\n".join(lines) + "\n</table>")
+        for rows in batches:
+            cells = [by_cell[rows, contender] for contender in contenders]
+            dense = next((cell.dense_seconds for cell in cells if cell.dense_seconds is not None), None)
+            dense_time = "" if dense is None else f"{1000 * dense:.3f} ms"
+            lines.append((str(rows), dense_time, *map(_speed, cells)))
+        notes = dict.fromkeys(f"{result.contender}: {result.note}" for result in own if result.note)
+        tables.append(Table(layer, tuple(columns), tuple(lines), tuple(notes)))
+    return tables
+
+
+def _speed(result: Result) -> str:
+    """The ratio, the quartiles around it and, for ours, the route that won."""
+    if result.ratio is None:
+        return ""
+    return f"{result.ratio:.2f} ({result.low:.2f}-{result.high:.2f})\n{result.route}".rstrip()
+
+
+def bench_page(results: Sequence[Result]) -> str:
+    """Return results as one HTML page, which loads nothing and needs no further library."""
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
-    return _PAGE.format(machine=html.escape(where), tables="\n".join(tables))
+    lead = (f"{BENCH_UNIT} Longer bars are faster.", f"Measured on: {where}.")
+    return tables_page("secateur bench", lead, (), bench_tables(results))

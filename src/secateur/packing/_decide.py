@@ -71,11 +71,11 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
     reason = ""
     if slowest.ratio < LOSS:
         reason = (
-            f"at batch {slowest.rows} the best within {memory:g} times the dense bytes ({slowest.way}) takes "
+            f"at batch {slowest.rows} the best within {memory:g} times the dense bytes ({slowest.route}) takes "
             f"{1 / slowest.ratio:.2f} of the dense layer's time"
         )
     elif not any(choice.ratio >= GAIN and choice.low > 1 for choice in choices):
-        reason = f"nothing is faster than dense beyond noise: at best {fastest.ratio:.2f} ({fastest.way})"
+        reason = f"nothing is faster than dense beyond noise: at best {fastest.ratio:.2f} ({fastest.route})"
     return Decision(None if reason else RoutePlan.of(list(taken.items())), reason, choices, 0 if reason else nbytes)
 
 

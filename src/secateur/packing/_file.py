@@ -6,33 +6,26 @@ or ``sparse-24-bitmask`` are read too; its current versions no longer do.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur._errors import FormatError, PatternError
-from secateur.files import check_place, find_shards, open_safetensors
+from secateur.files import check_place, find_shards, open_safetensors, parse_header, read_header, write_safetensors
 from secateur.formats import FORMATS, VALUE_DTYPES, Bitmask, Format, NMPacked, check_shape, population
 from secateur.patterns import NM, SparsityPattern
 
 VERSION = 1
 ENTRY = "secateur"  # the one entry of the safetensors metadata
 
-_MAX_HEADER = 100_000_000  # safetensors' own limit
 # Loaders that find a file of such a name fill in what they miss at random, and say so only in a log.
 _DENSE_NAMES = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|open_clip_model|consolidated)"
@@ -119,8 +112,7 @@ def write_packed(
     free = shutil.disk_usage(check_place(path)).free
     if free < (size := sum(tensor.nbytes for tensor in stored.values())):
         raise FormatError(f"{path} needs {size:,} bytes, but the disk has {free:,} left. Free some space first.")
-    with _whole_file(path) as partial:
-        save_file(stored, partial, metadata={ENTRY: _canonical(header)})
+    write_safetensors(path, stored, {ENTRY: _canonical(header)})
 
 
 def read_packed(path: str | Path) -> PackedFile:
@@ -140,7 +132,7 @@ def read_packed(path: str | Path) -> PackedFile:
             f"{path} is a safetensors file, but not one of packed weights: its metadata has no {ENTRY!r} entry.\n"
             "Load a dense model with the library that saved it."
         )
-    header = _parse(path, entries[ENTRY])
+    header = parse_header(path, entries[ENTRY])
     layers = _check_header(path, header)
     with open_safetensors(path) as file:
         stored = {name: file.get_tensor(name).clone() for name in sorted(names)}  # else a view into the file
@@ -319,79 +311,6 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_header(path: Path) -> tuple[set[str], dict[str, Any]]:
-    """Names of the tensors in a safetensors file and its metadata, after checking that the file is whole.
-
-    safetensors checks the same when it opens the file; here the user hears where and by how much.
-    """
-
-    def wrong(what: str) -> NoReturn:
-        raise FormatError(f"{path} is not a readable safetensors file: {what}. {_DAMAGED}")
-
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            if len(start) < 8:
-                wrong(f"it is truncated to {len(start)} bytes")
-            (length,) = struct.unpack("<Q", start)
-            if length > _MAX_HEADER:
-                wrong(f"its header would have {length:,} bytes; at most {_MAX_HEADER:,} are allowed")
-            if length > size - 8:
-                wrong(f"it is truncated: it has {size:,} bytes, its header alone {length + 8:,}")
-            text = file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
-    header = _parse(path, text)
-    entries = header.pop("__metadata__", {})
-    if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
-        wrong("its metadata is not a table of texts")
-    end = 0
-    for name, tensor in sorted(header.items(), key=lambda item: _offsets(item[1]) or (0, 0)):
-        offsets = _offsets(tensor)
-        if offsets is None:
-            wrong(f"tensor {name!r} has no valid data_offsets")
-        if offsets[0] != end:
-            wrong(f"tensor {name!r} {'overlaps' if offsets[0] < end else 'leaves a gap after'} the one before it")
-        end = offsets[1]
-    if end > size - 8 - length:
-        wrong(f"it is truncated: it has {size:,} bytes, but should have {8 + length + end:,}")
-    if end < size - 8 - length:
-        wrong(f"it has {size - 8 - length - end:,} bytes more than its tensors")
-    return set(header), entries
-
-
-def _offsets(tensor: Any) -> tuple[int, int] | None:
-    offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
-    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
-        return None
-    begin, end = offsets
-    return (begin, end) if 0 <= begin <= end else None
-
-
-def _parse(path: Path, text: str | bytes) -> dict[str, Any]:
-    """A JSON object in which no key is given twice: two readers might each take another."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key is there twice")
-        return table
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
-    try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text  # json would guess the encoding
-        table = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        _canonical(table)  # a number such as 1e999 reads as infinity
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} has a header that is not readable JSON: {error}. {_DAMAGED}") from None
-    if not isinstance(table, dict):
-        raise FormatError(f"{path} has a header that is a {type(table).__name__}, not a JSON object. {_DAMAGED}")
-    return table
-
-
 def _check_header(
     path: Path, header: Mapping[str, Any]
 ) -> dict[str, tuple[type[Format], tuple[int, int], SparsityPattern]]:
@@ -426,44 +345,11 @@ def _check_header(
 
 
 def _check_name(path: Path) -> None:
-    for name in {path.name, path.resolve().name}:  # a link to such a file would be replaced
+    for name in {path.name, path.resolve().name}:  # what a link points to is replaced, not the link
         if _DENSE_NAMES.fullmatch(name):
             raise FormatError(
-                f"{path}: other libraries would take a file called {name} for a dense model, and fill in random "
-                f"weights for those they do not find.\nCall it {Path(name).stem}.sparse.safetensors, for example."
+                f"{path}: other libraries take a file called {name} for a dense model, and fill in random weights "
+                f"where they find none.\nCall it {Path(name).stem}.sparse.safetensors, for example."
             )
     if path.suffix != ".safetensors":
-        raise FormatError(f"{path} should end in .safetensors, which is what it will be.")
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write; it takes the place of ``path`` if the block ends well, else it goes."""
-    path = path.resolve()  # what a link points to is replaced, not the link
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = (path if path.exists() else partial).stat().st_mode & 0o777
-        yield partial
-        partial.chmod(mode)  # save_file makes it private
-        _sync(partial)
-        os.replace(partial, path)
-        with suppress(OSError):  # not every system can flush a directory; the new file is in place
-            _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        advice = "The disk is full: free some space and try again." if full else "Check the path and its permissions."
-        kept = f" The old {path.name} is as it was." if path.exists() else ""
-        raise FormatError(f"{path} could not be written: {error}.\n{advice}{kept}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Flush to the disk, so that a crash cannot leave a name without its contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise FormatError(f"{path} should end in .safetensors, because it is written as a safetensors file.")

@@ -11,10 +11,18 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.files import INDEX, check_output, check_place, copy_all_but_weights, find_shards, whole_directory
+from secateur.files import (
+    INDEX,
+    check_output,
+    check_place,
+    copy_all_but_weights,
+    find_shards,
+    read_header,
+    whole_directory,
+)
 from secateur.huggingface import model_class, transformers_library
 from secateur.packing._contents import Contents, take_apart
-from secateur.packing._file import PackedFile, read_compressed_tensors, read_header, read_packed, write_packed
+from secateur.packing._file import PackedFile, read_compressed_tensors, read_packed, write_packed
 from secateur.packing._fill import fill_
 
 FILE = "model.sparse.safetensors"

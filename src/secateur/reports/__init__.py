@@ -3,10 +3,11 @@
 from secateur.reports._figures import histogram as histogram
 from secateur.reports._figures import thumbnail as thumbnail
 from secateur.reports._figures import versions as versions
+from secateur.reports._html import Fact as Fact
+from secateur.reports._html import tables_page as tables_page
 from secateur.reports._packing import Choice as Choice
 from secateur.reports._packing import PackedLayer as PackedLayer
 from secateur.reports._packing import PackReport as PackReport
-from secateur.reports._packing import speeds as speeds
 from secateur.reports._page import comparison_page as comparison_page
 from secateur.reports._pruning import Comparison as Comparison
 from secateur.reports._pruning import Evaluation as Evaluation
@@ -14,3 +15,11 @@ from secateur.reports._pruning import Histogram as Histogram
 from secateur.reports._pruning import LayerReport as LayerReport
 from secateur.reports._pruning import Report as Report
 from secateur.reports._pruning import SkippedLayer as SkippedLayer
+from secateur.reports._rows import comparison_table as comparison_table
+from secateur.reports._rows import evaluation_table as evaluation_table
+from secateur.reports._rows import packed_table as packed_table
+from secateur.reports._rows import pruned_table as pruned_table
+from secateur.reports._rows import skipped_table as skipped_table
+from secateur.reports._tables import Table as Table
+from secateur.reports._tables import TableColumn as TableColumn
+from secateur.reports._tables import bars as bars

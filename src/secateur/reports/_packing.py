@@ -1,13 +1,18 @@
-"""What packing a model did: data, and the ways to write it down. Nothing is measured here."""
+"""What packing a model did, as data. Nothing is measured here."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
-from secateur.reports._pruning import SkippedLayer, cell
+from secateur.reports._html import Fact, tables_page
+from secateur.reports._pruning import SkippedLayer
+from secateur.reports._rows import packed_table, skipped_table
+from secateur.reports._tables import markdown_text
 
 _BUSY = 1.5  # upper over lower quartile; a quiet machine stays below 1.2
 
@@ -18,7 +23,7 @@ class Choice:
 
     Args:
         rows: input rows it was measured with; pixels for a convolution.
-        way: that won, such as ``bitmask`` or ``panels:128x256``; ``dense`` where the layer stayed.
+        route: that won, such as ``bitmask`` or ``panels:128x256``; ``dense`` where the layer stayed.
         ratio: time of the dense layer over its own, the median of pairs measured in turn; above 1 is faster.
         low: lower quartile of those pairs.
         high: upper quartile.
@@ -28,13 +33,19 @@ class Choice:
     """
 
     rows: int
-    way: str
+    route: str
     ratio: float
     low: float
     high: float
     seconds: float
     dense_seconds: float
     prepacked_seconds: float | None
+
+    @property
+    def way(self) -> str:
+        """The former name of ``route``."""
+        warnings.warn("Choice.way is now called Choice.route", DeprecationWarning, stacklevel=2)
+        return self.route
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class PackReport:
 
     @classmethod
     def from_json(cls, text: str) -> PackReport:
-        """Return the report that :meth:`to_json` wrote.
+        """Return the report that :meth:`to_json` wrote, in this version or in 0.1.0.
 
         Raises:
             ValueError: the text is not JSON or not such a report.
@@ -148,7 +159,7 @@ class PackReport:
             table = json.loads(text)
             layers = []
             for layer in table.pop("layers"):
-                choices = tuple(Choice(**choice) for choice in layer.pop("choices"))
+                choices = tuple(_choice(choice) for choice in layer.pop("choices"))
                 shape, tied_to = tuple(layer.pop("shape")), tuple(layer.pop("tied_to"))
                 layers.append(PackedLayer(choices=choices, shape=shape, tied_to=tied_to, **layer))
             skipped = tuple(SkippedLayer(**entry) for entry in table.pop("skipped"))
@@ -159,29 +170,31 @@ class PackReport:
 
     def to_markdown(self) -> str:
         """Return the summary and a table of layers as Markdown."""
-        machine = ", ".join(f"{key} {value}" for key, value in self.machine.items())
-        lines = [f"# Packing report\n\n{str(self).capitalize()}.\n\nMeasured on: {cell(machine)}.\n"]
-        lines += [f"{self.warning[0].upper()}{self.warning[1:]}.\n"] if self.warning else []
-        lines += ["| layer | shape | pattern | density | format | values | error | bytes | running | speed |"]
-        lines += ["|" + "---|" * 10]
-        for layer in self.layers:
-            size = f"{layer.shape[0]} x {layer.shape[1]} | {cell(layer.pattern)} | {layer.density:.1%}"
-            kept = layer.stored_bytes if layer.packed else layer.dense_bytes
-            share = f"{kept / layer.dense_bytes:.2f}" if layer.dense_bytes else ""
-            running = (kept + layer.runtime_bytes * layer.packed) / max(layer.dense_bytes, 1)
-            what = f"{layer.format} | {layer.value_dtype} | {layer.error:.2g}" if layer.packed else "dense | | "
-            lines.append(f"| {cell(layer.name)} | {size} | {what} | {share} | {running:.2f} | {cell(speeds(layer))} |")
-        if self.skipped:
-            lines += ["\n| skipped | kind | reason |", "|---|---|---|"]
-            lines += [f"| {cell(s.name) or '(root)'} | {cell(s.kind)} | {cell(s.reason)} |" for s in self.skipped]
-        return "\n".join(lines) + "\n"
+        parts = ["# Packing report", f"{str(self).capitalize()}.", f"Measured on: {markdown_text(self._machine())}."]
+        parts += [f"{_sentence(self.warning)}."] if self.warning else []
+        tables = (packed_table(self.layers), skipped_table(self.skipped))
+        return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
+
+    def to_html(self) -> str:
+        """Return one self-contained HTML page; it loads nothing from anywhere and needs no further library."""
+        facts = (
+            Fact("Layers packed", str(sum(layer.packed for layer in self.layers)), f"of {len(self.layers)} with zeros"),
+            Fact("Bytes stored", f"{self.stored_bytes:,}", f"of {self.dense_bytes:,} dense"),
+            Fact("Bytes while running", f"{self.resident_bytes:,}", "stored, and what kernels keep besides"),
+            Fact("Time", f"{self.seconds:.1f} s"),
+        )
+        lead = [f"Measured on: {self._machine()}."] + ([f"{_sentence(self.warning)}."] if self.warning else [])
+        return tables_page("Packing report", lead, facts, (packed_table(self.layers), skipped_table(self.skipped)))
+
+    def _machine(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.machine.items())
 
 
-def speeds(layer: PackedLayer) -> str:
-    """Return what a layer gained at each batch in a line of text, or why it stayed dense."""
-    if not layer.packed:
-        return layer.reason
-    return ", ".join(
-        f"{choice.rows}: {choice.ratio:.2f} ({choice.low:.2f}-{choice.high:.2f}) {choice.way}"
-        for choice in layer.choices
-    )
+def _choice(table: dict[str, Any]) -> Choice:
+    if "route" not in table and "way" in table:  # what 0.1.0 called it
+        table["route"] = table.pop("way")
+    return Choice(**table)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

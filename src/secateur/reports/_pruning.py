@@ -1,4 +1,4 @@
-"""What a pruning run did: data, and the ways to write it down. Nothing is computed here that the run should know."""
+"""What a pruning run did, as data. Nothing is computed here that the run should know."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from secateur.reports._rows import evaluation_table, pruned_table, skipped_table
 
 
 @dataclass(frozen=True)
@@ -197,24 +199,10 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the summary and the layers as Markdown, without pictures."""
-        lines = [f"# Pruning report\n\n{str(self).capitalize()}.\n"]
-        if self.evaluation is not None:
-            e = self.evaluation
-            lines += [f"| {cell(e.metric)} | before | after |", "|---|---|---|"]
-            lines += [f"| {e.tokens:,} tokens | {e.before:.4g} | {e.after:.4g} |\n"]
-        lines += ["| layer | shape | pattern | asked | sparsity | relative error | seconds | notes |", "|" + "---|" * 8]
-        for layer in self.layers:
-            error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
-            notes = "; ".join((*(f"shared with {name}" for name in layer.tied_to), *layer.notes))
-            lines.append(
-                f"| {cell(layer.name)} | {layer.shape[0]} x {layer.shape[1]} | {cell(layer.pattern)} "
-                f"| {layer.asked:.4g} | {layer.sparsity:.4%} | {error} | {layer.seconds:.2f} | {cell(notes)} |"
-            )
-        if self.skipped:
-            lines += ["\n| skipped | kind | reason |", "|---|---|---|"]
-            cells = [(cell(skip.name) or "(root)", cell(skip.kind), cell(skip.reason)) for skip in self.skipped]
-            lines += [f"| {name} | {kind} | {reason} |" for name, kind, reason in cells]
-        return "\n".join(lines) + "\n"
+        tables = [] if self.evaluation is None else [evaluation_table(self.evaluation)]
+        tables += [pruned_table(self.layers), skipped_table(self.skipped)]
+        parts = ["# Pruning report", f"{str(self).capitalize()}."]
+        return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
 
     def to_html(self) -> str:
         """Return one self-contained HTML page with pictures; it loads nothing from anywhere.
@@ -225,11 +213,6 @@ class Report:
         from secateur.reports._page import report_page
 
         return report_page(self)
-
-
-def cell(text: str) -> str:
-    """Text that stays within one cell of a Markdown table and is no HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _layer_from_dict(table: dict[str, Any]) -> LayerReport:

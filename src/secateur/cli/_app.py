@@ -1,0 +1,165 @@
+"""What all commands share: the program, its exit status, progress, tables on a terminal, threads."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import rich.table
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+import secateur
+from secateur._errors import SparsityError
+from secateur.reports import SkippedLayer, Table
+
+app = typer.Typer(
+    help="Make PyTorch models sparse and get the benefit.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+# Modules that every model has, or that the user excluded: the terminal does not list them.
+_OBVIOUS = ("no weight matrix", "excluded", "not included")
+
+
+def main() -> None:
+    """Run the command. A user's mistake ends with one message and exit status 2, an interrupt with 130."""
+    app()
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"secateur {secateur.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what a user can mend into one message and exit status 2."""
+    try:
+        yield
+    except (SparsityError, ImportError) as error:
+        print(f"secateur: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("secateur: interrupted; nothing was written.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def use_threads(number: int | None) -> Iterator[None]:
+    """Set PyTorch's number of threads for a while; None leaves it."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(number or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def console() -> Console:
+    """Return what prints to stdout, with a fixed width where that is not a terminal."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+
+
+def show(*tables: Table) -> None:
+    """Print tables without their empty columns, and notes below them. A table without rows is left out."""
+    out = console()
+    for table in tables:
+        if not table.rows:
+            continue
+        grid = rich.table.Table(box=None, title=Text(table.title), title_justify="left", title_style="bold")
+        shown = [index for index in table.filled() if not table.columns[index].is_note]
+        for index in shown:
+            column = table.columns[index]
+            grid.add_column(Text(column.heading), justify="right" if column.is_number else "left")
+        for number, row in enumerate(table.rows):
+            grid.add_row(*(Text(row[i], style="bold" if (number, i) in table.strong else "") for i in shown))
+        out.print(grid)
+        for index in (index for index in table.filled() if table.columns[index].is_note):
+            for row in table.rows:
+                if row[index]:
+                    out.print(Text(f"{row[0]}: {row[index]}"))
+        for note in table.notes:
+            out.print(Text(note))
+        out.print()
+
+
+def say(text: str) -> None:
+    """Print text to stdout."""
+    console().print(Text(text))
+
+
+def worth_saying(skipped: Sequence[SkippedLayer]) -> list[SkippedLayer]:
+    """Return the skipped modules whose reason may surprise the user."""
+    return [entry for entry in skipped if entry.reason not in _OBVIOUS]
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step where that reads better."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="progress.data.speed")
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, float, float], None]]:
+    """Yield a function that shows progress on stderr, called with a description, and how much of how much is done.
+
+    On a terminal it draws a bar with rate and remaining time. Otherwise it prints a line for each tenth of a phase.
+    """
+    err = Console(stderr=True, highlight=False)
+    if err.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Rate(), TimeRemainingColumn())
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task("")
+
+            def draw(description: str, done: float, total: float) -> None:
+                if done < bar.tasks[0].completed or total != bar.tasks[0].total:
+                    bar.reset(task)  # a new phase has a rate of its own
+                bar.update(task, description=escape(description), completed=done, total=total)
+
+            yield draw
+        return
+
+    began, last = time.perf_counter(), (0.0, -1)  # the phase's total, and tenths of it that were printed
+
+    def line(description: str, done: float, total: float) -> None:
+        nonlocal last
+        tenths = (total, int(10 * done / total))
+        if tenths != last:
+            last = tenths
+            print(
+                f"{time.perf_counter() - began:7.1f} s  {10 * tenths[1]:3d} %  {description}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield line

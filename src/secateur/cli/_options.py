@@ -1,0 +1,19 @@
+"""Arguments and options that several commands have, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_BATCHES = (1, 8, 32, 128)
+
+Output = Annotated[Path, typer.Option(help="Directory to write the model to.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")]
+Include = Annotated[list[str] | None, typer.Option(help="Only layers matching this glob (repeatable).")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave out layers matching this glob (repeatable).")]
+Batch = Annotated[list[int] | None, typer.Option(help="Input rows to measure at (repeatable). Default: 1 8 32 128.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to measure with. Default: PyTorch's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
+Html = Annotated[Path | None, typer.Option(help="Also write the results as a web page.")]

@@ -1,0 +1,72 @@
+"""``secateur prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli._app import say, show, show_progress, user_errors, worth_saying
+from secateur.cli._options import AsJson, Exclude, Html, Include, Output, Overwrite
+from secateur.pruning import METHODS, Recipe
+
+_METHOD_HELP = f"{', '.join(METHODS)}; add +refit to re-estimate the kept weights. Default: wanda."
+
+
+def prune(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors weights.")],
+    output: Output,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured, 2:4, block:16x16, row, column. Default: unstructured.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of each layer to prune, 0 to 1.")] = None,
+    method: Annotated[str | None, typer.Option(help=_METHOD_HELP)] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options given beside it win.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to calibrate on: plain, or JSON lines with a text field.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows drawn from the text.")] = 128,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 2048.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+    evaluate: Annotated[Path | None, typer.Option(help="Text to measure on, before and after.")] = None,
+    html: Html = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model directory. The output loads with from_pretrained, unchanged."""
+    with user_errors():
+        from secateur.files import check_place, write_text
+        from secateur.huggingface import CalibrationText, prune_directory
+        from secateur.reports import evaluation_table, pruned_table, skipped_table
+
+        settings = {"pattern": pattern, "sparsity": sparsity, "method": method, "include": include, "exclude": exclude}
+        given = {name: value for name, value in settings.items() if value is not None}
+        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
+        if html is not None:
+            check_place(html)
+        with show_progress() as progress:
+            report = prune_directory(
+                model,
+                output,
+                Recipe.from_dict(given) if recipe is None else Recipe.load(recipe, given),
+                calibration=text,
+                evaluate=evaluate,
+                device=device,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        if html is not None:
+            write_text(html, report.to_html())
+        if as_json:
+            print(report.to_json())
+            return
+        show(pruned_table(report.layers), skipped_table(worth_saying(report.skipped)))
+        if report.evaluation is not None:
+            show(evaluation_table(report.evaluation))
+        say(f"{report}\nwritten to {output}")
