@@ -422,7 +422,7 @@ def test_save_from_python(llama, tmp_path):
     assert torch.equal(logits(secateur.load(tmp_path / "out")), expected)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    with pytest.raises(FormatError, match="something else"):
+    with pytest.raises(FormatError, match="something other"):
         secateur.save(model, tmp_path / "other", overwrite=True)
 
 

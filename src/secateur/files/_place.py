@@ -9,11 +9,11 @@ from pathlib import Path
 from secateur._errors import FormatError
 
 
-def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) -> None:
+def check_output(source: Path | None, output: Path, overwrite: bool, num_bytes: int) -> None:
     """Raise unless a model directory may be written.
 
     Args:
-        source: directory that is read.
+        source: directory that is read, or None.
         output: directory to write.
         overwrite: an existing output may be replaced.
         num_bytes: that the output needs.
@@ -23,28 +23,36 @@ def check_output(source: Path, output: Path, overwrite: bool, num_bytes: int) ->
             disk.
     """
     existing = check_place(output)
-    for entry in source.rglob("*"):
-        if not entry.exists():
-            raise FormatError(f"{entry} is a link to nothing. Complete the model directory first.")
-        if entry.is_symlink() and entry.is_dir():
-            raise FormatError(f"{entry} is a link to a directory. Copy the model without such links first.")
-    if output.resolve() != source.resolve() and output.resolve().is_relative_to(source.resolve()):
-        raise FormatError(f"{output} is inside the model that is read. Give an output directory outside of it.")
+    if source is not None:
+        _check_source(source, output)
     if output.exists():
         if not output.is_dir():
             raise FormatError(f"{output} is a file. Give another output directory.")
-        if output.resolve() == source.resolve() or source.resolve().is_relative_to(output.resolve()):
-            raise FormatError(f"{output} holds the model that is read. Give another output directory.")
         if not overwrite:
-            raise FormatError(f"{output} already exists. Give another output directory, or --overwrite to replace it.")
+            raise FormatError(
+                f"{output} already exists. Give another directory, or --overwrite (overwrite=True) to replace it."
+            )
         if any(output.iterdir()) and not (output / "config.json").is_file():
             raise FormatError(
-                f"{output} holds something other than a model, which --overwrite would delete. "
+                f"{output} holds something other than a model, which --overwrite (overwrite=True) would delete. "
                 "Give another output directory."
             )
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise FormatError(f"{output} needs {num_bytes:,} bytes, but the disk has {free:,} left. Free some space first.")
+
+
+def _check_source(source: Path, output: Path) -> None:
+    for entry in source.rglob("*"):
+        if not entry.exists():
+            raise FormatError(f"{entry} is a link to nothing. Complete the model directory first.")
+        if entry.is_symlink() and entry.is_dir():
+            raise FormatError(f"{entry} is a link to a directory. Copy the model without such links first.")
+    read, written = source.resolve(), output.resolve()
+    if written != read and written.is_relative_to(read):
+        raise FormatError(f"{output} is inside the model that is read. Give an output directory outside of it.")
+    if output.is_dir() and read.is_relative_to(written):
+        raise FormatError(f"{output} holds the model that is read. Give another output directory.")
 
 
 def check_place(path: Path) -> Path:

@@ -7,13 +7,13 @@ from secateur.packing._bench import bench_page as bench_page
 from secateur.packing._bench import bench_tables as bench_tables
 from secateur.packing._bench import bench_weight as bench_weight
 from secateur.packing._bench import made_weight as made_weight
+from secateur.packing._compressed_tensors import read_compressed_tensors as read_compressed_tensors
 from secateur.packing._decide import Decision as Decision
 from secateur.packing._decide import decide as decide
 from secateur.packing._directory import REPORT as REPORT
 from secateur.packing._directory import export_directory as export_directory
 from secateur.packing._directory import pack_directory as pack_directory
 from secateur.packing._file import PackedFile as PackedFile
-from secateur.packing._file import read_compressed_tensors as read_compressed_tensors
 from secateur.packing._file import read_packed as read_packed
 from secateur.packing._file import write_packed as write_packed
 from secateur.packing._measure import Measurement as Measurement

@@ -1,7 +1,6 @@
 """Packed weights in one safetensors file: written whole or not at all, and checked before anything uses them.
 
-``docs/format.md`` is the specification. Nothing is unpickled. Files that compressed-tensors wrote as ``sparse-bitmask``
-or ``sparse-24-bitmask`` are read too; its current versions no longer do.
+``docs/format.md`` is the specification. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor
 
 from secateur._errors import FormatError, PatternError
-from secateur.files import check_place, find_shards, open_safetensors, parse_header, read_header, write_safetensors
-from secateur.formats import FORMATS, VALUE_DTYPES, Bitmask, Format, NMPacked, check_shape, population
-from secateur.patterns import NM, SparsityPattern
+from secateur.files import check_place, open_safetensors, parse_header, read_header, write_safetensors
+from secateur.formats import FORMATS, Format, check_shape
+from secateur.patterns import SparsityPattern
 
 VERSION = 1
 ENTRY = "secateur"  # the one entry of the safetensors metadata
@@ -37,7 +36,7 @@ _DTYPES = frozenset(
     | {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
     | {torch.complex64}
 )
-_DAMAGED = "The file is damaged, or was changed: copy it again, or make it again from the dense model."
+DAMAGED = "The file is damaged, or was changed: copy it again, or make it again from the dense model."
 _KEYS = {"version", "layers", "metadata", "checksum"}
 
 
@@ -137,140 +136,15 @@ def read_packed(path: str | Path) -> PackedFile:
     with open_safetensors(path) as file:
         stored = {name: file.get_tensor(name).clone() for name in sorted(names)}  # else a view into the file
     if header["checksum"] != (found := _checksum(header, stored)):
-        raise FormatError(f"{path} has the checksum {found}, but {header['checksum']!r} was written. {_DAMAGED}")
+        raise FormatError(f"{path} has the checksum {found}, but {header['checksum']!r} was written. {DAMAGED}")
     packed = {}
     for layer, (kind, shape, pattern) in layers.items():
         own = {name.removeprefix(f"{layer}."): stored.pop(name) for name in _own_names(layer, kind) & names}
         try:
             packed[layer] = kind.from_tensors(own, shape, pattern)
         except FormatError as error:
-            raise FormatError(f"{path}: layer {layer}: {error}\n{_DAMAGED}") from None
+            raise FormatError(f"{path}: layer {layer}: {error}\n{DAMAGED}") from None
     return PackedFile(packed, stored, header["metadata"])
-
-
-def read_compressed_tensors(path: str | Path) -> PackedFile:
-    """Read a checkpoint that compressed-tensors (up to 0.14) wrote as ``sparse-bitmask`` or ``sparse-24-bitmask``.
-
-    Both ways of naming are understood: ``up.weight.compressed`` of early versions, ``up.compressed`` of later ones.
-    Matrices become :class:`Bitmask` or :class:`NMPacked` layers, other compressed tensors are expanded. int8 values
-    with a ``weight_scale`` for each row or tensor stay int8; float8 values are multiplied with theirs and take its
-    dtype.
-
-    Args:
-        path: a safetensors file, or a model directory.
-
-    Raises:
-        FormatError: nothing compressed in it, further quantisation, or anything that cannot be, by name.
-
-    Reference:
-        compressed-tensors, https://github.com/vllm-project/compressed-tensors, ``compressors/sparse_compressors``.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FormatError(f"{path} does not exist. Give a .safetensors file or a model directory.")
-    stored: dict[str, Tensor] = {}
-    for shard in [path / name for name in find_shards(path)] if path.is_dir() else [path]:
-        names, _ = read_header(shard)
-        if twice := sorted(names & stored.keys()):
-            raise FormatError(f"{path}: tensor {twice[0]!r} is in two files. {_DAMAGED}")
-        with open_safetensors(shard) as file:
-            stored.update((name, file.get_tensor(name).clone()) for name in sorted(names))
-    prefixes = sorted(name.removesuffix(".compressed") for name in stored if name.endswith(".compressed"))
-    if not prefixes:
-        other = next((name for name in stored if name.endswith((".weight_packed", ".meta"))), None)
-        what = f"{other!r} is of another format of compressed-tensors" if other else "no tensor is called *.compressed"
-        raise FormatError(f"{path} has no sparse-bitmask weights: {what}.\nLoad it with transformers instead.")
-    early = any(prefix.endswith(".weight") for prefix in prefixes)  # later versions drop that ending
-    layers: dict[str, Format] = {}
-    for prefix in prefixes:
-        weight = prefix if early else f"{prefix}.weight"
-        if weight in stored:
-            raise FormatError(f"{path}: {weight!r} is there both dense and compressed. {_DAMAGED}")
-        try:
-            parts = {key: stored.pop(f"{prefix}.{key}", None) for key in _COMPRESSED}
-            packed, shape = _decompress(weight, parts, stored)
-        except FormatError as error:
-            raise FormatError(f"{path}: {prefix}: {error}\n{_DAMAGED}") from None
-        if len(shape) == 2 and weight.endswith(".weight"):
-            layers[weight.removesuffix(".weight")] = packed
-        else:
-            stored[weight] = packed.to_dense().view(shape)
-    if stray := next((name for name in stored if name.endswith((".bitmask", ".row_offsets"))), None):
-        raise FormatError(f"{path}: {stray!r} belongs to no compressed tensor. {_DAMAGED}")
-    return PackedFile(layers, stored)
-
-
-_COMPRESSED = ("compressed", "bitmask", "shape", "row_offsets")
-
-
-def _decompress(
-    weight: str, parts: Mapping[str, Tensor | None], stored: dict[str, Tensor]
-) -> tuple[Format, tuple[int, ...]]:
-    """Pack one compressed tensor anew, as a matrix; takes its scale out of ``stored``. Returns its full shape too."""
-    values, bitmask, size, offsets = (parts[key] for key in _COMPRESSED)
-    if values is None or bitmask is None or size is None:
-        raise FormatError(f"{[key for key in _COMPRESSED[:3] if parts[key] is None]} missing.")
-    if size.dtype not in (torch.int64, torch.int32) or not 1 <= size.numel() <= 8:
-        raise FormatError(f"shape should be a few int64 sizes, got {size.dtype} {list(size.shape)}.")
-    shape = tuple(size.flatten().tolist())
-    matrix = check_shape((_product(shape[:-1]) if min(shape) >= 0 else -1, shape[-1]))
-    if bitmask.dtype != torch.uint8 or bitmask.numel() != matrix[0] * ((matrix[1] + 7) // 8):
-        raise FormatError(f"bitmask should be uint8 for the shape {shape}, got {bitmask.dtype} {list(bitmask.shape)}.")
-    by_group = offsets is None
-    if by_group and (values.ndim != 2 or len(shape) != 2 or values.shape != (shape[0], shape[1] // 2)):
-        raise FormatError(f"compressed should hold half of each row of {shape}, got {list(values.shape)}.")
-    bitmask = bitmask.view(matrix[0], (matrix[1] + 7) // 8)
-    if offsets is None or len(shape) > 2:  # of more than two dimensions its offsets mean nothing
-        counts = _bit_counts(bitmask)
-        offsets = counts.cumsum(0) - counts
-    values, scales = _scaled(weight, values.flatten(), bitmask, matrix[0], stored)
-    tensors = {"values": values, "bitmask": bitmask, "row_offsets": offsets.view(-1)}
-    packed: Format = Bitmask.from_tensors(tensors | ({} if scales is None else {"scales": scales}), matrix)
-    if by_group and shape[1] % 4 == 0:
-        if not bool((packed.mask().view(matrix[0], -1, 4).sum(2) == 2).all()):
-            raise FormatError("bitmask should mark exactly 2 of every 4 weights, but does not.")
-        packed = packed.convert(NMPacked, NM(2, 4))
-    return packed, shape
-
-
-def _scaled(
-    weight: str, values: Tensor, bitmask: Tensor, rows: int, stored: dict[str, Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Values that a format can hold, and for int8 the scale of each row."""
-    if values.dtype in VALUE_DTYPES and values.dtype != torch.int8:
-        return values, None
-    if values.dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise FormatError(f"compressed holds {values.dtype} values, which secateur cannot.")
-    scale, zero = (stored.pop(f"{weight}_{key}", None) for key in ("scale", "zero_point"))
-    if zero is not None and bool((zero.float() != 0).any()):
-        raise FormatError("weight_zero_point is not 0; only symmetric quantisation can be read.")
-    if scale is None:
-        if values.dtype == torch.int8:
-            raise FormatError("int8 values without weight_scale.")
-        return values.to(torch.bfloat16), None  # exact
-    if scale.numel() not in (1, rows) or scale.dtype not in VALUE_DTYPES[:3]:
-        raise FormatError(
-            f"weight_scale should be one float for the tensor or for each of {rows} rows, "
-            f"got {scale.dtype} {list(scale.shape)}."
-        )
-    by_row = scale.float().flatten().expand(rows).contiguous()
-    if values.dtype == torch.int8:
-        return values, by_row
-    counts = _bit_counts(bitmask)
-    if int(counts.sum()) != len(values):
-        raise FormatError(f"bitmask marks {int(counts.sum())} weights, but there are {len(values)} values.")
-    return (values.float() * by_row.repeat_interleave(counts)).to(scale.dtype), None
-
-
-def _bit_counts(bitmask: Tensor) -> Tensor:
-    return torch.from_numpy(population(bitmask.numpy()))
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def _own_names(layer: str, kind: Format | type[Format]) -> set[str]:
@@ -317,22 +191,22 @@ def _check_header(
     """Format, shape and pattern of each layer, from our entry of the header."""
     version = header.get("version")
     if type(version) is not int or version < 1:
-        raise FormatError(f"{path} has the format version {version!r}; it should be a whole number. {_DAMAGED}")
+        raise FormatError(f"{path} has the format version {version!r}; it should be a whole number. {DAMAGED}")
     if version > VERSION:
         raise FormatError(
             f"{path} is of format version {version}, but this secateur reads up to {VERSION}.\n"
             "Update it: pip install --upgrade secateur."
         )
     if header.keys() != _KEYS or not all(isinstance(header[key], dict) for key in ("layers", "metadata")):
-        raise FormatError(f"{path} has the header entries {sorted(header)}; expected {sorted(_KEYS)}. {_DAMAGED}")
+        raise FormatError(f"{path} has the header entries {sorted(header)}; expected {sorted(_KEYS)}. {DAMAGED}")
     found = {}
     for layer, entry in header["layers"].items():
         if not isinstance(entry, dict) or entry.keys() != {"format", "pattern", "shape"}:
-            raise FormatError(f"{path}: layer {layer}: needs format, pattern and shape, nothing else. {_DAMAGED}")
+            raise FormatError(f"{path}: layer {layer}: needs format, pattern and shape, nothing else. {DAMAGED}")
         if not isinstance(entry["format"], str) or entry["format"] not in FORMATS:
             known = ", ".join(FORMATS)
             raise FormatError(
-                f"{path}: layer {layer}: there is no format {entry['format']!r:.40}, only {known}. {_DAMAGED}"
+                f"{path}: layer {layer}: there is no format {entry['format']!r:.40}, only {known}. {DAMAGED}"
             )
         try:
             shape, text = entry["shape"], entry["pattern"]
@@ -340,7 +214,7 @@ def _check_header(
                 raise FormatError("the shape should be two integers (out, in), and the pattern a short text.")
             found[layer] = FORMATS[entry["format"]], check_shape(shape), SparsityPattern.parse(text)
         except (FormatError, PatternError) as error:
-            raise FormatError(f"{path}: layer {layer}: {error}\n{_DAMAGED}") from None
+            raise FormatError(f"{path}: layer {layer}: {error}\n{DAMAGED}") from None
     return found
 
 

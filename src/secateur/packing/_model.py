@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur._errors import FormatError, RecipeError
+from secateur._errors import FormatError, RecipeError, naming
 from secateur.files import (
     INDEX,
     check_output,
-    check_place,
     copy_all_but_weights,
     find_shards,
     read_header,
     whole_directory,
 )
 from secateur.huggingface import model_class, transformers_library
+from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents, take_apart
-from secateur.packing._file import PackedFile, read_compressed_tensors, read_packed, write_packed
+from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
 from secateur.packing._fill import fill_
 
 FILE = "model.sparse.safetensors"
@@ -82,6 +82,18 @@ def save_with(
     absent: Iterable[str] = (),
     extra: Mapping[str, str] | None = None,
 ) -> None:
+    """Write a packed model as :func:`save` does, with more to say.
+
+    Args:
+        model: see :func:`save`, like all up to ``overwrite``.
+        path: see there.
+        source: see there.
+        tokenizer: see there.
+        dtype: see there.
+        overwrite: see there.
+        absent: tensors that the checkpoint had no values for; they are not stored.
+        extra: further text files of a directory, by name.
+    """
     path = Path(path)
     if path.suffix == ".safetensors":
         contents = take_apart(model, dtype, absent)
@@ -95,10 +107,7 @@ def save_with(
     contents = take_apart(model, dtype, absent)
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
-    if source is not None:
-        check_output(Path(source), path, overwrite, size)
-    else:
-        _check_directory(path, overwrite)
+    check_output(None if source is None else Path(source), path, overwrite, size)
     with whole_directory(path) as made:
         if source is not None:
             directory = Path(source)
@@ -113,18 +122,6 @@ def save_with(
         for name, text in (extra or {}).items():
             (made / name).write_text(text, encoding="utf-8")
         write_packed(made / FILE, contents.layers, contents.tensors, contents.metadata())
-
-
-def _check_directory(path: Path, overwrite: bool) -> None:
-    check_place(path)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise FormatError(f"{path} is a file. Give another output directory.")
-    if not overwrite:
-        raise FormatError(f"{path} already exists. Give another directory, or overwrite=True to replace it.")
-    if any(path.iterdir()) and not (path / "config.json").is_file():
-        raise FormatError(f"{path} holds something else than a model, which overwrite would delete. Give another one.")
 
 
 def load(
@@ -170,10 +167,8 @@ def load(
 
 
 def _contents_of(path: Path, file: PackedFile) -> Contents:
-    try:
+    with naming(path, DAMAGED):
         return Contents.of(file)
-    except FormatError as error:
-        raise FormatError(f"{path}: {error}\nThe file is damaged, or was changed: copy it again.") from None
 
 
 def load_directory(
