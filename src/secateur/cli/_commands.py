@@ -27,7 +27,8 @@ from rich.text import Text
 
 import secateur
 from secateur._errors import SparsityError
-from secateur.pruning import METHODS, Recipe
+from secateur.pruning import Recipe
+from secateur.solvers import METHODS
 
 app = typer.Typer(
     help="Make PyTorch models sparse and get the benefit.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -87,7 +88,8 @@ def prune(
     """Prune a model directory. The output loads with from_pretrained, unchanged."""
     with _user_errors():
         from secateur.files import check_place, write_text
-        from secateur.huggingface import CalibrationText, prune_directory
+        from secateur.huggingface import CalibrationText
+        from secateur.pruning import prune_directory
 
         settings = {"pattern": pattern, "sparsity": sparsity, "method": method, "include": include, "exclude": exclude}
         given = {name: value for name, value in settings.items() if value is not None}
