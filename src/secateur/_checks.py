@@ -110,13 +110,13 @@ def globs(name: str, value: Any) -> tuple[str, ...]:
     return found
 
 
-def settings(name: str, value: T | None, kind: type[T], keywords: Mapping[str, object]) -> T:
+def settings(name: str, value: T | None, made: type[T], keywords: Mapping[str, object]) -> T:
     """Return the settings that a caller gave: as one value, or as keywords from which the value is made.
 
     Args:
         name: of the argument that takes the value.
         value: that was given, or None.
-        kind: class of the value; its parameters are named as the keywords.
+        made: class of the value; the names of its parameters are those of the keywords.
         keywords: that were given; None where one was left out.
 
     Raises:
@@ -124,8 +124,8 @@ def settings(name: str, value: T | None, kind: type[T], keywords: Mapping[str, o
     """
     given = {key: keyword for key, keyword in keywords.items() if keyword is not None}
     if value is None:
-        return kind(**given)
-    instance(name, value, kind)
+        return made(**given)
+    instance(name, value, made)
     if given:
         raise RecipeError(f"pass either a {name} or settings, not both; got a {name} and {', '.join(given)}.")
     return value

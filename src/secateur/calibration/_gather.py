@@ -20,7 +20,7 @@ from secateur.calibration._replay import StageSource
 from secateur.calibration._statistics import LayerStatistics, Need
 from secateur.layers import Layer
 
-STATISTICS: dict[Need, type[Accumulator]] = {kind.name: kind for kind in (InputNorm, Gram)}
+STATISTICS: dict[Need, type[Accumulator]] = {statistic.name: statistic for statistic in (InputNorm, Gram)}
 
 
 def gather(
@@ -57,10 +57,13 @@ class RowSums:
     """Gathers the statistics that are computed from the same rows."""
 
     def __init__(self, needs: Iterable[Need]) -> None:
-        kinds = [STATISTICS[need] for need in sorted(needs)]
-        names = {kind.name for kind in kinds}
-        self._followers = [kind for kind in kinds if kind.follows is not None and kind.follows[0] in names]
-        self._parts = {kind.name: kind() for kind in kinds if kind not in self._followers}
+        wanted = {need: STATISTICS[need] for need in sorted(needs)}
+        self._computed = {
+            need: statistic.follows
+            for need, statistic in wanted.items()
+            if statistic.follows is not None and statistic.follows[0] in wanted
+        }
+        self._parts = {need: statistic() for need, statistic in wanted.items() if need not in self._computed}
         self.tokens = 0
 
     @torch.no_grad()
@@ -100,11 +103,7 @@ class RowSums:
         if not self.tokens:
             raise StatisticsError("no calibration input ever reached it.")
         found = {name: part.result() for name, part in self._parts.items()}
-        for kind in self._followers:
-            assert kind.follows is not None
-            name, compute = kind.follows
-            found[kind.name] = compute(found[name])
-        return found
+        return found | {name: compute(found[other]) for name, (other, compute) in self._computed.items()}
 
 
 class _Watch:
@@ -114,19 +113,19 @@ class _Watch:
         self._hook = hook
         self._layers = layers
         self._needs = frozenset(needs)
-        # All start alike, and part when a batch gives them different tensors.
+        # All layers start with the same sums, and get their own when a batch gives them different tensors.
         self.sums = dict.fromkeys((layer.name for layer in layers), RowSums(self._needs))
 
     @contextmanager
     def watching(self, batch: Any) -> Iterator[None]:
         """Add what the hook sees while one batch runs."""
         masks = padding_masks(batch)
-        # By tensor, with the tensor itself, so that no other takes its place in memory.
+        # By tensor. The tensor is kept alive, so that no other tensor can take its place in memory.
         parts: dict[Hashable, tuple[Tensor, RowSums]] = {}
         seen: dict[str, list[RowSums]] = {layer.name: [] for layer in self._layers}
 
         def report(layer: Layer, x: Tensor, rows: Tensor) -> None:
-            # Where rows are not the tensor itself, or changes to it leave no trace, none is known to be the same.
+            # Rows that are a copy, or a tensor that does not count its changes, cannot be recognised in another layer.
             view = not x.is_inference() and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
             key = (rows.data_ptr(), rows.shape, rows.stride(), x.shape, x._version) if view else object()
             if key not in parts:
@@ -144,6 +143,7 @@ class _Watch:
         self._absorb(seen)
 
     def _absorb(self, seen: dict[str, list[RowSums]]) -> None:
+        """Add what each layer saw in one batch, once for all layers that have seen the same tensors so far."""
         alike: dict[tuple[int, ...], list[str]] = {}
         for name, sums in self.sums.items():
             alike.setdefault((id(sums), *map(id, seen[name])), []).append(name)

@@ -19,7 +19,7 @@ MAX_SEQUENCE_LENGTH = 2048
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Which text a method sees.
+    """The text that a method is calibrated on.
 
     Args:
         path: plain text, or JSON lines with a ``text`` field.

@@ -1,4 +1,4 @@
-"""Share the zeros of a model out among its layers: one sparsity for each layer."""
+"""Share out the zeros of a model among its layers: one sparsity for each layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One way to share out the zeros.
+    """How the zeros are shared out.
 
     Args:
         shares: from the layers and the recipe's sparsity (None for a pattern that fixes its own) to the sparsity of
