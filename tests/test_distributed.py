@@ -177,7 +177,7 @@ def _fsdp(rank):
 
     dense = a_model()
     fully_shard(dense, mesh=mesh)
-    with pytest.raises(RecipeError, match="call sparsify_ before fully_shard"):
+    with pytest.raises(RecipeError, match="replace layers before fully_shard"):
         secateur.sparsify_(dense)
 
 

@@ -112,7 +112,12 @@ def test_extremes_are_those_of_torch(isa, value, units, hard):
             results = []
             for backend in ({"backend": "reference"}, {"backend": "native", "isa": isa}):
                 with torch.no_grad(), kernels.use(**backend):
-                    arguments = w, threshold, temperature, NM(1, units) if solved else Unstructured("row")
+                    arguments = (
+                        w,
+                        threshold,
+                        temperature,
+                        (NM(1, units) if solved else Unstructured("row")).units(w.shape),
+                    )
                     forward = _gate._forward(*arguments, solved=solved, hard=hard)
                     results.append((forward, *_gate._backward(grads, *arguments, solved=solved, hard=hard)))
             (expected, *by_torch), (ours, *by_native) = results
@@ -354,7 +359,9 @@ def test_compiled_and_exported_layers_hold_torch_operations(make, calls):
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)], ids=str)
 def test_matrices_without_weights(shape, calls):
     weights, threshold = torch.empty(shape, requires_grad=True), torch.ones(shape[0], 1, requires_grad=True)
-    effective = _gate.gated(weights, threshold, torch.tensor(4.0), Unstructured("row"), solved=False, hard=False)
+    effective = _gate.gated(
+        weights, threshold, torch.tensor(4.0), Unstructured("row").units(weights.shape), solved=False, hard=False
+    )
     assert effective.shape == shape
     effective.sum().backward()
     assert threshold.grad.tolist() == [[0.0]] * shape[0]

@@ -263,7 +263,7 @@ def test_a_step_of_no_size_changes_no_bit(pattern, shape, strength, step_size):
 def test_a_huge_step_leaves_nothing_but_the_remainder(pattern, shape):
     weight = random(*shape, dtype=torch.float32)
     after = after_prox(GroupSparsity(pattern, 1e300), weight, 1e300)
-    rows, columns = pattern._core(shape)
+    rows, columns = pattern.units(shape).core
     assert not after[:rows, :columns].any()
     assert torch.equal(after[rows:], weight[rows:])
     assert torch.equal(after[:, columns:], weight[:, columns:])

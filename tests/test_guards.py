@@ -223,9 +223,9 @@ def test_the_light_import_guard_can_fail():
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize("name", module_names())
 def test_examples_in_docstrings_run(name, monkeypatch):
-    from secateur.layers import _layers
+    from secateur.layers import _kinds
 
-    monkeypatch.setattr(_layers, "_KINDS", dict(_layers._KINDS))  # the example of register_layer registers one
+    monkeypatch.setattr(_kinds, "_KINDS", dict(_kinds._KINDS))  # the example of register_layer registers one
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
     assert results.failed == 0
 

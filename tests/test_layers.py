@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, prune
 
 import secateur
 from secateur import RecipeError
-from secateur.layers import _layers, kind_of, select_layers
+from secateur.layers import _kinds, kind_of, select_layers
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _seed():
 @pytest.fixture
 def own_kinds(monkeypatch):
     """Registrations of a test end with it."""
-    monkeypatch.setattr(_layers, "_KINDS", dict(_layers._KINDS))
+    monkeypatch.setattr(_kinds, "_KINDS", dict(_kinds._KINDS))
 
 
 def output_from_rows(module, x):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import secateur
 from secateur import NM, Block, Column, PatternError, Row, SparsityPattern, Unstructured
 from secateur.patterns import with_channel_width, with_scope
-from secateur.patterns._pattern import _keep_top_narrow, _keep_top_wide, kth_smallest
+from secateur.patterns._select import _keep_top_narrow, _keep_top_wide, kth_smallest
 
 PATTERNS = [
     Unstructured(),

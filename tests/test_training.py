@@ -933,7 +933,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("make", ["registered", "Conv1D", "nn.Conv1d"])
 def test_other_kinds_of_layers(method, make, monkeypatch):
     if make == "registered":
-        monkeypatch.setattr("secateur.layers._layers._KINDS", dict(secateur.layers._layers._KINDS))
+        monkeypatch.setattr("secateur.layers._kinds._KINDS", dict(secateur.layers._kinds._KINDS))
         kind = secateur.LayerKind(
             to_matrix=lambda module, kernel: kernel.T,
             from_matrix=lambda module, matrix: matrix.T,

@@ -1,13 +1,22 @@
-"""What pruning has to do to an optimizer: forget the past of weights that are no longer there."""
+"""Weights that are sharded over processes (DTensor, FSDP): the whole of them, one process's part, and back."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from secateur._types import Mask
+
+def is_sharded(tensor: object) -> bool:
+    """Return whether a tensor is sharded over processes (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded over processes (a DTensor); any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -17,7 +26,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of ``whole``, cut as ``parameter`` is; all of it where the parameter is not sharded."""
-    if not hasattr(parameter, "device_mesh"):
+    if not is_sharded(parameter):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
@@ -26,19 +35,18 @@ def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
 
 
-@torch.no_grad()
-def clear_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask: Mask) -> None:
-    """Zero the optimizer's momenta of a parameter where ``mask`` is False, as if those weights had never been trained.
+def write_whole_(target: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded: every process writes its own part."""
+    local_part(target).copy_(sharded_like(whole.to(target.dtype), target))
 
-    Args:
-        optimizer: any; state tensors of the parameter's shape are taken as one number a weight.
-        parameter: whose state to clear. If it is sharded, so is its state.
-        mask: bool, in the shape of the whole parameter, True = leave as it is.
-    """
-    state = optimizer.state.get(parameter)
-    if not state:
-        return
-    forget = ~sharded_like(mask, parameter)
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            local_part(value).masked_fill_(forget, 0)
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules of a model to which ``fully_shard`` was applied."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it is not loaded, no module can be sharded
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def reshard(modules: Iterable[Any]) -> None:
+    """Give up the whole copies that FSDP keeps after a forward pass alone: what is written to them is lost."""
+    for module in modules:
+        module.reshard()

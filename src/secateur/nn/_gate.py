@@ -20,7 +20,6 @@ serve everything else.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -30,17 +29,17 @@ from torch.nn import functional as F  # noqa: N812
 from secateur import kernels
 from secateur._types import Weight
 from secateur.kernels import is_watched
-from secateur.patterns import SparsityPattern, cut_between, units_to_prune
+from secateur.patterns import Units, cut_between, units_to_prune
 
 # Keeps 1 / threshold finite where everything or nothing is pruned (threshold = inf, -inf) or all scores are zero.
 _TINY = 1e-30
 
 
-def unit_scores(matrix: Weight, pattern: SparsityPattern) -> Tensor:
+def unit_scores(matrix: Weight, units: Units) -> Tensor:
     """Scores ``[competitions, units]`` of a matrix without remainder: the root mean square of each unit."""
-    height, width = pattern._unit_size(*matrix.shape)
-    if height * width == 1:
-        return pattern._units(matrix)[..., 0].abs()
+    height, width = units.height, units.width
+    if units.size == 1:
+        return units.elements(matrix)[..., 0].abs()
     norms: Tensor
     if height == 1 and width > _WIDE:
         norms = torch.linalg.vector_norm(matrix.reshape(len(matrix), -1, width), dim=2)
@@ -51,40 +50,32 @@ def unit_scores(matrix: Weight, pattern: SparsityPattern) -> Tensor:
 
 
 @torch.no_grad()
-def solve_threshold(matrix: Weight, pattern: SparsityPattern, sparsity: float, near: float | None = None) -> Tensor:
+def solve_threshold(matrix: Weight, units: Units, sparsity: float, near: float | None = None) -> Tensor:
     """The threshold of each competition, ``[competitions, 1]``, at which exactly the asked sparsity is pruned."""
-    rows, columns = pattern._core(matrix.shape)
-    scores = unit_scores(matrix[:rows, :columns], pattern)
-    return cut_between(scores, units_to_prune(scores.shape[1], sparsity), near)
+    return cut_between(unit_scores(units.crop(matrix), units), units_to_prune(units.count, sparsity), near)
 
 
 @torch.no_grad()
-def hard_mask(matrix: Weight, threshold: Tensor, pattern: SparsityPattern) -> Tensor:
+def hard_mask(matrix: Weight, threshold: Tensor, units: Units) -> Tensor:
     """The mask without its slope, ``[out, in]`` bool: kept where the score reaches the threshold."""
-    rows, columns = pattern._core(matrix.shape)
-    mask = torch.ones(matrix.shape, dtype=torch.bool, device=matrix.device)
-    keep = unit_scores(matrix[:rows, :columns], pattern) >= threshold
-    mask[:rows, :columns] = pattern._spread(keep, rows, columns)
-    return mask
+    return units.mask(unit_scores(units.crop(matrix), units) >= threshold)
 
 
-def gated(
-    matrix: Weight, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, *, solved: bool, hard: bool
-) -> Weight:
+def gated(matrix: Weight, threshold: Tensor, temperature: Tensor, units: Units, *, solved: bool, hard: bool) -> Weight:
     """Return the effective weight ``matrix * mask``, with gradients to the matrix and to a learned threshold.
 
     Args:
         matrix: ``[out, in]``.
         threshold: broadcastable to the pattern's ``[competitions, units]``.
         temperature: a scalar tensor.
-        pattern: what a unit is and what competes.
+        units: of the matrix: what is kept or pruned together, and what competes.
         solved: the threshold is solved from a budget, not learned.
         hard: use the hard mask forward, and the derivative of the soft one backward.
     """
-    rows, columns = pattern._core(matrix.shape)
-    if (rows, columns) == tuple(matrix.shape):
-        return _Gate.apply(matrix, threshold, temperature, pattern, solved, hard)  # type: ignore[no-any-return,no-untyped-call]
-    core = _Gate.apply(matrix[:rows, :columns], threshold, temperature, pattern, solved, hard)  # type: ignore[no-untyped-call]
+    core = _Gate.apply(units.crop(matrix), threshold, temperature, units, solved, hard)  # type: ignore[no-untyped-call]
+    if units.core == units.shape:
+        return core  # type: ignore[no-any-return]
+    rows, columns = units.core
     right = torch.cat([core, matrix[:rows, columns:]], 1)
     return torch.cat([right, matrix[rows:]])
 
@@ -95,16 +86,16 @@ def gated_linear(
     bias: Tensor | None,
     threshold: Tensor,
     temperature: Tensor,
-    pattern: SparsityPattern,
+    units: Units,
     *,
     solved: bool,
     hard: bool,
 ) -> Tensor:
     """Return ``x @ gated(...).T + bias``, as one node of the graph: its backward pass needs no memory of its own."""
-    if pattern._core(matrix.shape) != tuple(matrix.shape):
-        weight = gated(matrix, threshold, temperature, pattern, solved=solved, hard=hard)
+    if units.core != units.shape:
+        weight = gated(matrix, threshold, temperature, units, solved=solved, hard=hard)
         return F.linear(x, weight, bias)
-    y, _ = _GatedLinear.apply(x, matrix, bias, threshold, temperature, pattern, solved, hard)  # type: ignore[no-untyped-call]
+    y, _ = _GatedLinear.apply(x, matrix, bias, threshold, temperature, units, solved, hard)  # type: ignore[no-untyped-call]
     return y  # type: ignore[no-any-return]
 
 
@@ -115,20 +106,20 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, solved: bool, hard: bool
+        matrix: Tensor, threshold: Tensor, temperature: Tensor, units: Units, solved: bool, hard: bool
     ) -> Tensor:
-        return _forward(matrix, threshold, temperature, pattern, solved=solved, hard=hard)
+        return _forward(matrix, threshold, temperature, units, solved=solved, hard=hard)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        matrix, threshold, temperature, ctx.pattern, ctx.solved, ctx.hard = inputs
+        matrix, threshold, temperature, ctx.units, ctx.solved, ctx.hard = inputs
         ctx.save_for_backward(matrix, threshold, temperature)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         matrix, threshold, temperature = ctx.saved_tensors
         by_matrix, by_threshold = _backward(
-            grad, matrix, threshold, temperature, ctx.pattern, solved=ctx.solved, hard=ctx.hard
+            grad, matrix, threshold, temperature, ctx.units, solved=ctx.solved, hard=ctx.hard
         )
         return by_matrix, by_threshold, None, None, None, None
 
@@ -145,16 +136,16 @@ class _GatedLinear(torch.autograd.Function):
         bias: Tensor | None,
         threshold: Tensor,
         temperature: Tensor,
-        pattern: SparsityPattern,
+        units: Units,
         solved: bool,
         hard: bool,
     ) -> tuple[Tensor, Tensor]:
-        effective = _forward(matrix, threshold, temperature, pattern, solved=solved, hard=hard)
+        effective = _forward(matrix, threshold, temperature, units, solved=solved, hard=hard)
         return F.linear(x, effective, bias), effective
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, matrix, _, threshold, temperature, ctx.pattern, ctx.solved, ctx.hard = inputs
+        x, matrix, _, threshold, temperature, ctx.units, ctx.solved, ctx.hard = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, matrix, threshold, temperature, output[1])
@@ -166,14 +157,14 @@ class _GatedLinear(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the kept one has no derivative of its own
-            effective = _Gate.apply(matrix, threshold, temperature, ctx.pattern, ctx.solved, ctx.hard)  # type: ignore[no-untyped-call]
+            effective = _Gate.apply(matrix, threshold, temperature, ctx.units, ctx.solved, ctx.hard)  # type: ignore[no-untyped-call]
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[0]:
             by_x = (grad @ effective.to(grad.dtype)).to(x.dtype)  # autocast may have made the output's dtype another
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             by_effective = rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
             by_matrix, by_threshold = _backward(
-                by_effective, matrix, threshold, temperature, ctx.pattern, solved=ctx.solved, hard=ctx.hard, owned=True
+                by_effective, matrix, threshold, temperature, ctx.units, solved=ctx.solved, hard=ctx.hard, owned=True
             )
         if ctx.needs_input_grad[2]:
             by_bias = rows.sum(0).to(matrix.dtype)
@@ -181,22 +172,21 @@ class _GatedLinear(torch.autograd.Function):
 
 
 def _forward(
-    matrix: Tensor, threshold: Tensor, temperature: Tensor, pattern: SparsityPattern, *, solved: bool, hard: bool
+    matrix: Tensor, threshold: Tensor, temperature: Tensor, units: Units, *, solved: bool, hard: bool
 ) -> Tensor:
     """``matrix * mask``."""
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    height, width = pattern._unit_size(*matrix.shape)
-    if height * width > 1:
-        scores = unit_scores(wide, pattern)
+    if units.size > 1:
+        scores = unit_scores(wide, units)
         mask = (scores >= threshold).to(wide.dtype) if hard else _soft_mask(scores, threshold, temperature, solved)
-        return _times_units(wide, mask, height, width).to(matrix.dtype)
+        return _times_units(wide, mask, units.height, units.width).to(matrix.dtype)
 
     def part(w: Tensor, t: Tensor) -> Tensor:
         scores = w.abs()
         mask = (scores >= t).to(w.dtype) if hard else _soft_mask_(scores, t, temperature, solved)
         return mask.mul_(w)
 
-    weights = pattern._units(wide)[..., 0]
+    weights = units.elements(wide)[..., 0]
     if isa := _isa_of_elements(weights, threshold, temperature):
         result = kernels.gate(weights, threshold, float(temperature), isa, solved=solved, hard=hard)
         return result.view(matrix.shape).to(matrix.dtype)
@@ -208,7 +198,7 @@ def _backward(
     matrix: Tensor,
     threshold: Tensor,
     temperature: Tensor,
-    pattern: SparsityPattern,
+    units: Units,
     *,
     solved: bool,
     hard: bool,
@@ -217,10 +207,10 @@ def _backward(
     """Gradients of the matrix and of a learned threshold; ``owned``: nobody else has ``grad``, write over it."""
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     grad = grad.to(wide.dtype)
-    if math.prod(pattern._unit_size(*matrix.shape)) > 1:
-        by_units = _backward_of_units(grad, wide, threshold, temperature, pattern, hard=hard, owned=owned)
+    if units.size > 1:
+        by_units = _backward_of_units(grad, wide, threshold, temperature, units, hard=hard, owned=owned)
         return by_units.to(matrix.dtype), None
-    weights, grads = pattern._units(wide)[..., 0], pattern._units(grad)[..., 0]
+    weights, grads = units.elements(wide)[..., 0], units.elements(grad)[..., 0]
     by_threshold = None
     if isa := _isa_of_elements(weights, threshold, temperature, grads):
         by_matrix, by_threshold = kernels.gate_backward(
@@ -328,13 +318,13 @@ def _backward_of_units(
     matrix: Tensor,
     threshold: Tensor,
     temperature: Tensor,
-    pattern: SparsityPattern,
+    units: Units,
     *,
     hard: bool,
     owned: bool,
 ) -> Tensor:
-    height, width = pattern._unit_size(*matrix.shape)
-    scores = unit_scores(matrix, pattern)
+    height, width = units.height, units.width
+    scores = unit_scores(matrix, units)
     mask = _soft_mask(scores, threshold, temperature, solved=True)
     pull = torch.addcmul(mask, mask, mask, value=-1)
     by_score = _unit_sums(grad, matrix, height, width).view(1, -1)

@@ -13,9 +13,9 @@ from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own 
 
 from secateur._errors import PatternError, RecipeError
 from secateur._types import Mask, Weight
-from secateur.layers import clear_state_, full_tensor, local_part, sharded_like
+from secateur.layers import clear_state_, full_tensor, is_sharded, local_part, sharded_like, write_whole_
 from secateur.nn._gate import gated, gated_linear, hard_mask, solve_threshold
-from secateur.patterns import SparsityPattern, Unstructured, check_sparsity, with_channel_width
+from secateur.patterns import SparsityPattern, Units, Unstructured, check_sparsity, with_channel_width
 
 TEMPERATURE = 10.0
 THRESHOLD = 0.01
@@ -139,7 +139,7 @@ class _SparseLayer(nn.Module, ABC):
             self._matrix(),
             self._threshold_by_competition(),
             self.temperature,
-            self.pattern or _ELEMENTWISE,
+            self._units(),
             solved=self.pattern is not None,
             hard=self.hard,
         )
@@ -147,6 +147,10 @@ class _SparseLayer(nn.Module, ABC):
 
     def _matrix(self) -> Weight:
         return self.weight.flatten(1) if self.weight.ndim > 2 else self.weight
+
+    def _units(self) -> Units:
+        """What is kept or pruned together. A learned threshold judges each weight for itself, in its row."""
+        return (self.pattern or _ELEMENTWISE).units((self.weight.shape[0], math.prod(self.weight.shape[1:])))
 
     def _threshold_by_competition(self) -> Tensor:
         if self.pattern is not None:
@@ -171,7 +175,7 @@ class _SparseLayer(nn.Module, ABC):
         if not self.weight.numel():
             return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
         threshold = full_tensor(self._threshold_by_competition())
-        return hard_mask(self._whole_matrix(), threshold, self.pattern or _ELEMENTWISE).view(self.weight.shape)
+        return hard_mask(self._whole_matrix(), threshold, self._units()).view(self.weight.shape)
 
     def _whole_matrix(self) -> Weight:
         """The weight as forward compares it: at least float32, and whole if it is sharded over processes."""
@@ -237,12 +241,11 @@ class _SparseLayer(nn.Module, ABC):
         assert self.pattern is not None
         wide = self._whole_matrix()
         if wide.is_meta or not wide.numel():
-            rows, columns = self.pattern._core(wide.shape)
-            return wide.new_zeros(self.pattern._units(wide[:rows, :columns]).shape[0], 1)
+            return wide.new_zeros(self._units().competitions, 1)
         threshold = self._buffers.get("threshold")
         known = threshold is not None and threshold.numel() == 1 and threshold.device.type == "cpu"
         near = float(threshold) if known else None  # type: ignore[arg-type]  # it has not moved far since the last step
-        return solve_threshold(wide, self.pattern, sparsity, near)
+        return solve_threshold(wide, self._units(), sparsity, near)
 
     @torch.no_grad()
     def hard_prune(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -323,7 +326,7 @@ class _SparseLayer(nn.Module, ABC):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A checkpoint has zeros where the mask has them, whatever an optimizer left behind it."""
-        if self.mask is not None and not self.straight_through and not hasattr(self.weight, "full_tensor"):
+        if self.mask is not None and not self.straight_through and not is_sharded(self.weight):
             # Nothing reads these numbers, so a backward pass under way must not hear of the change: hence .data.
             self.weight.data.masked_fill_(~self.mask, 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -340,7 +343,7 @@ class _SparseLayer(nn.Module, ABC):
     def _describe(self) -> str:
         learned = "" if self.pattern is None else f", pattern={str(self.pattern)!r}"
         # Printing must not wait for other processes, which may not print.
-        unknown = self.weight.is_meta or (self.mask is None and hasattr(self.weight, "full_tensor"))
+        unknown = self.weight.is_meta or (self.mask is None and is_sharded(self.weight))
         density = "?" if unknown else f"{self.density():.4f}"
         return f"bias={self.bias is not None}, structured={self.is_structured}{learned}, density={density}"
 
@@ -352,10 +355,10 @@ class _SparseLayer(nn.Module, ABC):
         """
         if self.mask is None and self.pattern is not None:
             self.hard_prune()
-        local_part(self.weight).copy_(sharded_like(self.effective_weight(), self.weight))
+        write_whole_(self.weight, self.effective_weight())
 
     def _must_be_whole(self, method: str) -> None:
-        if hasattr(self.weight, "full_tensor"):
+        if is_sharded(self.weight):
             raise RecipeError(
                 f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
                 "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."
@@ -527,7 +530,7 @@ class SparseLinear(_SparseLayer):
             self.bias,
             self._threshold_by_competition(),
             self.temperature,
-            self.pattern or _ELEMENTWISE,
+            self._units(),
             solved=self.pattern is not None,
             hard=self.hard,
         )

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from secateur._errors import RecipeError, SparsityError
-from secateur.layers import Layer, Skipped, select_layers, swap_modules_
+from secateur._errors import RecipeError, naming
+from secateur.layers import Layer, Replaceability, select_layers, swap_modules_
 from secateur.nn._sparse import THRESHOLD, SparseConv2d, SparseLinear
-from secateur.patterns import SparsityPattern
+from secateur.patterns import SparsityPattern, as_pattern
+from secateur.reports import SkippedLayer
 
 
 def sparsify_(
@@ -58,10 +59,7 @@ def sparsify_(
         >>> model[0]  # doctest: +ELLIPSIS
         SparseLinear(in_features=8, out_features=16, bias=True, structured=False, pattern='unstructured', ...)
     """
-    if isinstance(pattern, str):
-        pattern = SparsityPattern.parse(pattern)
-    if not isinstance(pattern, SparsityPattern | None):
-        raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
+    pattern = None if pattern is None else as_pattern(pattern)
     if pattern is None and isinstance(model, nn.parallel.DistributedDataParallel):
         raise RecipeError(
             "DistributedDataParallel would not synchronise thresholds that are added to the model inside it.\n"
@@ -74,7 +72,7 @@ def sparsify_(
         fitted = None if pattern is None else layer.fit(pattern)
         for name, module in zip((layer.name, *layer.tied_to), layer.modules, strict=True):
             make = SparseLinear.from_linear if isinstance(module, nn.Linear) else SparseConv2d.from_conv2d
-            try:
+            with naming(layer.title):
                 new = make(
                     module,  # type: ignore[arg-type]
                     structured=structured,
@@ -84,8 +82,6 @@ def sparsify_(
                     threshold=threshold,
                     hard=hard,
                 )
-            except SparsityError as error:
-                raise type(error)(f"{layer.title}: {error}") from None
             made[name] = new
             swaps.append((module, new))
     swap_modules_(model, swaps)
@@ -113,10 +109,8 @@ def densify_(model: nn.Module) -> list[str]:
     if "" in layers:
         raise RecipeError("a bare layer cannot be replaced in place: its to_linear or to_conv2d returns the plain one.")
     for name, layer in layers.items():
-        try:
+        with naming(name):
             layer._must_be_whole("densify_")
-        except SparsityError as error:
-            raise type(error)(f"{name}: {error}") from None
     swap_modules_(
         model, [(old, old.to_linear() if isinstance(old, SparseLinear) else old.to_conv2d()) for old in layers.values()]
     )
@@ -130,7 +124,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
 
 def replaceable_layers(
     model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), *, own_thresholds: bool = False
-) -> tuple[list[Layer], list[Skipped]]:
+) -> tuple[list[Layer], list[SkippedLayer]]:
     """Split the prunable layers into those that have a sparse counterpart and the rest, each with its reason.
 
     Args:
@@ -145,14 +139,9 @@ def replaceable_layers(
     include = tuple(include)
     layers, skipped = select_layers(model, include, exclude)
     found = []
-    reads_weights = {
-        id(child)
-        for parent in model.modules()
-        if isinstance(parent, nn.TransformerEncoderLayer)
-        for child in parent.children()
-    }
+    replaceability = Replaceability(model, "build the sparse layer with from_linear or from_conv2d")
     for layer in layers:
-        reasons = (_why_not_replaceable(model, module, reads_weights) for module in layer.modules)
+        reasons = (replaceability.why_not(module) or _no_counterpart(module) for module in layer.modules)
         reason = next(filter(None, reasons), None)
         if reason is None and own_thresholds and layer.tied_to:
             reason = f"shares its weight with {layer.tied_to[0]!r}, so it needs a pattern: one mask for both"
@@ -161,7 +150,7 @@ def replaceable_layers(
         elif include:
             raise RecipeError(f"{layer.title}: {reason}.\nExclude it, or use a method that needs no sparse layer.")
         else:
-            skipped.append(Skipped(layer.name, type(layer.modules[0]).__name__, reason))
+            skipped.append(SkippedLayer(layer.name, type(layer.modules[0]).__name__, reason))
     if not found:
         listed = "\n".join(
             f"  {skip.name or '(the model itself)'} ({skip.kind}): {skip.reason}" for skip in skipped[:10]
@@ -170,17 +159,7 @@ def replaceable_layers(
     return found, skipped
 
 
-def _why_not_replaceable(model: nn.Module, module: nn.Module, reads_weights: set[int]) -> str | None:
-    if module is model:
-        return "a bare layer cannot be replaced in place; build the sparse layer with from_linear or from_conv2d"
-    if hasattr(getattr(module, "weight", None), "full_tensor"):
-        return "its weight is sharded over processes already; call sparsify_ before fully_shard"
+def _no_counterpart(module: nn.Module) -> str | None:
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"only nn.Linear and nn.Conv2d have a counterpart that learns its mask, not {type(module).__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks, which a replacement would lose"
-    if "forward" in vars(module):
-        return "its forward was replaced on the object, which a replacement would lose"
-    if id(module) in reads_weights:
-        return "nn.TransformerEncoderLayer reads its weight without calling it"
     return None

@@ -16,7 +16,7 @@ from secateur._errors import RecipeError, SparsityError
 from secateur._types import Weight
 from secateur.formats import VALUE_DTYPES, Format
 from secateur.kernels import Plan, stored_share
-from secateur.layers import Layer, Skipped, select_layers, swap_modules_
+from secateur.layers import Layer, Replaceability, is_transposed_linear, select_layers, swap_modules_
 from secateur.nn import PackedConv2d, PackedLinear, pack_weight
 from secateur.packing import _autotune
 from secateur.packing._autotune import Cache, Decision, decide, key_of
@@ -104,7 +104,7 @@ def pack_(
     known.write()
     return PackReport(
         layers=tuple(rows),
-        skipped=tuple(SkippedLayer(skip.name, skip.kind, skip.reason) for skip in skipped),
+        skipped=tuple(skipped),
         machine=_autotune.machine(),
         memory=memory,
         seconds=time.perf_counter() - began,
@@ -272,7 +272,7 @@ class _Job:
 
 def _jobs(
     model: nn.Module, include: Iterable[str], exclude: Iterable[str], dtype: torch.dtype | None
-) -> tuple[list[_Job], list[Skipped]]:
+) -> tuple[list[_Job], list[SkippedLayer]]:
     """What to measure, and what to leave alone and why."""
     include, exclude = tuple(include), tuple(exclude)
     jobs = []
@@ -297,7 +297,7 @@ def _jobs(
             except SparsityError as error:
                 reason = f"cannot be packed: {str(error).splitlines()[0]}"
         if packed is None:
-            skipped.append(Skipped(layer.name, type(module).__name__, reason or ""))
+            skipped.append(SkippedLayer(layer.name, type(module).__name__, reason or ""))
         else:
             jobs.append(_Job(layer, module, weight, packed, patterns))
     return jobs, skipped
@@ -321,19 +321,15 @@ def _packed_jobs(model: nn.Module, exclude: Iterable[str], dtype: torch.dtype | 
 
 def _why_not(model: nn.Module, layer: Layer, weight: Weight) -> str | None:
     """The reason that a layer cannot be packed, or None."""
+    replaceability = Replaceability(model, "use PackedLinear.from_linear")
     for module in layer.modules:
-        if module is model:
-            return "a bare layer cannot be replaced in place; use PackedLinear.from_linear"
+        if (reason := replaceability.why_not(module)) is not None:
+            return reason
         pointwise = type(module) is nn.Conv2d and PackedConv2d.fits(module)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not pointwise:
             return "a convolution with kernel, padding or groups: unfolding its input costs what the zeros save"
-        if type(module) is not nn.Linear and not pointwise and not _is_transposed(module):
+        if type(module) is not nn.Linear and not pointwise and not is_transposed_linear(module):
             return f"only nn.Linear and 1x1 convolutions have a packed counterpart, not {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return "it has hooks, which a replacement would lose"
-        for parent in model.modules():
-            if isinstance(parent, nn.TransformerEncoderLayer) and any(child is module for child in parent.children()):
-                return "nn.TransformerEncoderLayer reads its weight without calling it"
     if weight.is_meta:
         return "its weight is on the meta device, without values"
     if weight.device.type != "cpu":
@@ -341,8 +337,3 @@ def _why_not(model: nn.Module, layer: Layer, weight: Weight) -> str | None:
     if not bool((weight == 0).any()):
         return "no zeros"
     return None
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' linear layer with the weight as ``[in, out]``."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -1,18 +1,21 @@
 """Which weights may be pruned together, and which masks does that allow?"""
 
 from secateur.patterns._find import satisfied as satisfied
-from secateur.patterns._pattern import NM as NM
-from secateur.patterns._pattern import Block as Block
-from secateur.patterns._pattern import Column as Column
-from secateur.patterns._pattern import Row as Row
+from secateur.patterns._kinds import NM as NM
+from secateur.patterns._kinds import Block as Block
+from secateur.patterns._kinds import Column as Column
+from secateur.patterns._kinds import Row as Row
+from secateur.patterns._kinds import Unstructured as Unstructured
+from secateur.patterns._kinds import as_pattern as as_pattern
+from secateur.patterns._kinds import at_partial_sparsity as at_partial_sparsity
+from secateur.patterns._kinds import with_channel_width as with_channel_width
+from secateur.patterns._kinds import with_scope as with_scope
+from secateur.patterns._pattern import Remainder as Remainder
 from secateur.patterns._pattern import Scope as Scope
 from secateur.patterns._pattern import SparsityPattern as SparsityPattern
-from secateur.patterns._pattern import Unstructured as Unstructured
 from secateur.patterns._pattern import check_sparsity as check_sparsity
-from secateur.patterns._pattern import cut_between as cut_between
-from secateur.patterns._pattern import keep_top as keep_top
-from secateur.patterns._pattern import kth_smallest as kth_smallest
-from secateur.patterns._pattern import on_the_way as on_the_way
-from secateur.patterns._pattern import units_to_prune as units_to_prune
-from secateur.patterns._pattern import with_channel_width as with_channel_width
-from secateur.patterns._pattern import with_scope as with_scope
+from secateur.patterns._select import cut_between as cut_between
+from secateur.patterns._select import keep_top as keep_top
+from secateur.patterns._select import kth_smallest as kth_smallest
+from secateur.patterns._select import units_to_prune as units_to_prune
+from secateur.patterns._units import Units as Units

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.patterns._pattern import NM, Block, Column, Row, SparsityPattern
+from secateur.patterns._kinds import NM, Block, Column, Row
+from secateur.patterns._pattern import SparsityPattern
 
 _GROUPS = (2, 4, 8, 16)
 _WIDTHS = (2, 4, 8, 16, 32)

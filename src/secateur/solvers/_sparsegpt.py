@@ -151,7 +151,7 @@ def _blocks(
         if pattern.sparsity is not None:
             yield start, stop, sparsity
             continue
-        all_units = pattern.num_units((rows, stop))
+        all_units = pattern.units((rows, stop)).count
         all_pruned = units_to_prune(all_units, sparsity)
         share = (all_pruned - pruned) / (all_units - units) if all_units > units else 0.0
         yield start, stop, share

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur._errors import PatternError, RecipeError
 from secateur._types import Weight
-from secateur.layers import Layer, full_tensor, select_layers
+from secateur.layers import Layer, full_tensor, select_layers, write_whole_
 from secateur.patterns import SparsityPattern, with_channel_width
 
 
@@ -130,7 +130,7 @@ class GroupSparsity:
         step_size = _not_negative("step_size", step_size)
         matrix, pattern = self._fit(weight)
         shrunk = self._shrunk(matrix, pattern, step_size)
-        weight.copy_(_shared_as(weight, shrunk.reshape(weight.shape)))
+        write_whole_(weight, shrunk.reshape(weight.shape))
 
     def model_penalty(self, model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> Tensor:
         """Return the sum of R over a model's layers, differentiable, to be added to the loss.
@@ -195,7 +195,7 @@ class GroupSparsity:
         step_size = _not_negative("step_size", step_size)
         for layer, pattern in self._layers(model, include, exclude):
             shrunk = self._shrunk(_matrix(layer), pattern, step_size)
-            layer.parameter.copy_(_shared_as(layer.parameter, layer.kind.from_matrix(layer.modules[0], shrunk)))
+            layer.write_(shrunk)
 
     def _fit(self, weight: Tensor) -> tuple[Weight, SparsityPattern]:
         """A weight as a matrix, and the pattern as it applies to it."""
@@ -243,44 +243,34 @@ class GroupSparsity:
         return fitted
 
     def _penalty(self, matrix: Weight, pattern: SparsityPattern) -> Tensor:
-        rows, columns = pattern._core(matrix.shape)
-        core = matrix[:rows, :columns]
-        units = pattern._units(core.to(torch.promote_types(core.dtype, torch.float32)))
-        return self.strength * math.sqrt(units.shape[2]) * _norms(units).sum()
+        units = pattern.units(matrix.shape)
+        core = units.crop(matrix)
+        norms = _norms(units.elements(core.to(torch.promote_types(core.dtype, torch.float32))))
+        return self.strength * math.sqrt(units.size) * norms.sum()
 
     def _shrunk(self, matrix: Weight, pattern: SparsityPattern, step_size: float) -> Weight:
         """A new matrix, in float32 at least, after the proximal step."""
         result = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
-        rows, columns = pattern._core(matrix.shape)
-        core = result[:rows, :columns]
-        units = pattern._units(core)
-        threshold = step_size * self.strength * math.sqrt(units.shape[2])
+        units = pattern.units(matrix.shape)
+        core = units.crop(result)
+        threshold = step_size * self.strength * math.sqrt(units.size)
         if not threshold:
             return result  # not even a norm that underflows changes anything
-        norms = _norms(units)
+        norms = _norms(units.elements(core))
         # The comparison, not a clamp, makes the zeros: 0 / 0 never matters, and NaN stays visible.
         scale = (1 - threshold / norms).masked_fill_(norms <= threshold, 0.0)
-        core.mul_(pattern._spread(scale, rows, columns)).add_(0.0)  # -0.0 + 0.0 is 0.0
+        core.mul_(units.spread(scale)).add_(0.0)  # -0.0 + 0.0 is 0.0
         return result
 
 
 def _matrix(layer: Layer) -> Weight:
     """The layer's weight as ``[out, in]``, whole and attached to its gradient."""
-    return layer.kind.to_matrix(layer.modules[0], full_tensor(layer.parameter))
+    return layer.to_matrix(layer.parameter)
 
 
 def _norms(units: Tensor) -> Tensor:
     """L2 norms ``[competitions, units]``, of gradient 0 where they are 0."""
     return units[..., 0].abs() if units.shape[2] == 1 else torch.linalg.vector_norm(units, dim=2)
-
-
-def _shared_as(target: Tensor, whole: Tensor) -> Tensor:
-    """Shard ``whole`` over processes as ``target`` is, if it is (a DTensor)."""
-    if not hasattr(target, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(target.dtype), target.device_mesh, target.placements)  # type: ignore[attr-defined]
 
 
 def _not_negative(name: str, value: float) -> float:

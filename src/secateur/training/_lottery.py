@@ -13,10 +13,17 @@ from torch import Tensor, nn
 
 from secateur._errors import PatternError, RecipeError, SparsityError
 from secateur._types import Mask
-from secateur.layers import select_layers
-from secateur.patterns import NM, SparsityPattern, Unstructured, check_sparsity, keep_top, on_the_way, units_to_prune
+from secateur.layers import reshard, select_layers, sharded_modules
+from secateur.patterns import (
+    NM,
+    SparsityPattern,
+    Unstructured,
+    at_partial_sparsity,
+    check_sparsity,
+    keep_top,
+    units_to_prune,
+)
 from secateur.reports import Report, SkippedLayer, versions
-from secateur.training._session import _sharded_modules
 from secateur.training._targets import MaskedWeight, check_optimizer, report_layer
 
 Rewinding: TypeAlias = Literal["weights", "learning-rate", "nothing"]
@@ -94,7 +101,7 @@ class LotteryTicket:
             raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
         self.model, self.optimizer, self.scheduler, self.pattern = model, optimizer, scheduler, pattern
         self._report: Report | None = None
-        self._sharded = _sharded_modules(model)
+        self._sharded = sharded_modules(model)
         self._make_ready()
         layers, self._skipped = select_layers(model, include, exclude)
         fitted = [layer.fit(pattern) for layer in layers]
@@ -486,7 +493,7 @@ class LotteryTicket:
             return [("units", pruned, units_to_prune(sum(units for units, _ in sizes.values()), sparsity))]
         counts = []
         for name, weight in self._weights.items():
-            pattern, own = on_the_way(weight.pattern, sparsity)
+            pattern, own = at_partial_sparsity(weight.pattern, sparsity)
             counts.append(
                 (f"weights of {weight.layer.title}", weight.num_pruned, pattern.num_pruned(self._shapes[name], own))
             )
@@ -502,23 +509,20 @@ class LotteryTicket:
 
     def _units_of(self, name: str) -> tuple[int, int]:
         """How many units a layer has, where all compete with one another, and the weights in each."""
-        pattern, shape = self._weights[name].pattern, self._shapes[name]
-        rows, columns = pattern._core(shape)
-        units = pattern.num_units(shape) if rows * columns else 0
-        return units, rows * columns // max(1, units)
+        units = self._weights[name].pattern.units(self._shapes[name])
+        return (units.count, units.size) if units.total * units.size else (0, 0)
 
     def _global_masks(self, sparsity: float) -> dict[str, Mask]:
         parts = {}
         for name, weight in self._weights.items():
-            rows, columns = weight.pattern._core(self._shapes[name])
-            units, size = self._units_of(name)
-            if not units:
+            units = weight.pattern.units(self._shapes[name])
+            if not units.total * units.size:
                 continue
-            scores = weight.pattern._unit_scores(weight.magnitudes()[:rows, :columns])[0]
-            if size > 1:
-                scores = (scores / size).sqrt()  # root mean square, of units of one weight their magnitude
+            scores = units.scores(weight.magnitudes())[0]
+            if units.size > 1:
+                scores = (scores / units.size).sqrt()  # root mean square, of units of one weight their magnitude
             if weight.mask is not None:
-                kept = weight.pattern._units(weight.mask[:rows, :columns])[0, :, 0]
+                kept = units.elements(units.crop(weight.mask))[0, :, 0]
                 scores = scores.masked_fill(~kept, -1)  # below any other, so that they go first
             parts[name] = scores
         masks = {name: weight.hard_mask() for name, weight in self._weights.items()}
@@ -528,14 +532,13 @@ class LotteryTicket:
         scores = torch.cat([part.to(device) for part in parts.values()])
         keep = keep_top(scores[None], len(scores) - units_to_prune(len(scores), sparsity))
         for (name, part), kept in zip(parts.items(), keep.split([len(p) for p in parts.values()], dim=1), strict=True):
-            rows, columns = self._weights[name].pattern._core(self._shapes[name])
-            masks[name][:rows, :columns] = self._weights[name].pattern._spread(kept.to(part.device), rows, columns)
+            masks[name] = self._weights[name].pattern.units(self._shapes[name]).mask(kept.to(part.device))
         return masks
 
     def _layer_masks(self, sparsity: float) -> dict[str, Mask]:
         masks = {}
         for name, weight in self._weights.items():
-            pattern, own = on_the_way(weight.pattern, sparsity)
+            pattern, own = at_partial_sparsity(weight.pattern, sparsity)
             masks[name] = pattern.mask(weight.magnitudes(), own)
         return masks
 
@@ -566,8 +569,7 @@ class LotteryTicket:
     def _make_ready(self) -> None:
         if self._report is not None:
             raise RecipeError("the ticket is finalized: its hooks are gone. Make a new LotteryTicket.")
-        for module in self._sharded:  # after a forward pass without a backward, FSDP leaves whole copies in their place
-            module.reshard()
+        reshard(self._sharded)
 
     def _count_seconds(self, began: float) -> None:
         seconds = time.perf_counter() - began

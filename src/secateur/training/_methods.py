@@ -12,7 +12,7 @@ import torch
 from secateur._errors import PatternError, RecipeError
 from secateur._types import Mask, Scores, Weight
 from secateur.layers import clear_state_
-from secateur.patterns import SparsityPattern, keep_top, kth_smallest, on_the_way
+from secateur.patterns import SparsityPattern, at_partial_sparsity, keep_top, kth_smallest
 from secateur.schedules import Cubic, OneShot, Schedule
 from secateur.training._targets import LearnedWeight, MaskedWeight, magnitudes
 
@@ -184,7 +184,7 @@ class SRSTE(Method):
         if weight.mask is not None and self.decay:
             weight.shrink_pruned_(self.decay)
         frozen = self.freeze < 1 and moment.step >= self.last_step(moment.steps)
-        pattern, sparsity = on_the_way(weight.pattern, moment.sparsity)
+        pattern, sparsity = at_partial_sparsity(weight.pattern, moment.sparsity)
         weight.set_mask(pattern.mask(weight.magnitudes(), sparsity), straight_through=not frozen)
         if frozen:
             clear_state_(moment.optimizer, weight.parameter, weight.modules[0].mask)  # type: ignore[arg-type]
@@ -223,7 +223,7 @@ class GradualMagnitude(Method):
         """Prune more when an update is due."""
         if not moment.due:
             return
-        pattern, sparsity = on_the_way(weight.pattern, moment.sparsity)
+        pattern, sparsity = at_partial_sparsity(weight.pattern, moment.sparsity)
         scores = weight.magnitudes()
         if weight.num_pruned != pattern.num_pruned(scores.shape, sparsity):
             weight.set_mask(pattern.mask(scores, sparsity), moment.optimizer)
@@ -388,14 +388,14 @@ def exchange(
     """
     if weight.isnan().any():
         raise PatternError(f"{int(weight.isnan().sum())} of its {weight.numel()} weights are NaN.")
-    rows, columns = pattern._core(mask.shape)
-    kept = pattern._units(mask[:rows, :columns])[..., 0]
+    units = pattern.units(mask.shape)
+    kept = units.elements(units.crop(mask))[..., 0]
     if not kept.numel():
         return mask
     count = int(kept[0].count_nonzero())
     moving, more = divmod(round(fraction * count * len(kept)), len(kept))
-    scores = pattern._unit_scores(magnitudes(weight)[:rows, :columns])
-    gains = pattern._unit_scores(growth.to(scores.dtype)[:rows, :columns])
+    scores = units.scores(magnitudes(weight))
+    gains = units.scores(growth.to(scores.dtype))
 
     def exchanged(moving: int) -> Mask:
         staying = keep_top(torch.where(kept, scores, -math.inf), count - moving)
@@ -403,13 +403,11 @@ def exchange(
         candidates = ~kept if enough_others and not regrow_dropped else ~staying
         return staying | keep_top(torch.where(candidates, gains, -math.inf), moving)
 
-    units = exchanged(moving)
+    keep = exchanged(moving)
     if more:
         next_smallest = kth_smallest(torch.where(kept, scores, math.inf), moving + 1)
-        units = torch.where(keep_top(-next_smallest.view(1, -1), more).view(-1, 1), exchanged(moving + 1), units)
-    result = mask.clone()
-    result[:rows, :columns] = pattern._spread(units, rows, columns)
-    return result
+        keep = torch.where(keep_top(-next_smallest.view(1, -1), more).view(-1, 1), exchanged(moving + 1), keep)
+    return units.mask(keep)
 
 
 def _initial_mask(weight: MaskedWeight, moment: Moment, initial: Initial) -> Mask:

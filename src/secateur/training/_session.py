@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 
 from secateur._errors import RecipeError, SparsityError
 from secateur._types import Mask
-from secateur.layers import Layer, Skipped, select_layers
+from secateur.layers import FLATTENED, Layer, reshard, select_layers, sharded_modules
 from secateur.nn import SparseConv2d, SparseLinear, densify_, replaceable_layers, sparse_layers, sparsify_
 from secateur.patterns import Column, SparsityPattern, Unstructured, with_channel_width
 from secateur.reports import LayerReport, Report, SkippedLayer, versions
@@ -113,7 +112,7 @@ class SparseTraining:
             sparsity = schedule.final
 
         include, exclude = tuple(include), tuple(exclude)
-        self._sharded = _sharded_modules(model)
+        self._sharded = sharded_modules(model)
         self._gather_no_more()
         layers, skipped, made = self._find(pattern, sparsity, include, exclude)
         if made:
@@ -149,7 +148,7 @@ class SparseTraining:
         sparsity: float | None,
         include: tuple[str, ...],
         exclude: tuple[str, ...],
-    ) -> tuple[list[Layer], list[Skipped], list[tuple[Any, ...]]]:
+    ) -> tuple[list[Layer], list[SkippedLayer], list[tuple[Any, ...]]]:
         """The layers to make sparse, the rest with reasons, and the sparse layers that the model has already."""
         existing = sparse_layers(self.model)
         if not self.method.learns:
@@ -157,7 +156,7 @@ class SparseTraining:
             return layers, skipped, []
         if not existing:
             for layer in select_layers(self.model, include, exclude)[0]:
-                if hasattr(layer.parameter, "device_mesh"):
+                if layer.is_sharded:
                     raise RecipeError(
                         f"{layer.title}: its weight is sharded already, and {self.method.name} needs layers of its "
                         "own.\nCall secateur.sparsify_(model, pattern=..., sparsity=...) before fully_shard."
@@ -297,8 +296,7 @@ class SparseTraining:
 
     def _gather_no_more(self) -> None:
         """After a forward pass without a backward FSDP leaves weights whole for the next; changes to those get lost."""
-        for module in self._sharded:
-            module.reshard()
+        reshard(self._sharded)
 
     def _wants_gradient(self, step: int) -> bool:
         return self.method.wants_gradient(step, self.steps, self.update_every)
@@ -348,7 +346,7 @@ class SparseTraining:
             except SparsityError as error:
                 raise type(error)(f"{name}: {error}") from None
         layers = [self._settle(weight, *masks[name]) for name, weight in self._weights.items()]
-        if self.method.learns and not any(hasattr(w.layer.parameter, "device_mesh") for w in self._weights.values()):
+        if self.method.learns and not any(w.layer.is_sharded for w in self._weights.values()):
             densify_(self.model)
         for weight in self._weights.values():
             if isinstance(weight, MaskedWeight):
@@ -377,7 +375,7 @@ class SparseTraining:
             weight.set_mask(mask, self.optimizer)
         else:
             weight.set_mask(mask)
-            if hasattr(weight.parameter, "device_mesh"):
+            if weight.layer.is_sharded:
                 notes.append("sharded: stays a sparse layer; load its full state dict into a plain model")
         return report_layer(weight, mask, pattern=weight.pattern, asked=weight.sparsity, count=asked, notes=notes)
 
@@ -446,12 +444,6 @@ class SparseTraining:
         self._generator.set_state(state["generator"])
 
 
-def _sharded_modules(model: nn.Module) -> list[Any]:
-    """The modules to which ``fully_shard`` was applied."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-
-
 def _budget(module: SparseLinear | SparseConv2d) -> tuple[SparsityPattern, float]:
     """The pattern and sparsity that a sparse layer was asked for: ``Column()`` also where channels are wider."""
     assert module.pattern is not None
@@ -462,26 +454,18 @@ def _budget(module: SparseLinear | SparseConv2d) -> tuple[SparsityPattern, float
 
 def _existing_layers(
     model: nn.Module, existing: Mapping[str, Any]
-) -> tuple[list[Layer], list[Skipped], list[tuple[Any, ...]]]:
+) -> tuple[list[Layer], list[SkippedLayer], list[tuple[Any, ...]]]:
     """Sparse layers as layers, those that share a weight together."""
-    from secateur.layers import LayerKind
-
     shared: dict[int, list[str]] = {}
     for name, module in existing.items():
         shared.setdefault(id(module.weight), []).append(name)
-    kind = LayerKind(
-        to_matrix=lambda module, weight: weight.flatten(1),
-        from_matrix=lambda module, matrix: matrix.view_as(module.weight),  # type: ignore[arg-type]
-        input_rows=lambda module, x: x,
-        channel_width=lambda module: math.prod(module.weight.shape[2:]),  # type: ignore[index]
-    )
     layers, made = [], []
     for names in shared.values():
         modules = tuple(existing[name] for name in names)
-        layers.append(Layer(names[0], modules, kind, tuple(names[1:])))
+        layers.append(Layer(names[0], modules, FLATTENED, tuple(names[1:])))
         made.append(modules)
     skipped = [
-        Skipped(name, type(module).__name__, "not a sparse layer")
+        SkippedLayer(name, type(module).__name__, "not a sparse layer")
         for name, module in model.named_modules()
         if name not in existing and any(True for _ in module.parameters(recurse=False))
     ]

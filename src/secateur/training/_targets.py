@@ -31,7 +31,7 @@ class MaskedWeight:
         self.seconds = 0.0
         self._pruned: Tensor | None = None  # in the parameter's shape, of this process's part
         parameter = layer.parameter
-        self._hook = None if hasattr(parameter, "device_mesh") else parameter.register_hook(self._without_pruned)
+        self._hook = None if layer.is_sharded else parameter.register_hook(self._without_pruned)
 
     def _without_pruned(self, gradient: Tensor) -> Tensor | None:
         if self._pruned is None or self.dense_gradient:
@@ -61,7 +61,7 @@ class MaskedWeight:
         gradient = self.layer.parameter.grad
         if gradient is None:
             return None
-        return self.layer.kind.to_matrix(self.layer.modules[0], full_tensor(gradient.detach()))
+        return self.layer.to_matrix(gradient.detach())
 
     def set_mask(self, mask: Mask, optimizer: torch.optim.Optimizer) -> None:
         """Prune by ``mask`` from now on; weights that it brings back start at zero with a fresh optimizer state."""
@@ -79,7 +79,7 @@ class MaskedWeight:
         self._pruned = None if mask is None else ~sharded_like(self._in_shape(mask), self.layer.parameter)
 
     def _in_shape(self, mask: Mask) -> Tensor:
-        return self.layer.kind.from_matrix(self.layer.modules[0], mask)
+        return self.layer.from_matrix(mask)
 
     @torch.no_grad()
     def zero_(self) -> None:
