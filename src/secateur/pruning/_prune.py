@@ -136,14 +136,10 @@ def prune_(
         if recipe.measure_error:
             needs = needs | {"gram"}
         with quiet(model):
-            shares = allocate(
-                candidates(
-                    gather(replayed(model, loaded, layers, run, sequential=False), 0, dense_needs)
-                    if dense_needs
-                    else {}
-                ),
-                recipe,
-            )
+            whole = replayed(model, loaded, layers, run, sequential=False)
+            dense = gather(whole, 0, dense_needs) if dense_needs else {}
+            shares = allocate(candidates(dense), recipe)
+            del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
             for index, stage in enumerate(source.stages):
                 # Half of a stage's share of the work is calibrating it, half is solving its layers.
