@@ -12,7 +12,7 @@ from sparsegpt import make_layer, relative_error
 
 import secateur
 from secateur.demo import METHODS, TARGETS, DemoModel
-from secateur.pruning import parse_method
+from secateur.solvers import parse_method
 
 SEEDS = (0, 1, 2)
 

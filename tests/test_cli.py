@@ -367,7 +367,7 @@ def test_an_interrupt_writes_nothing(llama, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("secateur.huggingface._models.prune_", interrupt)
+    monkeypatch.setattr("secateur.pruning._directory.prune_", interrupt)
     result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
     assert result.exit_code == 130
     assert "nothing was written" in result.stderr

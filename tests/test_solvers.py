@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import PATTERNS, SOLVERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ from secateur import (
     Magnitude,
     PatternError,
     Random,
+    RecipeError,
     Refit,
     Row,
     Select,
@@ -31,33 +33,10 @@ from secateur import (
     verify,
 )
 
-SOLVERS = [
-    Select(Magnitude()),
-    Select(Wanda()),
-    Select(RIA()),
-    Select(Random()),
-    SparseGPT(),
-    SparseGPT(block_size=8),
-    Refit(Select(Wanda())),
-    Refit(SparseGPT(block_size=8)),
-]
-PATTERNS = [
-    Unstructured(),
-    Unstructured("layer"),
-    Unstructured("row"),
-    NM(2, 4),
-    NM(1, 4),
-    NM(3, 10),
-    NM(3, 7, remainder="dense"),
-    Block(1, 1),
-    Block(2, 4),
-    Block(4, 3, remainder="dense"),
-    Row(),
-    Column(),
-    Column(4),
-]
 FROM_INPUTS = [solver for solver in SOLVERS if solver.needs]
 all_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+# Mistakes are found by the same code for every importance and block size.
+one_of_each_class = pytest.mark.parametrize("solver", [Select(Magnitude()), SparseGPT(), Refit(SparseGPT())], ids=repr)
 all_patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 ROWS, COLUMNS, DEAD = 6, 20, 3
@@ -240,12 +219,12 @@ def test_groups_are_solved_as_layers_of_their_own(solver, pattern):
         torch.testing.assert_close(solution.weight[rows], alone.weight)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 20), (6, 1), (0, 20), (6, 0), (0, 0)], ids=str)
 @all_solvers
-def test_smallest_layers_are_solved(solver, shape):
-    for pattern in (Unstructured(), Unstructured("row"), Row(), Column(), NM(1, 1)):
-        problem = problem_of(pattern, 0.5, *shape)
-        verify(problem, solver.solve(problem))
+def test_smallest_layers_are_solved(solver):
+    for shape in ((1, 1), (1, 20), (6, 1), (0, 20), (6, 0), (0, 0)):
+        for pattern in (Unstructured(), Unstructured("row"), Row(), Column(), NM(1, 1)):
+            problem = problem_of(pattern, 0.5, *shape)
+            verify(problem, solver.solve(problem))
 
 
 @pytest.mark.parametrize("pattern", [Unstructured("layer"), NM(2, 4), Column(4)], ids=str)
@@ -265,9 +244,8 @@ def test_inputs_scaled_as_a_whole_change_nothing(solver, pattern):
 # Identities
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e4])
 @all_patterns
-@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize(("scale", "damping"), [(1.0, 0.0), (1e4, 0.01)])
 def test_uncorrelated_inputs_turn_sparsegpt_into_magnitude(pattern, scale, damping):
     problem = problem_of(pattern)
     problem = replace(problem, statistics=LayerStatistics(64, gram=scale * torch.eye(COLUMNS, dtype=torch.float64)))
@@ -330,7 +308,7 @@ def test_groups_are_decided_one_after_the_other_whatever_the_block(pattern):
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
-@pytest.mark.parametrize("inner", [Select(Magnitude()), Select(Wanda()), SparseGPT(block_size=8)], ids=repr)
+@pytest.mark.parametrize("inner", [Select(Magnitude()), SparseGPT(block_size=8)], ids=repr)
 @pytest.mark.parametrize("pattern", [Unstructured("row"), NM(2, 4), Block(2, 4), Row(), Column()], ids=str)
 def test_many_iterations_are_exact_least_squares(pattern, inner, damping):
     problem = problem_of(pattern)
@@ -353,9 +331,10 @@ def test_exact_least_squares_is_lstsq_on_the_inputs():
         np.testing.assert_allclose(solved[i][kept], expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize(
+    ("inner", "damping"), [(Select(Magnitude()), 0.0), (Select(Random()), 0.01), (SparseGPT(), 1.0)], ids=repr
+)
 @all_patterns
-@pytest.mark.parametrize("inner", [Select(Magnitude()), Select(Random()), SparseGPT()], ids=repr)
 def test_every_iteration_lowers_the_objective(inner, pattern, damping):
     problem = problem_of(pattern)
     costs = [cost(problem, inner.solve(problem).weight, damping)]
@@ -459,11 +438,11 @@ HOPELESS = {
 
 
 @pytest.mark.parametrize("gram", HOPELESS.values(), ids=HOPELESS)
-@pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
-def test_a_hopeless_gram_is_an_error(gram, damping):
+def test_a_hopeless_gram_is_an_error(gram):
     problem = replace(problem_of(NM(2, 4)), statistics=LayerStatistics(64, gram=gram))
-    with pytest.raises(SolverError, match="not positive definite, even with a damping of 1"):
-        SparseGPT(damping=damping).solve(problem)
+    for damping in (0.0, 0.01, 1.0):
+        with pytest.raises(SolverError, match="not positive definite, even with a damping of 1"):
+            SparseGPT(damping=damping).solve(problem)
 
 
 @pytest.mark.parametrize("gram", [HOPELESS["nan"], HOPELESS["infinite"]], ids=["nan", "infinite"])
@@ -495,45 +474,25 @@ def test_missing_statistics_are_named(solver):
 
 
 @pytest.mark.parametrize("solver", [SparseGPT(), Refit(Select(Magnitude()))], ids=repr)
-@pytest.mark.parametrize("shape", [(16, 16), (20, 16), (4, 20, 20), (2, 10, 10)], ids=str)
-def test_the_gram_of_another_layer_is_an_error(solver, shape):
-    with pytest.raises(StatisticsError, match="does not fit a weight"):
-        solver.solve(replace(problem_of(NM(2, 4)), statistics=LayerStatistics(64, gram=torch.ones(shape))))
+def test_the_gram_of_another_layer_is_an_error(solver):
+    for shape in ((16, 16), (20, 16), (4, 20, 20), (2, 10, 10)):
+        with pytest.raises(StatisticsError, match="does not fit a weight"):
+            solver.solve(replace(problem_of(NM(2, 4)), statistics=LayerStatistics(64, gram=torch.ones(shape))))
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        (NM(2, 4), "2:4 needs an input size that is a multiple of 4, got 22"),
-        (Block(4, 2), "block:4x2 needs an output size that is a multiple of 4, got 6"),
-        (Block(2, 4), "block:2x4 needs an input size that is a multiple of 4, got 22"),
-        (Column(4), "column:4 needs an input size that is a multiple of 4, got 22"),
-    ],
-    ids=str,
-)
-@all_solvers
-def test_a_pattern_that_does_not_fit_is_named_with_the_layers_size(solver, pattern, message):
-    with pytest.raises(PatternError, match=message):
-        solver.solve(problem_of(pattern, columns=22))
+@one_of_each_class
+def test_a_pattern_that_does_not_fit_is_an_error(solver):
+    with pytest.raises(PatternError, match="2:4 needs an input size that is a multiple of 4, got 22"):
+        solver.solve(problem_of(NM(2, 4), columns=22))
 
 
-@pytest.mark.parametrize("sparsity", [1.5, -0.25, math.nan, math.inf])
-@all_solvers
-def test_sparsity_out_of_range_is_an_error(solver, sparsity):
-    for pattern in (Unstructured(), Row()):
+@one_of_each_class
+def test_an_impossible_sparsity_is_an_error(solver):
+    for sparsity in (1.5, -0.25, math.nan):
         with pytest.raises(PatternError, match=f"between 0 and 1, got {sparsity:g}"):
-            solver.solve(problem_of(pattern, sparsity))
-
-
-@pytest.mark.parametrize("sparsity", [True, "0.5"], ids=repr)
-@all_solvers
-def test_sparsity_of_another_type_is_an_error(solver, sparsity):
+            solver.solve(problem_of(Unstructured(), sparsity))
     with pytest.raises(TypeError, match="sparsity must be a number"):
-        solver.solve(problem_of(Unstructured(), sparsity))
-
-
-@all_solvers
-def test_sparsity_must_be_said_and_be_the_patterns_own(solver):
+        solver.solve(problem_of(Unstructured(), "0.5"))
     with pytest.raises(PatternError, match="fits any sparsity: say which"):
         solver.solve(problem_of(Unstructured(), None))
     with pytest.raises(PatternError, match=r"2:4 fixes the sparsity at 0\.5, but 0\.7 was asked"):
@@ -544,14 +503,26 @@ def test_sparsity_must_be_said_and_be_the_patterns_own(solver):
     ("make", "message"),
     [
         (lambda: SparseGPT(block_size=0), "block_size must be at least 1, got 0"),
-        (lambda: SparseGPT(damping=-0.1), "damping must not be negative, got -0.1"),
-        (lambda: SparseGPT(damping=math.nan), "damping must not be negative, got nan"),
+        (lambda: SparseGPT(damping=-0.1), "damping must be at least 0, got -0.1"),
         (lambda: Refit(SparseGPT(), iterations=0), "iterations must be at least 1, got 0"),
-        (lambda: Refit(SparseGPT(), damping=-1), "damping must not be negative, got -1"),
+        (lambda: Refit(SparseGPT(), damping=math.nan), "damping must be a number, got NaN"),
     ],
 )
 def test_impossible_settings_are_refused(make, message):
-    with pytest.raises(SolverError, match=message):
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseGPT(block_size=8.0), "block_size must be an int, got float"),
+        (lambda: Refit(SparseGPT(), iterations=True), "iterations must be an int, got bool"),
+        (lambda: Refit(SparseGPT(), damping="0.1"), "damping must be a number, got str"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 

@@ -6,7 +6,7 @@ import reference
 import torch
 
 from secateur import LayerStatistics, StatisticsError
-from secateur.calibration import Accumulator
+from secateur.calibration._gather import RowSums
 
 BOTH = frozenset({"input_norm", "gram"})
 
@@ -17,10 +17,14 @@ def inputs(groups=1, tokens=20, size=5, dtype=torch.float64):
 
 
 def gather(*batches, needs=BOTH):
-    accumulator = Accumulator(needs)
+    sums = RowSums(needs)
     for batch in batches:
-        accumulator.add(batch)
-    return accumulator.result()
+        sums.add(batch)
+    return statistics_of(sums)
+
+
+def statistics_of(sums):
+    return LayerStatistics(sums.tokens, **sums.results())
 
 
 @pytest.mark.parametrize("batches", [[20], [7, 13], [1] * 20, [0, 20, 0]], ids=str)
@@ -37,6 +41,23 @@ def test_batches_add_up_to_the_sum_over_tokens(batches):
 def test_only_what_was_asked_for_is_gathered(needs):
     statistics = gather(inputs(), needs=needs)
     assert {need for need in BOTH if getattr(statistics, need) is not None} == needs
+
+
+@pytest.mark.parametrize("needs", [{"gram"}, {"input_norm"}, BOTH], ids=sorted)
+def test_parts_merge_into_the_whole_and_copies_stay_apart(needs):
+    rows = inputs(groups=2)
+    whole, empty, part = RowSums(needs), RowSums(needs), RowSums(needs)
+    whole.add(rows[:, :7])
+    part.add(rows[:, 7:])
+    before = whole.copy()
+    whole.merge(part)
+    whole.merge(empty)
+    empty.merge(part)
+    for merged, expected in ((whole, rows), (before, rows[:, :7]), (part, rows[:, 7:]), (empty, rows[:, 7:])):
+        got, truth = statistics_of(merged), gather(expected, needs=needs)
+        assert got.tokens == truth.tokens
+        for need in needs:
+            torch.testing.assert_close(got.require(need), truth.require(need))
 
 
 def test_norm_is_the_same_with_and_without_the_gram():
@@ -83,23 +104,25 @@ def test_float64_inputs_keep_float64_grams():
     assert gather(inputs()).gram.dtype == torch.float64
 
 
-@pytest.mark.parametrize("needs", [set(), {"gram"}, {"input_norm"}], ids=sorted)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("needs", [set(), BOTH], ids=sorted)
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [(math.nan, torch.float16), (math.inf, torch.bfloat16), (-math.inf, torch.float32), (math.nan, torch.float64)],
+    ids=str,
+)
 def test_inputs_that_are_not_finite_are_refused(bad, dtype, needs):
     rows = inputs(groups=2, dtype=dtype)
     rows[1, 19, 4] = rows[0, 3, 1] = bad
-    accumulator = Accumulator(needs)
     with pytest.raises(StatisticsError, match="2 of 200 input values are NaN or infinite"):
-        accumulator.add(rows)
+        RowSums(needs).add(rows)
 
 
 def test_a_refused_batch_leaves_no_trace():
-    accumulator = Accumulator(BOTH)
-    accumulator.add(inputs())
+    sums = RowSums(BOTH)
+    sums.add(inputs())
     with pytest.raises(StatisticsError):
-        accumulator.add(inputs().fill_(math.nan))
-    after, without = accumulator.result(), gather(inputs())
+        sums.add(inputs().fill_(math.nan))
+    after, without = statistics_of(sums), gather(inputs())
     assert after.tokens == without.tokens
     assert torch.equal(after.gram, without.gram)
     assert torch.equal(after.input_norm, without.input_norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from secateur._errors import RecipeError
@@ -108,3 +108,24 @@ def globs(name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(glob, str) for glob in found):
         raise TypeError(f"{name} must be glob patterns (str), got {value!r}")
     return found
+
+
+def settings(name: str, value: T | None, made: type[T], keywords: Mapping[str, object]) -> T:
+    """Return the settings that a caller gave: as one value, or as keywords from which the value is made.
+
+    Args:
+        name: of the argument that takes the value.
+        value: that was given, or None.
+        made: class of the value; the names of its parameters are those of the keywords.
+        keywords: that were given; None where one was left out.
+
+    Raises:
+        RecipeError: both were given.
+    """
+    given = {key: keyword for key, keyword in keywords.items() if keyword is not None}
+    if value is None:
+        return made(**given)
+    instance(name, value, made)
+    if given:
+        raise RecipeError(f"pass either a {name} or settings, not both; got a {name} and {', '.join(given)}.")
+    return value

@@ -1,12 +1,13 @@
 """What do the inputs of each layer look like?"""
 
-from secateur.calibration._calibration import Calibration as Calibration
-from secateur.calibration._calibration import Forward as Forward
-from secateur.calibration._calibration import call_model as call_model
-from secateur.calibration._calibration import hash_batches as hash_batches
-from secateur.calibration._calibration import load_batches as load_batches
-from secateur.calibration._calibration import quiet as quiet
-from secateur.calibration._statistics import Accumulator as Accumulator
+from secateur.calibration._batches import Forward as Forward
+from secateur.calibration._batches import call_model as call_model
+from secateur.calibration._batches import hash_batches as hash_batches
+from secateur.calibration._batches import load_batches as load_batches
+from secateur.calibration._batches import quiet as quiet
+from secateur.calibration._gather import gather as gather
+from secateur.calibration._replay import StageSource as StageSource
+from secateur.calibration._replay import replayed as replayed
 from secateur.calibration._statistics import LayerStatistics as LayerStatistics
 from secateur.calibration._statistics import Need as Need
 from secateur.calibration._text import Windows as Windows

@@ -30,7 +30,7 @@ def read_text(path: str | Path) -> str:
     if path.suffix in (".jsonl", ".json"):
         content = "\n\n".join(_text_fields(path, content))
     if not content.strip():
-        raise StatisticsError(f"{path} holds no text. Give a file with text like that the model was made for.")
+        raise StatisticsError(f"{path} holds no text. Give a file with text of the sort that the model was trained on.")
     return content
 
 
@@ -46,7 +46,7 @@ def _text_fields(path: Path, content: str) -> Iterator[str]:
             raise StatisticsError(f'{path}, line {number}: expected an object with a "text" field, {{"text": "..."}}.')
         if not entry["text"].isascii() and any("\ud800" <= character <= "\udfff" for character in entry["text"]):
             raise StatisticsError(
-                f"{path}, line {number}: the text has half of a surrogate pair, which is no character."
+                f"{path}, line {number}: the text has half of a surrogate pair, which is not a character."
             )
         yield entry["text"]
 
@@ -60,7 +60,7 @@ class Windows:
         length: tokens in a window, special tokens included.
         special_tokens: put the tokenizer's own around each window ([CLS] ... [SEP]), as encoders expect. Language
             models are calibrated and measured on running text without them.
-        source: how to call the text in an error message.
+        source: what an error message calls the text.
 
     Raises:
         StatisticsError: the text has fewer than two tokens, or windows have no room for any.

@@ -9,7 +9,8 @@ import typer
 
 from secateur.cli._app import say, show, show_progress, user_errors, worth_saying
 from secateur.cli._options import AsJson, Exclude, Html, Include, Output, Overwrite
-from secateur.pruning import METHODS, Recipe
+from secateur.pruning import Recipe
+from secateur.solvers import METHODS
 
 _METHOD_HELP = f"{', '.join(METHODS)}; add +refit to re-estimate the kept weights. Default: wanda."
 
@@ -42,7 +43,8 @@ def prune(
     """Prune a model directory. The output loads with from_pretrained, unchanged."""
     with user_errors():
         from secateur.files import check_place, write_text
-        from secateur.huggingface import CalibrationText, prune_directory
+        from secateur.huggingface import CalibrationText
+        from secateur.pruning import prune_directory
         from secateur.reports import evaluation_table, pruned_table, skipped_table
 
         settings = {"pattern": pattern, "sparsity": sparsity, "method": method, "include": include, "exclude": exclude}

@@ -20,8 +20,9 @@ from secateur.evaluation import perplexity
 from secateur.files import ModelDirectory, check_place, write_text
 from secateur.huggingface import load_model, load_tokenizer
 from secateur.packing import pack_, save
-from secateur.pruning import Recipe, method_name, prune_
+from secateur.pruning import Recipe, prune_
 from secateur.reports import Comparison, Report, Table, TableColumn, comparison_page
+from secateur.solvers import method_name
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "magnitude+refit", "wanda+refit", "sparsegpt+refit")
 TARGETS: tuple[tuple[str, float | None], ...] = (

@@ -1,4 +1,4 @@
-"""How good a model still is: perplexity for language models, likeness to the dense model for any other."""
+"""The quality of a model: perplexity for language models, similarity to the dense model for all others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """How is a whole model pruned in one call?"""
 
+from secateur.pruning._allocation import ALLOCATIONS as ALLOCATIONS
+from secateur.pruning._directory import prune_directory as prune_directory
 from secateur.pruning._prune import prune_ as prune_
-from secateur.pruning._recipe import METHODS as METHODS
 from secateur.pruning._recipe import Recipe as Recipe
-from secateur.pruning._recipe import method_name as method_name
-from secateur.pruning._recipe import parse_method as parse_method

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur._errors import RecipeError, SolverError, SparsityError
-from secateur._types import Weight
+from secateur._checks import settings
+from secateur._errors import RecipeError, SolverError, naming
+from secateur._types import Progress
 from secateur.calibration import (
-    Calibration,
     Forward,
     LayerStatistics,
     Need,
     call_model,
+    gather,
     hash_batches,
     load_batches,
     quiet,
+    replayed,
 )
 from secateur.layers import Layer, select_layers
 from secateur.patterns import SparsityPattern
+from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
+from secateur.pruning._figures import layer_report
 from secateur.pruning._recipe import Recipe
-from secateur.reports import LayerReport, Report, SkippedLayer, histogram, thumbnail, versions
+from secateur.reports import LayerReport, Report, SkippedLayer, versions
 from secateur.solvers import Importance, LayerProblem, Solver, verify
 
 
@@ -42,7 +46,7 @@ def prune_(
     sequential: bool | None = None,
     measure_error: bool | None = None,
     forward: Forward | None = None,
-    progress: Callable[[str, float, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Prune a model in place and report what was done.
 
@@ -80,7 +84,9 @@ def prune_(
         (0.5, 64)
     """
     began = time.perf_counter()
-    settings = {
+    if isinstance(batches, Recipe):
+        raise TypeError("batches must be calibration inputs, got a Recipe; pass recipe=Recipe(...)")
+    keywords = {
         "pattern": pattern,
         "sparsity": sparsity,
         "method": method,
@@ -90,17 +96,18 @@ def prune_(
         "sequential": sequential,
         "measure_error": measure_error,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
-    if recipe is not None and given:
-        raise RecipeError(f"pass either a recipe or settings, not both; got a recipe and {', '.join(given)}.")
-    if isinstance(batches, Recipe) or not isinstance(recipe, Recipe | None):
-        raise TypeError("recipe must be a Recipe: prune_(model, batches, Recipe(...)), or give pattern= and method=")
-    recipe = recipe if recipe is not None else Recipe(**given)  # type: ignore[arg-type]
+    recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
     if needs and batches is None:
         raise RecipeError(
             f"{recipe.method} needs calibration inputs ({', '.join(sorted(needs))}).\n"
             "Pass batches, or use method='magnitude', which needs none."
+        )
+    dense_needs = ALLOCATIONS[recipe.allocation].needs
+    if dense_needs and batches is None:
+        raise RecipeError(
+            f"the allocation {recipe.allocation!r} needs calibration inputs ({', '.join(sorted(dense_needs))}).\n"
+            "Pass batches, or use allocation='uniform', which needs none."
         )
 
     layers, skipped = select_layers(model, recipe.include, recipe.exclude)
@@ -110,33 +117,40 @@ def prune_(
     reports: list[LayerReport] = []
     digest = None
 
-    def finish(layer: Layer, statistics: LayerStatistics | None) -> None:
-        try:
-            reports.append(_prune_layer_(layer, statistics, patterns[layer.name], recipe))
-        except SparsityError as error:
-            raise type(error)(f"{layer.title}: {error}") from None
+    def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
+        with naming(layer.title):
+            reports.append(_prune_layer_(layer, patterns[layer.name], sparsity, statistics, recipe.method))
+
+    def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
+        return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
 
     if batches is None:
+        shares = allocate(candidates({}), recipe)
         for layer in layers:
-            finish(layer, None)
+            finish(layer, shares[layer.name], None)
             tell(layer.name, len(reports), total)
     else:
+        run = forward or call_model
         loaded = load_batches(batches, layers[0].parameter.device)
         digest = hash_batches(loaded)
         if recipe.measure_error:
             needs = needs | {"gram"}
         with quiet(model):
-            calibration = Calibration(model, loaded, layers, forward or call_model, recipe.sequential)
-            for index, stage in enumerate(calibration.stages):
+            whole = replayed(model, loaded, layers, run, sequential=False)
+            dense = gather(whole, 0, dense_needs) if dense_needs else {}
+            shares = allocate(candidates(dense), recipe)
+            del dense  # statistics of all layers at once, which the stages do not need
+            source = replayed(model, loaded, layers, run, recipe.sequential)
+            for index, stage in enumerate(source.stages):
                 # Half of a stage's share of the work is calibrating it, half is solving its layers.
                 done, size = len(reports), len(stage.layers)
 
                 def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
                     tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
 
-                gathered = calibration.gather(index, needs, on_batch)
+                gathered = gather(source, index, needs, on_batch)
                 for layer in stage.layers:
-                    finish(layer, gathered.pop(layer.name))
+                    finish(layer, shares[layer.name], gathered.pop(layer.name))
                     tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
 
     return Report(
@@ -150,56 +164,17 @@ def prune_(
 
 
 def _prune_layer_(
-    layer: Layer, statistics: LayerStatistics | None, pattern: SparsityPattern, recipe: Recipe
+    layer: Layer, pattern: SparsityPattern, sparsity: float, statistics: LayerStatistics | None, method: Solver
 ) -> LayerReport:
+    """Solve a layer, check the solution, write it to the model, and report it."""
     began = time.perf_counter()
     dense = layer.matrix()
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True).contiguous()
-    problem = LayerProblem(dense, statistics, pattern, recipe.sparsity)
-    solution = recipe.method.solve(problem)
+    problem = LayerProblem(dense, statistics, pattern, sparsity)
+    solution = method.solve(problem)
     verify(problem, solution)
     overflowing = int((~solution.weight.to(layer.parameter.dtype).isfinite()).sum())
     if overflowing:
         raise SolverError(f"{overflowing} new weights are beyond the range of {layer.parameter.dtype}.")
     layer.write_(solution.weight)
-    seconds = time.perf_counter() - began
-    stored = layer.matrix()
-    pruned = int((~solution.mask).count_nonzero())
-    return LayerReport(
-        name=layer.name,
-        shape=(dense.shape[0], dense.shape[1]),
-        pattern=str(solution.pattern or pattern),
-        asked=pattern.resolve(recipe.sparsity),
-        sparsity=pruned / max(1, dense.numel()),
-        pruned=pruned,
-        zeros=stored.numel() - int(stored.count_nonzero()),
-        relative_error=_relative_error(dense, stored.to(dense), statistics),
-        tokens=None if statistics is None else statistics.tokens,
-        dead_inputs=_dead_inputs(statistics),
-        seconds=seconds,
-        tied_to=layer.tied_to,
-        notes=solution.notes,
-        histogram=histogram(solution.scores, solution.mask),
-        thumbnail=thumbnail(solution.mask),
-    )
-
-
-def _relative_error(dense: Weight, stored: Weight, statistics: LayerStatistics | None) -> float | None:
-    """``norm((W - V) X) / norm(W X)`` from the Gram matrix; None where it was not gathered or W X is zero."""
-    if statistics is None or statistics.gram is None:
-        return None
-    gram = statistics.require("gram").to(dense)
-    shape = (len(gram), -1, dense.shape[1])
-    dense, change = dense.reshape(shape), (dense - stored).reshape(shape)
-    output = float(((dense @ gram) * dense).sum(dtype=torch.float64))
-    error = float(((change @ gram) * change).sum(dtype=torch.float64))
-    return (max(error, 0.0) / output) ** 0.5 if output > 0 else None
-
-
-def _dead_inputs(statistics: LayerStatistics | None) -> int | None:
-    if statistics is None:
-        return None
-    energy: Tensor | None = statistics.input_norm
-    if statistics.gram is not None:
-        energy = statistics.require("gram").diagonal(dim1=1, dim2=2)
-    return None if energy is None else int((energy == 0).sum())
+    return layer_report(layer, problem, solution, seconds=time.perf_counter() - began)

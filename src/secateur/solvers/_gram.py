@@ -40,8 +40,8 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 def upper_factor(weight: Weight, statistics: LayerStatistics, damping: float) -> tuple[Tensor, float]:
     """Upper triangular R with ``R @ R.T = damped(H)``, and the damping that it took.
 
-    ``inv(R)`` is the upper Cholesky factor of ``inv(H)``, the matrix that SparseGPT is usually written with; this way
-    needs one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold (to 0.01 at
+    ``inv(R)`` is the upper Cholesky factor of ``inv(H)``, the matrix that SparseGPT is usually written with. R needs
+    one factorisation and no inverse. When a factorisation fails, the damping is raised tenfold (to 0.01 at
     least), up to 1. The factor is kept with the statistics, for the next layer that reads the same inputs.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from secateur._checks import integer, number
 from secateur._errors import StatisticsError
 from secateur._types import Scores, Weight
 from secateur.calibration import LayerStatistics, Need
@@ -108,6 +109,9 @@ class RIA(Importance):
     Args:
         exponent: power of the input norm; the paper's a.
 
+    Raises:
+        RecipeError: the exponent is NaN.
+
     Example:
         >>> import torch, secateur
         >>> statistics = secateur.LayerStatistics(tokens=1, input_norm=torch.tensor([1.0, 4.0]))
@@ -121,6 +125,9 @@ class RIA(Importance):
     exponent: float = 0.5
     needs = frozenset({"input_norm"})
     scope = "row"
+
+    def __post_init__(self) -> None:
+        number("exponent", self.exponent)
 
     def scores(self, weight: Weight, statistics: LayerStatistics | None) -> Scores:
         norm = _norm_per_weight(weight, statistics)
@@ -155,8 +162,15 @@ class Random(Importance):
     needs = frozenset()
     scope = "layer"
 
+    def __post_init__(self) -> None:
+        integer("seed", self.seed)
+
     def scores(self, weight: Weight, statistics: LayerStatistics | None) -> Scores:
         # Mixing in the weight keeps equally shaped layers from sharing one mask without threading a name through.
         content = weight.detach().float().cpu().contiguous().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(content, zlib.crc32(str(self.seed).encode())))
         return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+# An importance's name means Select(importance) where a method is named.
+IMPORTANCES: dict[str, type[Importance]] = {"magnitude": Magnitude, "wanda": Wanda, "ria": RIA, "random": Random}

@@ -21,7 +21,7 @@ class LayerProblem:
         weight: ``[out, in]``, float32 or float64; never changed.
         statistics: what calibration gathered, or None for a solver that needs nothing.
         pattern: which masks are legal.
-        sparsity: fraction to prune; None for a pattern that fixes its own.
+        sparsity: fraction to prune; may be None for a pattern that fixes its own.
     """
 
     weight: Weight

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from secateur._errors import SolverError
+from secateur._checks import integer, number
 from secateur.calibration import Need
 from secateur.solvers._gram import damped, gram_for
 from secateur.solvers._problem import LayerProblem, Solution, Solver
@@ -30,7 +30,7 @@ class Refit(Solver):
         damping: lambda as a fraction of the mean of the Gram matrix's diagonal.
 
     Raises:
-        SolverError: iterations below 1 or damping below 0.
+        RecipeError: iterations below 1 or damping below 0.
 
     Example:
         >>> import torch, secateur
@@ -52,10 +52,8 @@ class Refit(Solver):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise SolverError(f"iterations must be at least 1, got {self.iterations}.")
-        if not self.damping >= 0:
-            raise SolverError(f"damping must not be negative, got {self.damping:g}.")
+        integer("iterations", self.iterations, 1)
+        number("damping", self.damping, 0)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur._errors import SolverError
+from secateur._checks import integer, number
 from secateur.calibration import Need
 from secateur.patterns import SparsityPattern, units_to_prune, with_scope
 from secateur.solvers._gram import gram_for, upper_factor
@@ -44,7 +44,7 @@ class SparseGPT(Solver):
         damping: added to the diagonal of H, as a fraction of its mean.
 
     Raises:
-        SolverError: block_size below 1 or damping below 0.
+        RecipeError: block_size below 1 or damping below 0.
 
     Example:
         >>> import torch, secateur
@@ -64,10 +64,8 @@ class SparseGPT(Solver):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise SolverError(f"block_size must be at least 1, got {self.block_size}.")
-        if not self.damping >= 0:
-            raise SolverError(f"damping must not be negative, got {self.damping:g}.")
+        integer("block_size", self.block_size, 1)
+        number("damping", self.damping, 0)
 
     @property
     def needs(self) -> frozenset[Need]:

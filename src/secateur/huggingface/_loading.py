@@ -1,0 +1,143 @@
+"""Load the model or the tokenizer in a Hugging Face model directory. Needs transformers."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur._errors import FormatError, RecipeError
+from secateur.files import ModelDirectory
+
+
+def transformers_library() -> ModuleType:
+    """The transformers library, without its progress bars and advice.
+
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError(
+            f'model directories need transformers ({error}); install it with: pip install "secateur[transformers]"'
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_model(
+    directory: ModelDirectory,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    with_head: bool = False,
+) -> tuple[nn.Module, set[str]]:
+    """Return the model in a directory, in evaluation mode, and the names of modules that the checkpoint lacks.
+
+    The class comes from transformers' own tables by the config's model type, and no code in the directory is run.
+
+    Args:
+        directory: of the model.
+        device: None for a GPU if there is one.
+        dtype: None for the checkpoint's on a GPU, and for float32 on a CPU.
+        with_head: use the class that the config names, if transformers has it for the model type, so that no weight of
+            the checkpoint is left out; else a causal language model or a base model.
+
+    Raises:
+        FormatError: transformers does not know the model type, or cannot load the weights.
+    """
+    transformers = transformers_library()
+    if directory.config.get("quantization_config"):
+        raise FormatError(
+            f"{directory.path} is quantized, and its packed weights cannot be pruned.\n"
+            "Prune the model in full or half precision, and quantize it afterwards."
+        )
+    device = _usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else directory.widest_dtype
+    auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
+    try:
+        if with_head:
+            names = directory.config.get("architectures")
+            config = transformers.AutoConfig.from_pretrained(
+                directory.path, local_files_only=True, trust_remote_code=False
+            )
+            auto = model_class(config, names[0] if isinstance(names, list) and names else None) or auto
+        model, info = auto.from_pretrained(
+            directory.path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ImportError:
+        raise  # says what to install
+    except Exception as error:  # whatever transformers makes of a config that it does not check
+        raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise FormatError(
+            f"{directory.path} is an encoder-decoder model, which needs pairs of texts to calibrate on.\n"
+            "Use secateur.prune_ in Python, with batches of your own."
+        )
+    missing = {name.removesuffix(".weight") for name in info["missing_keys"] if name.endswith(".weight")}
+    return model.to(device).eval(), missing
+
+
+def model_class(config: Any, name: object) -> type[nn.Module] | None:
+    """Return the class of that name among those which transformers itself has for a config, or None.
+
+    A name in a checkpoint chooses from transformers' tables and nothing else.
+    """
+    for table in vars(importlib.import_module("transformers.models.auto.modeling_auto")).values():
+        mapping = getattr(table, "_model_mapping", None)
+        try:
+            found = () if mapping is None else mapping[type(config)]
+        except KeyError:
+            continue
+        for made in found if isinstance(found, tuple | list) else (found,):
+            if made.__name__ == name:
+                return made  # type: ignore[no-any-return]
+    return None
+
+
+def load_tokenizer(directory: ModelDirectory) -> Any:
+    """Return the tokenizer in a model directory.
+
+    Raises:
+        FormatError: there is none.
+    """
+    try:
+        return transformers_library().AutoTokenizer.from_pretrained(
+            directory.path, local_files_only=True, trust_remote_code=False
+        )
+    except ImportError:
+        raise
+    except Exception as error:
+        raise FormatError(
+            f"{directory.path} has no tokenizer that transformers can load, so text cannot be read: {error}"
+        ) from None
+
+
+def is_causal(directory: ModelDirectory) -> bool:
+    """Whether the config says that the checkpoint is a causal language model."""
+    architectures = directory.config.get("architectures")
+    if not isinstance(architectures, list):
+        return False
+    return any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+
+
+def _usable(name: str | torch.device) -> torch.device:
+    """Return the device, after asking it for a tensor."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"the device {str(name)!r} cannot be used: {reason}\nGive another --device, or cpu."
+        ) from None
+    return torch.device(name)

@@ -1,0 +1,83 @@
+"""Read text as token windows that a model of a directory takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur._errors import RecipeError, StatisticsError
+from secateur.calibration import Windows
+from secateur.evaluation import outputs
+from secateur.files import ModelDirectory
+from secateur.huggingface._loading import is_causal, load_tokenizer
+
+MAX_SEQUENCE_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that a method is calibrated on.
+
+    Args:
+        path: plain text, or JSON lines with a ``text`` field.
+        samples: windows drawn at random from the text.
+        sequence_length: tokens in a window; None for the longest that the model takes, at most 2048.
+        seed: of the draw.
+    """
+
+    path: Path
+    samples: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+
+    def provenance(self, length: int) -> dict[str, Any]:
+        """Return what the report says of the text, given the length of windows that was used."""
+        return {"file": self.path.name, "samples": self.samples, "sequence_length": length, "seed": self.seed}
+
+
+class TextReader:
+    """Cuts texts into windows for one model.
+
+    Args:
+        model: that will read them.
+        directory: with its tokenizer.
+        length: of the windows in tokens; None for the longest that the model takes, at most 2048.
+
+    Raises:
+        RecipeError: the model takes no windows of that length.
+        FormatError: there is no tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, directory: ModelDirectory, length: int | None) -> None:
+        self._model = model
+        self._tokenizer = load_tokenizer(directory)
+        self._special_tokens = not is_causal(directory)
+        limits = [MAX_SEQUENCE_LENGTH, self._tokenizer.model_max_length]
+        limits.append(getattr(model.config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH)
+        longest = int(min(limits))
+        self.length = length or longest
+        if self.length > longest:
+            raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
+
+    def windows(self, text: str, source: Path) -> Windows:
+        """Return a text as windows."""
+        return Windows(self._tokenizer, text, self.length, self._special_tokens, source=str(source))
+
+    def tried(self, windows: list[Tensor]) -> list[Tensor]:
+        """Return the windows after running the one with the highest token id.
+
+        Raises:
+            StatisticsError: the model does not take ids that high, or windows that long.
+        """
+        window = max(windows, key=lambda ids: int(ids.max()))
+        try:
+            outputs(self._model, [window[None]])
+        except Exception as error:
+            raise StatisticsError(
+                f"the model fails on a window of {len(window)} tokens with ids up to {int(window.max())}: {error}\n"
+                "Give a shorter --sequence-length; check that the model reads text and that the tokenizer is its own."
+            ) from None
+        return windows

@@ -1,0 +1,159 @@
+"""Prune a Hugging Face model directory into another one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from secateur._errors import FormatError, RecipeError
+from secateur._types import Progress
+from secateur.calibration import batched, read_text
+from secateur.evaluation import DenseQuality
+from secateur.files import ModelDirectory, check_output
+from secateur.huggingface import CalibrationText, TextReader, is_causal, load_model, transformers_library
+from secateur.layers import Layer, select_layers
+from secateur.pruning._allocation import ALLOCATIONS
+from secateur.pruning._prune import prune_
+from secateur.pruning._recipe import Recipe
+from secateur.reports import Report, SkippedLayer
+
+REPORT_NAME = "secateur.json"
+_NOT_STORED = "not in the checkpoint, so its values are not trained"
+
+
+def prune_directory(
+    source: str | Path,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationText | None = None,
+    evaluate: Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda description, done, total: None,
+) -> Report:
+    """Prune a Hugging Face model directory into another one that ``from_pretrained`` loads unchanged.
+
+    The output has the input's shards, dtypes, tokenizer and other files; pruned weights are zeros in dense tensors.
+    ``config.json`` gains a top-level ``"sparsity"`` key, and ``secateur.json`` holds the report. Tensors that are not
+    pruned, those of heads that the base model lacks among them, are copied bit for bit.
+
+    Args:
+        source: model directory with safetensors weights.
+        output: directory to write; it appears complete or not at all.
+        recipe: how to prune.
+        calibration: text for methods that need it.
+        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
+            the outputs to the dense model's for any other.
+        device: where to compute; None for a GPU if there is one.
+        dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
+            precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
+        overwrite: replace an existing output directory.
+        progress: called with a description, and how much of how much is done.
+
+    Raises:
+        FormatError: the source is not a safetensors model directory, or the output cannot be written.
+        SparsityError: its other children, for recipes and texts that do not fit.
+        ImportError: transformers is missing.
+    """
+    directory = ModelDirectory.open(source)
+    check_output(directory.path, Path(output), overwrite, directory.num_bytes)
+    if (recipe.method.needs or ALLOCATIONS[recipe.allocation].needs) and calibration is None:
+        raise RecipeError(
+            "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
+        )
+    text = None if calibration is None else read_text(calibration.path)
+    heldout = None if evaluate is None else read_text(evaluate)
+
+    progress("loading the model", 0, 1)
+    model, missing = load_model(directory, device, dtype)
+    recipe, stored = _match_checkpoint(model, directory, recipe, missing)
+    asked = None if calibration is None else calibration.sequence_length
+    reader = TextReader(model, directory, asked) if text or heldout else None
+
+    batches = None
+    if calibration is not None:
+        assert reader is not None
+        assert text is not None
+        windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+        batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
+    quality = None
+    if evaluate is not None:
+        assert reader is not None
+        assert heldout is not None
+        windows = list(reader.windows(heldout, evaluate).all())
+        quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
+
+    report = prune_(model, batches, recipe, progress=progress)
+    for stored_name, parameter_name in stored.items():
+        _round_like_stored_(model, parameter_name, directory, stored_name)
+
+    reasons = {entry.name: _NOT_STORED for entry in report.skipped if entry.name in missing}
+    report = replace(
+        report,
+        evaluation=None if quality is None else quality.compare(model, progress),
+        calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
+        versions={**report.versions, "transformers": transformers_library().__version__},
+        skipped=tuple(
+            SkippedLayer(entry.name, entry.kind, reasons.get(entry.name, entry.reason)) for entry in report.skipped
+        ),
+    )
+    progress("writing", 0, 1)
+    directory.write_pruned(
+        output,
+        {name: model.get_parameter(parameter) for name, parameter in stored.items()},
+        {"config.json": _config_with_sparsity(directory, report), REPORT_NAME: report.to_json() + "\n"},
+        overwrite,
+    )
+    return report
+
+
+def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
+    sparsity = {
+        "method": "secateur",
+        "recipe": report.recipe,
+        "sparsity": report.sparsity,
+        "layers": [layer.name for layer in report.layers],
+    }
+    return json.dumps({**directory.config, "sparsity": sparsity}, indent=2) + "\n"
+
+
+def _match_checkpoint(
+    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
+) -> tuple[Recipe, dict[str, str]]:
+    """Map stored names to parameters to prune, and leave out layers whose values do not come from the checkpoint."""
+    layers, _ = select_layers(model, recipe.include, recipe.exclude)
+    untrained = tuple(layer.name for layer in layers if layer.name in missing)
+    if untrained:
+        recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
+    names: dict[int, list[str]] = {}  # of each parameter; a tied one may be stored under some or all of them
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    stored: dict[str, str] = {}
+    lost: list[Layer] = []
+    for layer in layers:
+        if layer.name in untrained:
+            continue
+        found = {directory.find(name, layer.parameter) for name in names[id(layer.parameter)]} - {None}
+        if not found:
+            lost.append(layer)
+        stored.update({name: layer.parameter_name for name in found if name is not None})
+    if lost:
+        listed = ", ".join(layer.name for layer in lost[:5])
+        raise FormatError(
+            f"{directory.path} stores {len(lost)} layers in another form than the model uses them ({listed}), so they "
+            "cannot be written back.\nUse secateur.prune_ in Python and model.save_pretrained, or exclude them."
+        )
+    return recipe, stored
+
+
+@torch.no_grad()
+def _round_like_stored_(model: nn.Module, parameter_name: str, directory: ModelDirectory, stored_name: str) -> None:
+    """Give a computed weight the precision that it will have on disk."""
+    parameter = model.get_parameter(parameter_name)
+    parameter.copy_(parameter.to(directory.read(stored_name).dtype))

@@ -1,0 +1,65 @@
+"""The figures of a report on one layer, computed from its weights and statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur._types import Weight
+from secateur.calibration import LayerStatistics
+from secateur.layers import Layer
+from secateur.reports import LayerReport, histogram, thumbnail
+from secateur.solvers import LayerProblem, Solution
+
+
+def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, seconds: float) -> LayerReport:
+    """Return what was done to a layer whose solution has been written to the model.
+
+    Args:
+        layer: that was pruned.
+        problem: with the dense weight.
+        solution: that was written.
+        seconds: that solving and writing took.
+    """
+    dense, statistics = problem.weight, problem.statistics
+    stored = layer.matrix()
+    pruned = int((~solution.mask).count_nonzero())
+    return LayerReport(
+        name=layer.name,
+        shape=(dense.shape[0], dense.shape[1]),
+        pattern=str(solution.pattern or problem.pattern),
+        asked=problem.pattern.resolve(problem.sparsity),
+        sparsity=pruned / max(1, dense.numel()),
+        pruned=pruned,
+        zeros=stored.numel() - int(stored.count_nonzero()),
+        relative_error=relative_error(dense, stored.to(dense), statistics),
+        tokens=None if statistics is None else statistics.tokens,
+        dead_inputs=dead_inputs(statistics),
+        seconds=seconds,
+        tied_to=layer.tied_to,
+        notes=solution.notes,
+        histogram=histogram(solution.scores, solution.mask),
+        thumbnail=thumbnail(solution.mask),
+    )
+
+
+def relative_error(dense: Weight, stored: Weight, statistics: LayerStatistics | None) -> float | None:
+    """``norm((W - V) X) / norm(W X)`` from the Gram matrix; None where it was not gathered or W X is zero."""
+    if statistics is None or statistics.gram is None:
+        return None
+    gram = statistics.require("gram").to(dense)
+    shape = (len(gram), -1, dense.shape[1])
+    dense, change = dense.reshape(shape), (dense - stored).reshape(shape)
+    output = float(((dense @ gram) * dense).sum(dtype=torch.float64))
+    error = float(((change @ gram) * change).sum(dtype=torch.float64))
+    return (max(error, 0.0) / output) ** 0.5 if output > 0 else None
+
+
+def dead_inputs(statistics: LayerStatistics | None) -> int | None:
+    """How many inputs were zero on every token; None where nothing was gathered that tells."""
+    if statistics is None:
+        return None
+    energy: Tensor | None = statistics.input_norm
+    if statistics.gram is not None:
+        energy = statistics.require("gram").diagonal(dim1=1, dim2=2)
+    return None if energy is None else int((energy == 0).sum())

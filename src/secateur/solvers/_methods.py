@@ -1,0 +1,83 @@
+"""Methods as text and as tables: ``"wanda+refit"`` is a head, then the wrappers around it from the inside out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from secateur._checks import known_keys, one_of
+from secateur._errors import RecipeError
+from secateur.solvers._importance import IMPORTANCES, Importance
+from secateur.solvers._problem import Solver
+from secateur.solvers._refit import Refit
+from secateur.solvers._select import Select
+from secateur.solvers._sparsegpt import SparseGPT
+
+# Heads are these and the importances. A wrapper is a solver around the one in its field `inner`.
+SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT}
+WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit}
+METHODS = (*IMPORTANCES, *SOLVERS)
+
+_CLASSES: dict[str, Any] = {**IMPORTANCES, **SOLVERS, **WRAPPERS}
+_NAMES = {made: name for name, made in _CLASSES.items()}
+
+
+def parse_method(text: str) -> Solver:
+    """Return the solver that ``"wanda"``, ``"sparsegpt+refit"`` and the like name, each with its default settings.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    head, *wrappers = text.strip().lower().split("+")
+    one_of("method", head, METHODS)
+    solver = Select(IMPORTANCES[head]()) if head in IMPORTANCES else SOLVERS[head]()
+    for wrapper in wrappers:
+        one_of("method suffix", f"+{wrapper}", [f"+{name}" for name in WRAPPERS])
+        solver = WRAPPERS[wrapper](solver)
+    return solver
+
+
+def method_name(solver: Solver) -> str:
+    """Return the text that :func:`parse_method` takes for a solver, or its repr if its settings are not the default."""
+    inner, suffixes = solver, ""
+    while (name := _NAMES.get(type(inner))) in WRAPPERS:
+        suffixes = f"+{name}{suffixes}"
+        inner = inner.inner  # type: ignore[attr-defined]
+    text = f"{_NAMES.get(type(_without_select(inner)))}{suffixes}"
+    return text if text.split("+", maxsplit=1)[0] in METHODS and parse_method(text) == solver else repr(solver)
+
+
+def method_to_dict(solver: Solver) -> dict[str, Any]:
+    """Return a solver as a table of its name and settings. One of an unknown class has its class and repr instead."""
+    value = _without_select(solver)
+    if type(value) not in _NAMES or not is_dataclass(value):
+        return {"name": type(value).__name__, "repr": repr(solver)}
+    settings = {f.name: getattr(value, f.name) for f in fields(value)}
+    return {"name": _NAMES[type(value)]} | {
+        key: method_to_dict(inner) if isinstance(inner, Solver) else inner for key, inner in settings.items()
+    }
+
+
+def method_from_dict(table: Mapping[str, Any]) -> Solver:
+    """Return the solver that a table describes; the inverse of :func:`method_to_dict`.
+
+    Raises:
+        RecipeError: an unknown method or setting, or a wrapper without the method inside.
+    """
+    settings = dict(table)
+    name = one_of("method", settings.pop("name", None), _CLASSES)
+    known_keys(f"method {name!r}", settings, [f.name for f in fields(_CLASSES[name])])
+    if isinstance(settings.get("inner"), Mapping):
+        settings["inner"] = method_from_dict(settings["inner"])
+    elif isinstance(settings.get("inner"), str):
+        settings["inner"] = parse_method(settings["inner"])
+    elif name in WRAPPERS:
+        raise RecipeError(f'method {name!r} needs the method inside it: inner = "wanda", for example.')
+    made = _CLASSES[name](**settings)
+    return Select(made) if isinstance(made, Importance) else made
+
+
+def _without_select(solver: Solver) -> Solver | Importance:
+    """The importance that a method's name stands for, or the solver itself."""
+    return solver.importance if type(solver) is Select else solver
