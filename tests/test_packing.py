@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -505,3 +506,48 @@ def test_cache_entry_that_cannot_be(monkeypatch, tmp_path, change):
     path.write_text(json.dumps(table))
     with pytest.raises(FormatError, match="is invalid"):
         secateur.pack_(pruned(nn.Linear(64, 64)), cache=path)
+
+
+# What came before
+
+
+def test_the_pattern_that_a_layer_was_pruned_to_is_used(monkeypatch):
+    winner(monkeypatch)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[2].weight[:, 1::2] = 0  # whole columns, which is not what it will be pruned to
+    first = secateur.prune_(model, pattern="row", sparsity=0.5, method="magnitude", include=["0"])
+    second = secateur.prune_(model, pattern="2:4", method="magnitude", include=["2"])
+    report = secateur.pack_(copy.deepcopy(model), history=[first, second])
+    assert [layer.pattern for layer in report.layers] == ["row", "2:4"]
+    assert report.notes == ()
+    guessed = secateur.pack_(copy.deepcopy(model))
+    assert [layer.pattern for layer in guessed.layers] == ["row", "column"]
+    assert guessed.notes == ("the patterns of 2 layers were found from their zeros",)
+
+
+def test_zeros_that_are_not_of_the_pattern_in_the_history(monkeypatch):
+    winner(monkeypatch)
+    model = nn.Sequential(nn.Linear(64, 64))
+    history = secateur.prune_(model, pattern="2:4", method="magnitude")
+    with torch.no_grad():
+        model[0].weight[:33] = 1.0
+        model[0].weight[33:] = 0.0
+    report = secateur.pack_(model, history=history)
+    assert report.layers[0].pattern == "row"
+    assert report.notes == ("the patterns of 1 layers were found from their zeros",)
+    assert "found from their zeros" in report.to_markdown()
+    assert PackReport.from_json(report.to_json()) == report
+    with pytest.raises(TypeError, match="history must be a Report"):
+        secateur.pack_(model, history=["2:4"])
+
+
+def test_settings_as_one_value(monkeypatch):
+    winner(monkeypatch)
+    model = pruned(nn.Linear(64, 64), nn.ReLU())
+    settings = secateur.PackSettings(batch_sizes=(4, 2, 2), value_dtype="bfloat16")
+    report = secateur.pack_(model, settings)
+    assert [choice.rows for choice in report.layers[0].choices] == [2, 4]
+    assert report.layers[0].value_dtype == "bfloat16"
+    with pytest.raises(RecipeError, match="not both"):
+        secateur.pack_(model, settings, memory=2.0)

@@ -21,6 +21,7 @@ from secateur.nn import SparseConv2d as SparseConv2d
 from secateur.nn import SparseLinear as SparseLinear
 from secateur.nn import densify_ as densify_
 from secateur.nn import sparsify_ as sparsify_
+from secateur.packing import PackSettings as PackSettings
 from secateur.packing import load as load
 from secateur.packing import pack_ as pack_
 from secateur.packing import save as save

@@ -32,7 +32,7 @@ def pack(
     """Pack the layers that get smaller and faster by it. secateur.load reads the output."""
     with user_errors(), use_threads(threads):
         from secateur.files import check_place, write_text
-        from secateur.packing import pack_directory
+        from secateur.packing import PackSettings, pack_directory
         from secateur.reports import packed_table, skipped_table
 
         if html is not None:
@@ -41,11 +41,13 @@ def pack(
             report = pack_directory(
                 model,
                 output,
-                value_dtype=value_dtype,
-                batch_sizes=batch or DEFAULT_BATCHES,
-                include=include or (),
-                exclude=exclude or (),
-                memory=memory,
+                PackSettings(
+                    batch_sizes=tuple(batch or DEFAULT_BATCHES),
+                    value_dtype=value_dtype,  # type: ignore[arg-type]  # its name is taken too
+                    include=tuple(include or ()),
+                    exclude=tuple(exclude or ()),
+                    memory=memory,
+                ),
                 cache=cache,
                 overwrite=overwrite,
                 progress=progress,
@@ -56,6 +58,6 @@ def pack(
             print(report.to_json())
             return
         show(packed_table(report.layers), skipped_table(worth_saying(report.skipped)))
-        if report.warning:
-            say(f"{report.warning}\n")
+        for remark in filter(None, (report.warning, *report.notes)):
+            say(f"{remark}\n")
         say(f"{report}\nwritten to {output}")

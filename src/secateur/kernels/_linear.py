@@ -72,7 +72,10 @@ def explain(
         return _explain(x, packed.packed, packed.plan)
     if not isinstance(packed, nn.Module):
         raise TypeError(f"packed must be a layout, a format, a packed layer or a model, got {type(packed).__name__}")
-    layers = {name: module for name, module in packed.named_modules() if isinstance(module, PackedModule)}
+    layers: dict[str, PackedModule] = {}
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedModule) and name.rpartition(".")[0] not in layers:  # not the inside of another
+            layers[name] = module
     if not layers:
         raise TypeError(f"the {type(packed).__name__} has no packed layers. Pack it first: secateur.pack_(model).")
     return {name: _explain(x, module.packed, module.plan) for name, module in layers.items()}

@@ -24,3 +24,4 @@ from secateur.packing._model import load as load
 from secateur.packing._model import save as save
 from secateur.packing._pack import pack_ as pack_
 from secateur.packing._pack import unpack_ as unpack_
+from secateur.packing._settings import PackSettings as PackSettings

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from secateur._errors import FormatError
 from secateur.files import (
@@ -23,7 +23,8 @@ from secateur.formats import VALUE_DTYPES
 from secateur.huggingface import Progress, load_model
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
-from secateur.reports import PackReport
+from secateur.packing._settings import PackSettings
+from secateur.reports import PRUNING_REPORT, PackReport, Report
 
 REPORT = "secateur.pack.json"
 
@@ -31,26 +32,21 @@ REPORT = "secateur.pack.json"
 def pack_directory(
     source: str | Path,
     output: str | Path,
+    settings: PackSettings | None = None,
     *,
-    value_dtype: torch.dtype | str | None = None,
-    batch_sizes: Sequence[int] = (1, 8, 32, 128),
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    memory: float = 1.0,
     cache: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda description, done, total: None,
 ) -> PackReport:
     """Pack a pruned Hugging Face model directory into another one that :func:`load` reads.
 
+    The patterns are those of the pruning report in the directory, if it has one; else they are found from the zeros.
+
     Args:
         source: model directory with safetensors weights.
         output: directory to write; it appears complete or not at all.
-        value_dtype: of packed weights; None for the checkpoint's own.
-        batch_sizes: see :func:`pack_`, like all up to ``cache``. Timed in float32, in which processors are fast.
-        include: glob patterns on qualified names.
-        exclude: glob patterns.
-        memory: times the dense bytes.
+        settings: how to pack; None for the defaults. Without a value dtype, values are stored in the checkpoint's own.
+            Layers are timed in float32, in which processors are fast.
         cache: a JSON file of measurements.
         overwrite: replace an existing output directory.
         progress: called with a description, and how much of how much is done.
@@ -65,17 +61,15 @@ def pack_directory(
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, "cpu", with_head=True)
     stored = directory.widest_dtype
-    if value_dtype is None and stored in VALUE_DTYPES:
-        value_dtype = stored
+    settings = PackSettings() if settings is None else settings
+    if settings.value_dtype is None and stored in VALUE_DTYPES:
+        settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if name in missing]
     report = pack_(
         model,
-        batch_sizes=batch_sizes,
-        value_dtype=value_dtype,
-        include=include,
-        exclude=(*exclude, *untrained),
-        memory=memory,
+        replace(settings, exclude=(*settings.exclude, *untrained)),
         cache=cache,
+        history=_history(directory.path, model),
         progress=progress,
     )
     absent = [name for name in model.state_dict() if name.rpartition(".")[0] in missing]
@@ -83,6 +77,22 @@ def pack_directory(
     extra = {REPORT: report.to_json() + "\n"}
     save_with(model, output, source=source, dtype=stored, overwrite=overwrite, absent=absent, extra=extra)
     return report
+
+
+def _history(path: Path, model: nn.Module) -> list[Report]:
+    """The pruning report in a directory, with the names that the layers have in this model."""
+    try:
+        report = Report.from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or that of another tool
+        return []
+    names = {name for name, _ in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def name_here(name: str) -> str:
+        """Pruning may have seen the model without its head, packing sees it with."""
+        return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in names), name)
+
+    return [replace(report, layers=tuple(replace(layer, name=name_here(layer.name)) for layer in report.layers))]
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:

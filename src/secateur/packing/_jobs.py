@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,7 +17,8 @@ from secateur.layers import Layer, Replaceability, select_layers
 from secateur.nn import PackedAs, PackedConv2d, PackedLinear, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._measure import Measurement, key_of, measure
-from secateur.patterns import SparsityPattern, satisfied
+from secateur.packing._settings import PackSettings
+from secateur.patterns import SparsityPattern, may_come_from, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
 
@@ -60,14 +61,13 @@ class Job:
 
     def decide(
         self,
-        batches: Sequence[int],
-        memory: float,
+        settings: PackSettings,
         cold: bool,
         known: MeasurementCache[Measurement],
         timer: Timer,
     ) -> Decision:
         """Return how the layer should run, from what is known of layers like it, or else measured now."""
-        rows = PIXELS if isinstance(self.dense, nn.Conv2d) else batches
+        rows = PIXELS if isinstance(self.dense, nn.Conv2d) else settings.batch_sizes
         key = key_of(self.weight, self.packed, type(self.dense).__name__, rows, cold)
         measured = known.get(key)
         if measured is None:
@@ -77,7 +77,7 @@ class Job:
                 self.dense, lambda plan: self._build(self.dense, plan), self.packed, inputs, patterns, cold, timer
             )
             known.put(key, measured, lasting=not measured.noisy)
-        return decide(measured, self.dense_bytes, memory)
+        return decide(measured, self.dense_bytes, settings.memory)
 
     def _input(self, rows: int) -> Tensor:
         x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
@@ -145,20 +145,17 @@ class Job:
 
 def find_jobs(
     model: nn.Module,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    dtype: torch.dtype | None,
+    settings: PackSettings,
     known: Mapping[str, SparsityPattern],
 ) -> tuple[list[Job], list[SkippedLayer]]:
     """Return what to measure, and what to leave alone and why.
 
     Args:
         model: to pack.
-        include: globs; given, exactly these layers are considered, and packed ones are not measured again.
-        exclude: globs that win over ``include``.
-        dtype: of the values to store; None for the weights' own.
+        settings: given an ``include``, layers that are packed already are not measured again.
         known: patterns that layers were pruned to, by name.
     """
+    include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
     jobs = [] if include else _packed_jobs(model, exclude, dtype)
     try:
         layers, skipped = select_layers(model, include, exclude)
@@ -181,9 +178,10 @@ def find_jobs(
 
 
 def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: SparsityPattern | None) -> Job:
-    patterns = satisfied(weight == 0) if known is None else (known,)
-    packed = pack(weight, dtype, patterns)
-    return Job(layer.name, layer.modules, layer.modules[0], weight, packed, patterns, layer.tied_to, known is None)
+    patterns = (known,) if known is not None and may_come_from(weight == 0, known) else None
+    found = satisfied(weight == 0) if patterns is None else patterns
+    packed = pack(weight, dtype, found)
+    return Job(layer.name, layer.modules, layer.modules[0], weight, packed, found, layer.tied_to, patterns is None)
 
 
 def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None) -> list[Job]:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur._checks import globs, instance, integer, number
+from secateur._checks import instance
+from secateur._checks import settings as settings_from
 from secateur._errors import RecipeError
-from secateur.formats import as_value_dtype
 from secateur.layers import swap_modules_
 from secateur.nn import PackedConv2d, PackedLinear, linear_of, packed_layers
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
+from secateur.packing._settings import PackSettings
 from secateur.patterns import SparsityPattern
 from secateur.reports import PackedLayer, PackReport, Report
 
@@ -27,12 +28,13 @@ Progress = Callable[[str, float, float], None]
 
 def pack_(
     model: nn.Module,
+    settings: PackSettings | None = None,
     *,
-    batch_sizes: Sequence[int] = (1, 8, 32, 128),
+    batch_sizes: Sequence[int] | None = None,
     value_dtype: torch.dtype | str | None = None,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
-    memory: float = 1.0,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    memory: float | None = None,
     cache: str | Path | None = None,
     history: Report | Sequence[Report] = (),
     timer: Callable[[], float] = time.perf_counter,
@@ -50,12 +52,8 @@ def pack_(
 
     Args:
         model: any module but a bare layer; on the CPU.
-        batch_sizes: input rows (tokens, samples) at which to measure; what lies between takes the nearest.
-        value_dtype: float32, bfloat16, float16 or int8 (one scale for each output row); None for the weights' own.
-        include: glob patterns on qualified names; given, exactly these layers are considered.
-        exclude: glob patterns that win over ``include``.
-        memory: how many times its dense bytes the layouts that a layer's kernels keep may take together, besides the
-            stored weight. 2 or more also admits dense weights in oneDNN's own order, faster at large batches.
+        settings: all of the following settings as one value, in their place.
+        batch_sizes, value_dtype, include, exclude, memory: see :class:`PackSettings`.
         cache: a JSON file of measurements, by machine, to read and to add to; None measures anew in each process.
         history: reports of how the layers were pruned, whose patterns are used. Patterns of other layers are found
             from their zeros.
@@ -80,19 +78,22 @@ def pack_(
         [('2', 'no zeros')]
     """
     began = time.perf_counter()
-    batches = sorted({integer("a batch size", rows, 1) for rows in batch_sizes})
-    if not batches:
-        raise RecipeError("batch_sizes is empty: there is nothing to measure at.")
-    number("memory", memory, above=0)
-    dtype = as_value_dtype(value_dtype)
+    keywords = {
+        "batch_sizes": batch_sizes,
+        "value_dtype": value_dtype,
+        "include": include,
+        "exclude": exclude,
+        "memory": memory,
+    }
+    made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
-    jobs, skipped = find_jobs(model, globs("include", include), globs("exclude", exclude), dtype, _patterns_in(history))
+    jobs, skipped = find_jobs(model, made, _patterns_in(history))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
     swaps: list[tuple[nn.Module, nn.Module]] = []
     for index, job in enumerate(jobs):
         progress(f"packing {job.title}", index, len(jobs))
-        decision = job.decide(batches, memory, cold, known, timer)
+        decision = job.decide(made, cold, known, timer)
         if decision.plan is not None:
             swaps += job.packed_modules(decision.plan)
         elif isinstance(job.modules[0], PackedLinear | PackedConv2d):
@@ -106,7 +107,7 @@ def pack_(
         layers=tuple(rows),
         skipped=tuple(skipped),
         machine=machine(),
-        memory=memory,
+        memory=made.memory,
         seconds=time.perf_counter() - began,
         notes=tuple(notes),
     )

@@ -1,5 +1,6 @@
 """Which weights may be pruned together, and which masks does that allow?"""
 
+from secateur.patterns._find import may_come_from as may_come_from
 from secateur.patterns._find import satisfied as satisfied
 from secateur.patterns._kinds import NM as NM
 from secateur.patterns._kinds import Block as Block

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur._errors import PatternError
 from secateur.patterns._kinds import NM, Block, Column, Row
 from secateur.patterns._pattern import SparsityPattern
 
@@ -42,3 +43,18 @@ def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
     if int(zero.all(0).count_nonzero()) * rows == zeros:
         found.append(Column())
     return tuple(found)
+
+
+def may_come_from(zero: Tensor, pattern: SparsityPattern) -> bool:
+    """Return whether the zeros of a matrix (``[out, in]`` bool, True = zero) may be those of a pattern, and some more.
+
+    A weight that was pruned to a pattern keeps its zeros, and may have had others of its own. Only N:M says how many
+    zeros there must be.
+    """
+    try:
+        core = pattern.units(zero.shape).crop(zero)
+    except PatternError:
+        return False
+    if not isinstance(pattern, NM) or not core.numel():
+        return True
+    return int(core.unflatten(1, (-1, pattern.m)).sum(2).min()) >= pattern.m - pattern.n

@@ -19,9 +19,8 @@ from secateur.layers import Layer, select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.reports import Report, SkippedLayer
+from secateur.reports import PRUNING_REPORT, Report, SkippedLayer
 
-REPORT_NAME = "secateur.json"
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
 
@@ -107,7 +106,7 @@ def prune_directory(
     directory.write_pruned(
         output,
         {name: model.get_parameter(parameter) for name, parameter in stored.items()},
-        {"config.json": _config_with_sparsity(directory, report), REPORT_NAME: report.to_json() + "\n"},
+        {"config.json": _config_with_sparsity(directory, report), PRUNING_REPORT: report.to_json() + "\n"},
         overwrite,
     )
     return report

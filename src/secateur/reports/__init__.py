@@ -9,6 +9,7 @@ from secateur.reports._packing import Choice as Choice
 from secateur.reports._packing import PackedLayer as PackedLayer
 from secateur.reports._packing import PackReport as PackReport
 from secateur.reports._page import comparison_page as comparison_page
+from secateur.reports._pruning import PRUNING_REPORT as PRUNING_REPORT
 from secateur.reports._pruning import Comparison as Comparison
 from secateur.reports._pruning import Evaluation as Evaluation
 from secateur.reports._pruning import Histogram as Histogram

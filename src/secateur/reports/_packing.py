@@ -168,10 +168,14 @@ class PackReport:
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a report of pack_: {error}") from None
 
+    def _remarks(self) -> list[str]:
+        """What to know beside the table, a sentence each."""
+        return [f"{_sentence(remark)}." for remark in (self.warning, *self.notes) if remark]
+
     def to_markdown(self) -> str:
         """Return the summary and a table of layers as Markdown."""
         parts = ["# Packing report", f"{str(self).capitalize()}.", f"Measured on: {markdown_text(self._machine())}."]
-        parts += [f"{_sentence(self.warning)}."] if self.warning else []
+        parts += self._remarks()
         tables = (packed_table(self.layers), skipped_table(self.skipped))
         return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
 
@@ -183,7 +187,7 @@ class PackReport:
             Fact("Bytes while running", f"{self.resident_bytes:,}", "stored, and what kernels keep besides"),
             Fact("Time", f"{self.seconds:.1f} s"),
         )
-        lead = [f"Measured on: {self._machine()}."] + ([f"{_sentence(self.warning)}."] if self.warning else [])
+        lead = [f"Measured on: {self._machine()}.", *self._remarks()]
         return tables_page("Packing report", lead, facts, (packed_table(self.layers), skipped_table(self.skipped)))
 
     def _machine(self) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from secateur.reports._rows import evaluation_table, pruned_table, skipped_table
 
+PRUNING_REPORT = "secateur.json"  # the report in a pruned model directory
+
 
 @dataclass(frozen=True)
 class Histogram:
