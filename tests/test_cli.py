@@ -421,7 +421,7 @@ def test_pack_and_export_bring_back_every_weight(llama, tmp_path, kernels_win):
     result = run("pack", pruned, "--output", packed, "--cache", tmp_path / "cache.json", "--html", page)
     assert result.exit_code == 0, result.output
     assert "packed 14 of 14 layers with zeros" in result.stdout
-    assert re.search(r"unstructured,scope=row +20\.\d% +bitmask +bfloat16 ", result.stdout)
+    assert re.search(r"unstructured,scope=layer +20\.\d% +bitmask +bfloat16 ", result.stdout)
     assert "output head" in result.stdout
     assert (tmp_path / "cache.json").exists()
     assert "model.layers.0.mlp.up_proj" in page.read_text(encoding="utf-8").replace("<wbr>", "")
