@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -103,6 +104,46 @@ def model_class(config: Any, name: object) -> type[nn.Module] | None:
             if made.__name__ == name:
                 return made  # type: ignore[no-any-return]
     return None
+
+
+def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Module:
+    """Return the model of a directory with values that nobody trained, to be filled in.
+
+    Args:
+        path: of the directory.
+        name: of the class to prefer; else what the config names.
+        initialise: give it the values that transformers would; otherwise any.
+
+    Raises:
+        FormatError: there is no config, or transformers makes no model of it.
+        ImportError: transformers is missing.
+    """
+    if not (path / "config.json").is_file():
+        raise FormatError(
+            f"{path} is not a model directory: it has no config.json. Load its file into a module instead."
+        )
+    transformers = transformers_library()
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # of compressed-tensors, which what is read now has no longer
+        names = [name, *(getattr(config, "architectures", None) or ())]
+        made_by = next(filter(None, (model_class(config, known) for known in names)), None)
+        if made_by is None:
+            raise ValueError(f"transformers has no class {names} for the model type {config.model_type!r}")
+        if initialise:
+            model = made_by(config)
+        else:
+            with importlib.import_module("transformers.initialization").no_init_weights():
+                model = made_by(config)
+        model.tie_weights()  # type: ignore[operator]
+        if (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    except ImportError:
+        raise  # says what to install
+    except Exception as error:  # whatever transformers makes of a config that it does not check
+        raise FormatError(f"{path} cannot be made into a model by transformers: {error}") from None
+    return model
 
 
 def load_tokenizer(directory: ModelDirectory) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from secateur.files import (
     read_header,
     whole_directory,
 )
-from secateur.huggingface import model_class, transformers_library
+from secateur.huggingface import model_without_weights
 from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents, take_apart
 from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
@@ -183,34 +182,7 @@ def load_directory(
             f"{path} holds a dense model, not a packed one ({FILE}).\nLoad it with transformers, or pack it first: "
             "secateur pack MODEL_DIR --output OUT."
         )
-    model = _skeleton(path, contents) if into is None else into
+    # What the checkpoint lacks gets the values that transformers would give it.
+    model = model_without_weights(path, contents.model, initialise=bool(contents.absent)) if into is None else into
     fill_(model, contents, dense, dtype, path)
     return model if into is not None else model.eval(), contents
-
-
-def _skeleton(path: Path, contents: Contents) -> nn.Module:
-    """The model of a directory, with whatever values."""
-    if not (path / "config.json").is_file():
-        raise FormatError(f"{path} is not a model directory: it has no config.json. Load {FILE} into a module instead.")
-    transformers = transformers_library()
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # of compressed-tensors, which what is read now has no longer
-        names = [contents.model, *(getattr(config, "architectures", None) or ())]
-        made_by = next(filter(None, (model_class(config, name) for name in names)), None)
-        if made_by is None:
-            raise ValueError(f"transformers has no class {names} for the model type {config.model_type!r}")
-        if contents.absent:
-            model = made_by(config)  # what the checkpoint lacks gets the values that transformers would give it
-        else:
-            with importlib.import_module("transformers.initialization").no_init_weights():
-                model = made_by(config)
-        model.tie_weights()  # type: ignore[operator]
-        if (path / "generation_config.json").is_file():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    except ImportError:
-        raise  # says what to install
-    except Exception as error:  # whatever transformers makes of a config that it does not check
-        raise FormatError(f"{path} cannot be made into a model by transformers: {error}") from None
-    return model
