@@ -1,61 +1,62 @@
-// The differentiable mask; nn/_gate.py has the formulas. For weights that are kept or pruned each for itself, one pass
-// over the weights forward and one backward; for units of several weights, what is done for each weight. Part of kernels.inc. Sums are made over parts of a fixed size and added in
-// their order, so that they do not depend on the number of threads either.
+// The differentiable mask for weights that are kept or pruned one by one: one pass over the weights forward and one or two
+// backward. nn/_gate.py has the formulas. Sums are made over parts of a fixed size and added in their order, so that they
+// do not depend on the number of threads.
+#pragma once
+#include <cstdint>
 
-using V = F<kWidth>;
-using Bits = U<kWidth>;
+#include "fields.h"
+
+namespace secateur {
+
+// Weights [competitions, units], row-major.
+struct Gate {
+    const float* weight;
+    const float* threshold;  // [competitions], or [competitions, units] if there is one for each weight
+    float temperature;
+    int64_t competitions, units;
+    bool each;    // a threshold for each weight
+    bool solved;  // thresholds that follow from a budget; otherwise they are learned
+    bool hard;    // a mask of zeros and ones forward
+    int threads;
+
+    using Members = Fields<&Gate::weight, &Gate::threshold, &Gate::temperature, &Gate::competitions, &Gate::units,
+                           &Gate::each, &Gate::solved, &Gate::hard, &Gate::threads>;
+};
+
+struct GateForward : Gate {
+    float* out;  // weights times their mask
+
+    using Members = Gate::Members::And<&GateForward::out>;
+};
+
+struct GateBackward : Gate {
+    const float* grad;    // of the weights times their mask
+    float* out;           // gradient of the weights; may be grad
+    float* by_threshold;  // gradient of the thresholds, written if they are learned
+
+    using Members = Gate::Members::And<&GateBackward::grad, &GateBackward::out, &GateBackward::by_threshold>;
+};
+
+}  // namespace secateur
+
+#if defined(SECATEUR_ISA)
+#include "parts.h"
+#include "scratch.h"
+#include "simd/vector.h"
+
+namespace secateur::SECATEUR_ISA {
 
 constexpr int64_t kGatePart = 1 << 14;  // weights that a thread takes at a time
-constexpr int64_t kGateSum = 1 << 10;   // weights summed in float; from there on in double
+constexpr int64_t kGateSum = 1 << 10;   // weights summed in float; their sums are added in double
 constexpr float kTiny = 1e-30f;         // keeps 1 / threshold and 1 / sum finite, as in nn/_gate.py
 constexpr float kLargest = 3.402823466e38f;
 
-// All comparisons are such that a NaN passes through.
-SECATEUR_INLINE V magnitude(V v) { return (V)((Bits)v & 0x7fffffffu); }
-SECATEUR_INLINE V sign(V v) {
-    const V zero = {}, one = broadcast<kWidth>(1);
-    return v > zero ? one : (v < zero ? -one : zero);
-}
-SECATEUR_INLINE V at_least(V v, float low) { return v < broadcast<kWidth>(low) ? broadcast<kWidth>(low) : v; }
-
-// 1 / (1 + exp(-z)), with exp(-z) = 2^n exp(f), n whole and |f| <= ln 2 / 2. Beyond the clamps the result is 0 or 1.
-SECATEUR_INLINE V sigmoid(V z) {
-    V x = at_least(-z, -88);
-    x = x > broadcast<kWidth>(89) ? broadcast<kWidth>(89) : x;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added to a number, its lowest bits are the nearest integer
-    const V rounded = x * 1.44269504f + kRound, n = rounded - kRound;
-    const V f = x - n * 0.693359375f - n * -2.12194440e-4f;  // ln 2 in two parts; n times the first is exact
-    V p = f * 1.3814594e-3f + 8.3687194e-3f;  // minimax of (exp(f) - 1 - f) / f^2; 3e-9 of exp(f) at most
-    p = p * f + 4.1668389e-2f;
-    p = p * f + 0.16666521f;
-    p = p * f + 0.49999993f;
-    p = p * (f * f) + f + 1.0f;
-    return 1.0f / (1.0f + p * (V)(((Bits)rounded << 23) + (127u << 23)));
-}
-
-// The first `count` floats, zeros behind them.
-SECATEUR_INLINE V read(const float* p, int64_t count) {
-    if (count == kWidth) return load<kWidth>(p);
-    V v = {};
-    __builtin_memcpy(&v, p, size_t(count) * sizeof(float));
-    return v;
-}
-SECATEUR_INLINE void write(float* p, V v, int64_t count) {
-    __builtin_memcpy(p, &v, size_t(count) * sizeof(float));
-}
 // Zeros in the lanes from `count` on.
 SECATEUR_INLINE V only(V v, int64_t count) {
     if (count == kWidth) return v;
     V kept = {};
     __builtin_memcpy(&kept, &v, size_t(count) * sizeof(float));
     return kept;
-}
-
-// f(i, count) for each vector of n elements; count is less than a vector's width for the last one only.
-template <class Function> SECATEUR_INLINE void each_vector(int64_t n, Function f) {
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) f(i, int64_t(kWidth));
-    if (i < n) f(i, n - i);
 }
 
 // The threshold of each lane where every `Group` weights share one.
@@ -74,7 +75,7 @@ template <int Group> SECATEUR_INLINE V group_sum(V v) {
     return v;
 }
 
-// What becomes of a vector of weights at its thresholds.
+// The mask of a vector of weights at its thresholds, in the notation of nn/_gate.py.
 template <bool Solved> struct Mask {
     V threshold, slope, offset;
     bool hard;
@@ -82,7 +83,8 @@ template <bool Solved> struct Mask {
     SECATEUR_INLINE Mask(const Gate& g, V t)
         : threshold(t), slope(broadcast<kWidth>(g.temperature)), offset(slope), hard(g.hard) {
         if constexpr (Solved) {
-            // Flat where the budget keeps or prunes everything: all competitions do then, and the offset decides.
+            // An infinite threshold means that the budget keeps or prunes everything, in all competitions. The slope is
+            // zero there, and the offset decides.
             const V largest = broadcast<kWidth>(kLargest);
             slope = magnitude(t) > largest ? V{} : slope / at_least(t, kTiny);
             if (g.threshold[0] > kLargest || g.threshold[0] < -kLargest) offset = broadcast<kWidth>(g.threshold[0]);
@@ -95,12 +97,12 @@ template <bool Solved> struct Mask {
     SECATEUR_INLINE V times(V w) const { return w * (hard ? kept(w) : soft(w)); }
 };
 
-// A vector of the backward pass. k = m (1 - m) is 0 where the mask is 0 or 1.
-template <bool Solved> struct Pull {
+// Gradients of a vector of weights. k = m (1 - m), the slope of the sigmoid, is 0 where the mask m is 0 or 1.
+template <bool Solved> struct MaskGradient {
     Mask<Solved> mask;
     V w, grad, m, k;
 
-    SECATEUR_INLINE Pull(const Mask<Solved>& mask, V w, V grad)
+    SECATEUR_INLINE MaskGradient(const Mask<Solved>& mask, V w, V grad)
         : mask(mask), w(w), grad(grad), m(mask.soft(w)), k(m - m * m) {}
     SECATEUR_INLINE V product() const { return grad * w * k; }
     SECATEUR_INLINE V by_score(V shift) const {
@@ -111,7 +113,7 @@ template <bool Solved> struct Pull {
     }
 };
 
-// Groups of 1, 2, 4, 8 or 16 neighbours, whole ones in each vector.
+// Competitions of 1, 2, 4, 8 or 16 neighbours: whole ones in each vector.
 template <bool Solved, int Group> void gate_groups(const Gate& g, float* out) {
     const int64_t total = g.competitions * g.units;
 #pragma omp parallel for schedule(static) num_threads(g.threads)
@@ -131,22 +133,22 @@ void gate_groups_backward(const Gate& g, const float* grad, float* out, float* b
         each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) __attribute__((always_inline)) {
             i += first;
             const Mask<Solved> mask(g, read_thresholds<Group>(g.threshold + i / Group, count));
-            const Pull<Solved> pull(mask, read(g.weight + i, count), read(grad + i, count));
+            const MaskGradient<Solved> gradient(mask, read(g.weight + i, count), read(grad + i, count));
             V shift = {};
-            if constexpr (Solved) shift = group_sum<Group>(pull.product()) / at_least(group_sum<Group>(pull.k), kTiny);
-            const V by_score = pull.by_score(shift);
+            if constexpr (Solved) shift = group_sum<Group>(gradient.product()) / at_least(group_sum<Group>(gradient.k), kTiny);
+            const V by_score = gradient.by_score(shift);
             if constexpr (!Solved) write(by_threshold + i, -by_score, count);
-            write(out + i, pull.by_weight(by_score), count);
+            write(out + i, gradient.by_weight(by_score), count);
         });
 }
 
-// Other short competitions: kWidth of them at a time, one in each lane.
+// Short competitions of other sizes: kWidth of them at a time, one in each lane.
 constexpr int64_t kGateShort = 31;
 
-struct Turned {
+struct Transposed {
     float at[kGateShort][kWidth];
 
-    Turned(const float* p, int64_t count, int64_t units) {
+    Transposed(const float* p, int64_t count, int64_t units) {
         for (int64_t j = 0; j < units; ++j) {
             if (count < kWidth) store<kWidth>(at[j], V{});
             for (int64_t i = 0; i < count; ++i) at[j][i] = p[i * units + j];
@@ -164,7 +166,7 @@ inline void gate_short(const Gate& g, float* out) {
 #pragma omp parallel for schedule(static) num_threads(g.threads)
     for (int64_t first = 0; first < g.competitions; first += kWidth) {
         const int64_t count = least(kWidth, g.competitions - first), start = first * g.units;
-        Turned w(g.weight + start, count, g.units);
+        Transposed w(g.weight + start, count, g.units);
         const Mask<true> mask(g, read(g.threshold + first, count));
         for (int64_t j = 0; j < g.units; ++j) w.set(j, mask.times(w[j]));
         w.write(out + start, count, g.units);
@@ -175,26 +177,26 @@ inline void gate_short_backward(const Gate& g, const float* grad, float* out) {
 #pragma omp parallel for schedule(static) num_threads(g.threads)
     for (int64_t first = 0; first < g.competitions; first += kWidth) {
         const int64_t count = least(kWidth, g.competitions - first), start = first * g.units;
-        const Turned w(g.weight + start, count, g.units);
-        Turned by(grad + start, count, g.units);
+        const Transposed w(g.weight + start, count, g.units);
+        Transposed by(grad + start, count, g.units);
         const Mask<true> mask(g, read(g.threshold + first, count));
-        V products = {}, pulls = {};
+        V products = {}, slopes = {};
         for (int64_t j = 0; j < g.units; ++j) {
-            const Pull<true> pull(mask, w[j], by[j]);
-            products += pull.product(), pulls += pull.k;
+            const MaskGradient<true> gradient(mask, w[j], by[j]);
+            products += gradient.product(), slopes += gradient.k;
         }
-        const V shift = products / at_least(pulls, kTiny);
+        const V shift = products / at_least(slopes, kTiny);
         for (int64_t j = 0; j < g.units; ++j) {
-            const Pull<true> pull(mask, w[j], by[j]);
-            by.set(j, pull.by_weight(pull.by_score(shift)));
+            const MaskGradient<true> gradient(mask, w[j], by[j]);
+            by.set(j, gradient.by_weight(gradient.by_score(shift)));
         }
         by.write(out + start, count, g.units);
     }
 }
 
-// Competitions of any length, here rows of the matrix or the whole of it, a part of one at a time.
+// Competitions of any length, such as rows of the matrix or all of it: one part of one at a time.
 struct GatePart {
-    int64_t row, first, count;  // the first weight within the matrix
+    int64_t row, first, count;  // first: of the part's weights, counted in the whole matrix
 };
 struct GateParts {
     int64_t units, each, total;
@@ -219,67 +221,68 @@ template <bool Solved> void gate_rows(const Gate& g, float* out) {
 }
 
 struct Sums {
-    double products, pulls;
-    void operator+=(const Sums& other) { products += other.products, pulls += other.pulls; }
+    double products, slopes;
+    void operator+=(const Sums& other) { products += other.products, slopes += other.slopes; }
 };
 
 template <bool Solved, class Function>
-SECATEUR_INLINE void each_pull(const Gate& g, const float* grad, const GatePart& part, Function f) {
+SECATEUR_INLINE void each_gradient(const Gate& g, const float* grad, const GatePart& part, Function f) {
     const Mask<Solved> mask(g, broadcast<kWidth>(g.threshold[part.row]));
     each_vector(part.count, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         i += part.first;
-        f(Pull<Solved>(mask, read(g.weight + i, count), read(grad + i, count)), i, count);
+        f(MaskGradient<Solved>(mask, read(g.weight + i, count), read(grad + i, count)), i, count);
     });
 }
 
-// Sums of k g w and of k over a part, for learned thresholds of the gradient of the scores, which moves theirs.
-struct Summed {
-    V products = {}, pulls = {};
+// Sums over a part. For solved thresholds: of k g w and of k. For learned ones: of the scores' gradients, whose negative
+// is the threshold's gradient.
+struct RunningSums {
+    V products = {}, slopes = {};
     int64_t vectors = 0;
     Sums sums = {0, 0};
 
-    SECATEUR_INLINE void add(V product, V pull) {
-        products += product, pulls += pull;
+    SECATEUR_INLINE void add(V product, V slope) {
+        products += product, slopes += slope;
         if (++vectors % (kGateSum / kWidth) == 0) flush();
     }
     SECATEUR_INLINE void flush() {
-        sums += {double(sum<kWidth>(products)), double(sum<kWidth>(pulls))};
-        products = pulls = V{};
+        sums += {double(sum<kWidth>(products)), double(sum<kWidth>(slopes))};
+        products = slopes = V{};
     }
 };
 
 inline Sums finish_learned(const Gate& g, const float* grad, float* out, const GatePart& part) {
-    Summed summed;
-    each_pull<false>(g, grad, part, [&](const Pull<false>& pull, int64_t i, int64_t count)
+    RunningSums summed;
+    each_gradient<false>(g, grad, part, [&](const MaskGradient<false>& gradient, int64_t i, int64_t count)
                                         __attribute__((always_inline)) {
-        const V by_score = pull.by_score(V{});
-        summed.add(by_score, V{});  // zero past the end, as the gradient there
-        write(out + i, pull.by_weight(by_score), count);
+        const V by_score = gradient.by_score(V{});
+        summed.add(by_score, V{});  // zero past the end, where the gradient read is zero
+        write(out + i, gradient.by_weight(by_score), count);
     });
     summed.flush();
     return summed.sums;
 }
 
 inline Sums sums_of(const Gate& g, const float* grad, const GatePart& part) {
-    Summed summed;
-    each_pull<true>(g, grad, part, [&](const Pull<true>& pull, int64_t, int64_t count) __attribute__((always_inline)) {
-        summed.add(only(pull.product(), count), only(pull.k, count));
+    RunningSums summed;
+    each_gradient<true>(g, grad, part, [&](const MaskGradient<true>& gradient, int64_t, int64_t count) __attribute__((always_inline)) {
+        summed.add(only(gradient.product(), count), only(gradient.k, count));
     });
     summed.flush();
     return summed.sums;
 }
 
 inline void finish_solved(const Gate& g, const float* grad, float* out, const GatePart& part, const Sums& sums) {
-    const V shift = broadcast<kWidth>(float(sums.products / (sums.pulls < kTiny ? double(kTiny) : sums.pulls)));
-    each_pull<true>(g, grad, part, [&](const Pull<true>& pull, int64_t i, int64_t count) __attribute__((always_inline)) {
-        write(out + i, pull.by_weight(pull.by_score(shift)), count);
+    const V shift = broadcast<kWidth>(float(sums.products / (sums.slopes < kTiny ? double(kTiny) : sums.slopes)));
+    each_gradient<true>(g, grad, part, [&](const MaskGradient<true>& gradient, int64_t i, int64_t count) __attribute__((always_inline)) {
+        write(out + i, gradient.by_weight(gradient.by_score(shift)), count);
     });
 }
 
 template <bool Solved>
 void gate_rows_backward(const Gate& g, const float* grad, float* out, float* by_threshold) {
     const GateParts parts(g);
-    Sums* sums = nullptr;  // of parts, then of rows; not needed if every row is one part
+    Sums* sums = nullptr;  // of parts, then of rows; not needed where each row is one part
     if (parts.each > 1) sums = static_cast<Sums*>(scratch(kWork, parts.total * int64_t(sizeof(Sums))));
 #pragma omp parallel for schedule(static) num_threads(g.threads)
     for (int64_t p = 0; p < parts.total; ++p) {
@@ -320,67 +323,19 @@ SECATEUR_INLINE void with_mode(const Gate& g, Groups groups, Shorts shorts, Rows
     rows(Flag<true>());
 }
 
-void gate(const Gate& g, float* out) {
+inline void gate(const GateForward& g) {
     with_mode(
-        g, [&](auto solved, auto group) { gate_groups<solved.on, group.size>(g, out); }, [&] { gate_short(g, out); },
-        [&](auto solved) { gate_rows<solved.on>(g, out); });
+        g, [&](auto solved, auto group) { gate_groups<solved.on, group.size>(g, g.out); }, [&] { gate_short(g, g.out); },
+        [&](auto solved) { gate_rows<solved.on>(g, g.out); });
 }
 
-void gate_backward(const Gate& g, const float* grad, float* out, float* by_threshold) {
+inline void gate_backward(const GateBackward& g) {
     with_mode(
         g,
-        [&](auto solved, auto group) { gate_groups_backward<solved.on, group.size>(g, grad, out, by_threshold); },
-        [&] { gate_short_backward(g, grad, out); },
-        [&](auto solved) { gate_rows_backward<solved.on>(g, grad, out, by_threshold); });
+        [&](auto solved, auto group) { gate_groups_backward<solved.on, group.size>(g, g.grad, g.out, g.by_threshold); },
+        [&] { gate_short_backward(g, g.grad, g.out); },
+        [&](auto solved) { gate_rows_backward<solved.on>(g, g.grad, g.out, g.by_threshold); });
 }
 
-// ------------------------------------------------------------------------------------------ units of several weights
-
-constexpr int64_t kUnitPart = 1 << 10;  // columns that a thread takes at a time, a multiple of every unit's width
-
-// The sum of a * b over each unit, [rows / height, columns / width].
-void unit_sums(const Units& u, const float* a, const float* b, float* out) {
-    const int64_t down = u.rows / u.height, across = u.columns / u.width, each = kUnitPart / u.width * u.width;
-#pragma omp parallel for schedule(static) num_threads(u.threads)
-    for (int64_t i = 0; i < down; ++i)
-        for (int64_t first = 0; first < u.columns; first += each) {
-            const int64_t columns = least(each, u.columns - first), start = i * u.height * u.columns + first;
-            float sums[kUnitPart];
-            each_vector(columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-                V sum = {};
-                for (int64_t h = 0; h < u.height; ++h) {
-                    const int64_t at = start + h * u.columns + c;
-                    sum += read(a + at, count) * read(b + at, count);
-                }
-                write(sums + c, sum, count);
-            });
-            float* to = out + i * across + first / u.width;
-            for (int64_t c = 0; c < columns; c += u.width, ++to) {
-                float sum = 0;
-                for (int64_t w = 0; w < u.width; ++w) sum += sums[c + w];
-                *to = sum;
-            }
-        }
-}
-
-// out = a times one number for each unit, plus b times another if there is b. out may be a.
-void times_units(const Units& u, const float* a, const float* by_a, const float* b, const float* by_b, float* out) {
-    const int64_t down = u.rows / u.height, across = u.columns / u.width, each = kUnitPart / u.width * u.width;
-#pragma omp parallel for schedule(static) num_threads(u.threads)
-    for (int64_t i = 0; i < down; ++i)
-        for (int64_t first = 0; first < u.columns; first += each) {
-            const int64_t columns = least(each, u.columns - first), start = i * u.height * u.columns + first;
-            const int64_t unit = i * across + first / u.width;
-            float wide_a[kUnitPart], wide_b[kUnitPart];
-            for (int64_t c = 0; c < columns; ++c) wide_a[c] = by_a[unit + c / u.width];
-            if (b)
-                for (int64_t c = 0; c < columns; ++c) wide_b[c] = by_b[unit + c / u.width];
-            for (int64_t h = 0; h < u.height; ++h)
-                each_vector(columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
-                    const int64_t at = start + h * u.columns + c;
-                    V v = read(a + at, count) * read(wide_a + c, count);
-                    if (b) v += read(b + at, count) * read(wide_b + c, count);
-                    write(out + at, v, count);
-                });
-        }
-}
+}  // namespace secateur::SECATEUR_ISA
+#endif
