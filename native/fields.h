@@ -3,8 +3,6 @@
 
 namespace secateur {
 
-template <auto... members> struct Fields {
-    template <auto... more> using And = Fields<members..., more...>;
-};
+template <auto... members> struct Fields { template <auto... more> using And = Fields<members..., more...>; };
 
 }  // namespace secateur

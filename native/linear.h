@@ -52,8 +52,8 @@ inline float finish(const Linear& args, int64_t row, float sum) {
     return args.bias ? sum + args.bias[row] : sum;
 }
 
-// A copy of x with rows at a stride that is a multiple of 64: zeros up to the stride, and kPad readable floats after the
-// last row. Kernels that read 64 columns at a time, or load whole vectors near the end of a row, need it.
+// A copy of x with rows at a stride that is a multiple of 64: zeros up to the stride, and kPad readable floats after
+// the last row. Kernels that read 64 columns at a time, or load whole vectors near the end of a row, need it.
 constexpr int64_t kPad = 64;
 inline const float* padded_input(const Linear& args, int64_t& stride) {
     stride = ceil_div(args.columns, 64) * 64;

@@ -1,6 +1,6 @@
-// The Python module: the instruction sets of this build, a class for each layout of a weight, and the other operations as
-// functions. Tensors come as addresses, so that nothing of torch is linked and one build serves every version of it. The
-// Python side checks them.
+// The Python module: the instruction sets of this build, a class for each layout of a weight, and the other operations
+// as functions. Tensors come as addresses, so that nothing of torch is linked and one build serves every version of it.
+// The Python side checks them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -100,7 +100,7 @@ template <class Struct, class Member> Member type_of(Member Struct::*);
 template <auto member> using TypeOf = decltype(type_of(member));
 
 template <class Struct, class Base, class Member, class Value>
-void set(Struct& to, Member Base::*member, Value value) {
+void set(Struct& to, Member Base::* member, Value value) {
     if constexpr (std::is_pointer_v<Member>) to.*member = reinterpret_cast<Member>(value);
     else to.*member = value;
 }
@@ -122,37 +122,35 @@ template <class Weight> struct Bound {
 };
 
 template <class Weight, auto... members>
-void bind_weight(nb::module_& m, const char* name, Function<Weight> Table::*entry, Fields<members...> fields) {
-    nb::class_<Bound<Weight>>(m, name)
-        .def("__init__",
-             [entry, fields](Bound<Weight>* self, const std::string& isa, FromPython<TypeOf<members>>... values) {
-                 new (self) Bound<Weight>{filled<Weight>(fields, values...), table(isa).*entry};
-             })
-        .def(
-            "run",
-            [](const Bound<Weight>& self, uintptr_t x, uintptr_t y, uintptr_t bias, int64_t batch, int threads) {
-                Weight call = self.weight;  // a copy, because threads may share the weight
-                call.x = reinterpret_cast<const float*>(x);
-                call.y = reinterpret_cast<float*>(y);
-                call.bias = reinterpret_cast<const float*>(bias);
-                call.batch = batch;
-                call.threads = threads;
-                self.function(call);
-            },
-            Released());
+void bind_weight(nb::module_& m, const char* name, Function<Weight> Table::* entry, Fields<members...> fields) {
+    nb::class_<Bound<Weight>> bound(m, name);
+    bound.def("__init__",
+              [entry, fields](Bound<Weight>* self, const std::string& isa, FromPython<TypeOf<members>>... values) {
+        new (self) Bound<Weight>{filled<Weight>(fields, values...), table(isa).*entry};
+    });
+    const auto run = [](const Bound<Weight>& self, uintptr_t x, uintptr_t y, uintptr_t bias, int64_t batch,
+                        int threads) {
+        Weight call = self.weight;  // a copy, because threads may share the weight
+        call.x = reinterpret_cast<const float*>(x);
+        call.y = reinterpret_cast<float*>(y);
+        call.bias = reinterpret_cast<const float*>(bias);
+        call.batch = batch;
+        call.threads = threads;
+        self.function(call);
+    };
+    bound.def("run", run, Released());
 }
 
 template <class Arguments, auto... members>
-void bind_function(nb::module_& m, const char* name, Function<Arguments> Table::*entry, Fields<members...> fields) {
-    m.def(
-        name,
-        [entry, fields](const std::string& isa, FromPython<TypeOf<members>>... values) {
-            (table(isa).*entry)(filled<Arguments>(fields, values...));
-        },
-        Released());
+void bind_function(nb::module_& m, const char* name, Function<Arguments> Table::* entry, Fields<members...> fields) {
+    const auto run = [entry, fields](const std::string& isa, FromPython<TypeOf<members>>... values) {
+        (table(isa).*entry)(filled<Arguments>(fields, values...));
+    };
+    m.def(name, run, Released());
 }
 
-template <class Arguments> void bind(nb::module_& m, const char* name, const char* type, Function<Arguments> Table::*entry) {
+template <class Arguments>
+void bind(nb::module_& m, const char* name, const char* type, Function<Arguments> Table::* entry) {
     const typename Arguments::Members members;
     if constexpr (std::is_base_of_v<Linear, Arguments>) bind_weight<Arguments>(m, type, entry, members);
     else bind_function<Arguments>(m, name, entry, members);

@@ -7,7 +7,7 @@ namespace secateur::SECATEUR_ISA {
 
 constexpr int64_t kMaxLanes = kWidth * 4;
 
-// How many rows of x the next slice takes when `left` are left: all of a few, else so that at most a quarter is padding.
+// How many rows of x the next slice takes when `left` are left: all of a few, else at most a quarter more for padding.
 inline int64_t lanes_for(int64_t left) {
     int64_t lanes = 4;
     while (lanes < kMaxLanes && (left > lanes * 3 / 2 || (lanes < 16 && left > lanes))) lanes *= 2;
@@ -23,7 +23,7 @@ inline void transpose(F<4> (&t)[4]) {
     t[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-// Copies the columns from `first` to `last` of the rows from `start` on into a slice, with zeros for rows past the batch.
+// Copies the columns from `first` to `last` of the rows from `start` on into a slice. Rows past the batch are zeros.
 inline void pack_slice(const Linear& args, int64_t start, int64_t lanes, int64_t first, int64_t last, float* slice) {
     for (int64_t b0 = 0; b0 < lanes; b0 += 4) {
         const float* rows[4];
@@ -82,7 +82,8 @@ inline void each_part_and_slice(const Linear& args, int64_t parts, int64_t toget
 }
 
 // Writes sums [count, lanes] to the columns of y from `row` on, for the rows of the batch from `b0` on.
-inline void unpack_output(const Linear& args, const float* sums, int64_t lanes, int64_t b0, int64_t row, int64_t count) {
+inline void unpack_output(const Linear& args, const float* sums, int64_t lanes, int64_t b0, int64_t row,
+                          int64_t count) {
     const int64_t wanted = least(lanes, args.batch - b0);
     int64_t b = 0;
     for (; b + 4 <= wanted; b += 4) {

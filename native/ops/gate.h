@@ -1,6 +1,6 @@
-// The differentiable mask for weights that are kept or pruned one by one: one pass over the weights forward and one or two
-// backward. nn/_gate.py has the formulas. Sums are made over parts of a fixed size and added in their order, so that they
-// do not depend on the number of threads.
+// The differentiable mask for weights that are kept or pruned one by one: one pass over the weights forward and one or
+// two backward. nn/_gate.py has the formulas. Sums are made over parts of a fixed size and added in their order, so
+// that they do not depend on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -105,12 +105,8 @@ template <bool Solved> struct MaskGradient {
     SECATEUR_INLINE MaskGradient(const Mask<Solved>& mask, V w, V grad)
         : mask(mask), w(w), grad(grad), m(mask.soft(w)), k(m - m * m) {}
     SECATEUR_INLINE V product() const { return grad * w * k; }
-    SECATEUR_INLINE V by_score(V shift) const {
-        return (Solved ? (grad * w - shift) * k : grad * k * w) * mask.slope;
-    }
-    SECATEUR_INLINE V by_weight(V by_score) const {
-        return grad * (mask.hard ? mask.kept(w) : m) + by_score * sign(w);
-    }
+    SECATEUR_INLINE V by_score(V shift) const { return (Solved ? (grad * w - shift) * k : grad * k * w) * mask.slope; }
+    SECATEUR_INLINE V by_weight(V by_score) const { return grad * (mask.hard ? mask.kept(w) : m) + by_score * sign(w); }
 };
 
 // Competitions of 1, 2, 4, 8 or 16 neighbours: whole ones in each vector.
@@ -118,7 +114,7 @@ template <bool Solved, int Group> void gate_groups(const Gate& g, float* out) {
     const int64_t total = g.competitions * g.units;
 #pragma omp parallel for schedule(static) num_threads(g.threads)
     for (int64_t first = 0; first < total; first += kGatePart)
-        each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) SECATEUR_INLINED {
             i += first;
             const Mask<Solved> mask(g, read_thresholds<Group>(g.threshold + i / Group, count));
             write(out + i, mask.times(read(g.weight + i, count)), count);
@@ -130,12 +126,13 @@ void gate_groups_backward(const Gate& g, const float* grad, float* out, float* b
     const int64_t total = g.competitions * g.units;
 #pragma omp parallel for schedule(static) num_threads(g.threads)
     for (int64_t first = 0; first < total; first += kGatePart)
-        each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) SECATEUR_INLINED {
             i += first;
             const Mask<Solved> mask(g, read_thresholds<Group>(g.threshold + i / Group, count));
             const MaskGradient<Solved> gradient(mask, read(g.weight + i, count), read(grad + i, count));
             V shift = {};
-            if constexpr (Solved) shift = group_sum<Group>(gradient.product()) / at_least(group_sum<Group>(gradient.k), kTiny);
+            if constexpr (Solved)
+                shift = group_sum<Group>(gradient.product()) / at_least(group_sum<Group>(gradient.k), kTiny);
             const V by_score = gradient.by_score(shift);
             if constexpr (!Solved) write(by_threshold + i, -by_score, count);
             write(out + i, gradient.by_weight(by_score), count);
@@ -213,7 +210,7 @@ template <bool Solved> void gate_rows(const Gate& g, float* out) {
     for (int64_t p = 0; p < parts.total; ++p) {
         const GatePart part = parts[p];
         const Mask<Solved> mask(g, broadcast<kWidth>(g.threshold[part.row]));
-        each_vector(part.count, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        each_vector(part.count, [&](int64_t i, int64_t count) SECATEUR_INLINED {
             i += part.first;
             write(out + i, mask.times(read(g.weight + i, count)), count);
         });
@@ -228,14 +225,14 @@ struct Sums {
 template <bool Solved, class Function>
 SECATEUR_INLINE void each_gradient(const Gate& g, const float* grad, const GatePart& part, Function f) {
     const Mask<Solved> mask(g, broadcast<kWidth>(g.threshold[part.row]));
-    each_vector(part.count, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+    each_vector(part.count, [&](int64_t i, int64_t count) SECATEUR_INLINED {
         i += part.first;
         f(MaskGradient<Solved>(mask, read(g.weight + i, count), read(grad + i, count)), i, count);
     });
 }
 
-// Sums over a part. For solved thresholds: of k g w and of k. For learned ones: of the scores' gradients, whose negative
-// is the threshold's gradient.
+// Sums over a part. For solved thresholds: of k g w and of k. For learned ones: of the scores' gradients, whose
+// negative is the threshold's gradient.
 struct RunningSums {
     V products = {}, slopes = {};
     int64_t vectors = 0;
@@ -253,8 +250,8 @@ struct RunningSums {
 
 inline Sums finish_learned(const Gate& g, const float* grad, float* out, const GatePart& part) {
     RunningSums summed;
-    each_gradient<false>(g, grad, part, [&](const MaskGradient<false>& gradient, int64_t i, int64_t count)
-                                        __attribute__((always_inline)) {
+    each_gradient<false>(g, grad, part,
+                         [&](const MaskGradient<false>& gradient, int64_t i, int64_t count) SECATEUR_INLINED {
         const V by_score = gradient.by_score(V{});
         summed.add(by_score, V{});  // zero past the end, where the gradient read is zero
         write(out + i, gradient.by_weight(by_score), count);
@@ -265,18 +262,18 @@ inline Sums finish_learned(const Gate& g, const float* grad, float* out, const G
 
 inline Sums sums_of(const Gate& g, const float* grad, const GatePart& part) {
     RunningSums summed;
-    each_gradient<true>(g, grad, part, [&](const MaskGradient<true>& gradient, int64_t, int64_t count) __attribute__((always_inline)) {
-        summed.add(only(gradient.product(), count), only(gradient.k, count));
-    });
+    each_gradient<true>(g, grad, part,
+                        [&](const MaskGradient<true>& gradient, int64_t, int64_t count)
+                            SECATEUR_INLINED { summed.add(only(gradient.product(), count), only(gradient.k, count)); });
     summed.flush();
     return summed.sums;
 }
 
 inline void finish_solved(const Gate& g, const float* grad, float* out, const GatePart& part, const Sums& sums) {
     const V shift = broadcast<kWidth>(float(sums.products / (sums.slopes < kTiny ? double(kTiny) : sums.slopes)));
-    each_gradient<true>(g, grad, part, [&](const MaskGradient<true>& gradient, int64_t i, int64_t count) __attribute__((always_inline)) {
-        write(out + i, gradient.by_weight(gradient.by_score(shift)), count);
-    });
+    each_gradient<true>(g, grad, part,
+                        [&](const MaskGradient<true>& gradient, int64_t i, int64_t count)
+                            SECATEUR_INLINED { write(out + i, gradient.by_weight(gradient.by_score(shift)), count); });
 }
 
 template <bool Solved>
@@ -300,8 +297,7 @@ void gate_rows_backward(const Gate& g, const float* grad, float* out, float* by_
     }
     if (!Solved) return;
 #pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t p = 0; p < parts.total; ++p)
-        finish_solved(g, grad, out, parts[p], sums[p / parts.each * parts.each]);
+    for (int64_t p = 0; p < parts.total; ++p) finish_solved(g, grad, out, parts[p], sums[p / parts.each * parts.each]);
 }
 
 template <bool value> struct Flag { static constexpr bool on = value; };
@@ -324,17 +320,16 @@ SECATEUR_INLINE void with_mode(const Gate& g, Groups groups, Shorts shorts, Rows
 }
 
 inline void gate(const GateForward& g) {
-    with_mode(
-        g, [&](auto solved, auto group) { gate_groups<solved.on, group.size>(g, g.out); }, [&] { gate_short(g, g.out); },
-        [&](auto solved) { gate_rows<solved.on>(g, g.out); });
+    with_mode(g, [&](auto solved, auto group) { gate_groups<solved.on, group.size>(g, g.out); },
+              [&] { gate_short(g, g.out); }, [&](auto solved) { gate_rows<solved.on>(g, g.out); });
 }
 
 inline void gate_backward(const GateBackward& g) {
-    with_mode(
-        g,
-        [&](auto solved, auto group) { gate_groups_backward<solved.on, group.size>(g, g.grad, g.out, g.by_threshold); },
-        [&] { gate_short_backward(g, g.grad, g.out); },
-        [&](auto solved) { gate_rows_backward<solved.on>(g, g.grad, g.out, g.by_threshold); });
+    with_mode(g, [&](auto solved, auto group) {
+        gate_groups_backward<solved.on, group.size>(g, g.grad, g.out, g.by_threshold);
+    }, [&] { gate_short_backward(g, g.grad, g.out); }, [&](auto solved) {
+        gate_rows_backward<solved.on>(g, g.grad, g.out, g.by_threshold);
+    });
 }
 
 }  // namespace secateur::SECATEUR_ISA

@@ -1,5 +1,5 @@
-// n of every m consecutive inputs. Each panel has 16 rows side by side: values [panel, group, slot, 16], where the slots
-// of a group are its n values.
+// n of every m consecutive inputs. Each panel has 16 rows side by side: values [panel, group, slot, 16], where the
+// slots of a group are its n values.
 #pragma once
 #include "linear.h"
 
@@ -24,8 +24,8 @@ constexpr int kVectors = kPanelRows / kWidth;
 
 // One vector of a panel's rows times B rows of x. N is n, or 0 for any.
 template <class T, int Bits, int N, int B>
-SECATEUR_INLINE void lanes_panel(const Lanes& args, const uint32_t* words, const T* values, int64_t groups, const float* x,
-                                 int64_t stride, int vector, F<kWidth>* out) {
+SECATEUR_INLINE void lanes_panel(const Lanes& args, const uint32_t* words, const T* values, int64_t groups,
+                                 const float* x, int64_t stride, int vector, F<kWidth>* out) {
     constexpr int kSlots = 32 / Bits;
     const int n = N ? N : args.n;
     const int group_words = n > kSlots ? (n + kSlots - 1) / kSlots : 1, word_groups = n > kSlots ? 1 : kSlots / n;
@@ -79,19 +79,19 @@ template <class T, int Bits, int N> void lanes_typed(const Lanes& args) {
     const float* x = padded_input(args, stride);
 #pragma omp parallel for schedule(dynamic, 2) num_threads(args.threads)
     for (int64_t p = 0; p < panels; ++p) {
-        const uint32_t* panel_words = args.words + p * words * kPanelRows;
+        const uint32_t* places = args.words + p * words * kPanelRows;
         const T* v = static_cast<const T*>(args.values) + p * groups * args.n * kPanelRows;
-        constexpr int kBatch = kRegisters / 4;
+        constexpr int kBatch = kRegisters / 4;  // the inputs and sums of so many rows of x fit the registers
         F<kWidth> out[kBatch];
         for (int64_t b = 0; b < args.batch;) {
             const int64_t left = args.batch - b;
             const int step = left >= kBatch ? kBatch : left >= 4 ? 4 : left >= 2 ? 2 : 1;
             const float* xb = x + b * stride;
             for (int vector = 0; vector < kVectors; ++vector) {
-                if (step == kBatch) lanes_panel<T, Bits, N, kBatch>(args, panel_words, v, groups, xb, stride, vector, out);
-                else if (step == 4) lanes_panel<T, Bits, N, 4>(args, panel_words, v, groups, xb, stride, vector, out);
-                else if (step == 2) lanes_panel<T, Bits, N, 2>(args, panel_words, v, groups, xb, stride, vector, out);
-                else lanes_panel<T, Bits, N, 1>(args, panel_words, v, groups, xb, stride, vector, out);
+                if (step == kBatch) lanes_panel<T, Bits, N, kBatch>(args, places, v, groups, xb, stride, vector, out);
+                else if (step == 4) lanes_panel<T, Bits, N, 4>(args, places, v, groups, xb, stride, vector, out);
+                else if (step == 2) lanes_panel<T, Bits, N, 2>(args, places, v, groups, xb, stride, vector, out);
+                else lanes_panel<T, Bits, N, 1>(args, places, v, groups, xb, stride, vector, out);
                 const int64_t row = p * kPanelRows + vector * kWidth;
                 for (int i = 0; i < step; ++i)
                     for (int64_t r = 0; r < kWidth && row + r < args.rows; ++r)

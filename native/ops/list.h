@@ -1,8 +1,8 @@
 // The operations: OP(file, function, its arguments).
 //
-// To add one, write ops/FILE.h with a struct of arguments and a function that takes it, and add its line here. The tables
-// of function pointers and the Python functions come from this list. Arguments that derive from Linear become a class,
-// which is made once for a weight.
+// To add one, write ops/FILE.h with a struct of arguments and a function that takes it, and add its line here. The
+// tables of function pointers and the Python functions come from this list. Arguments that derive from Linear become a
+// class, which is made once for a weight.
 OP(bitmask, bitmask, Bitmask)
 OP(panels, panels, Panels)
 OP(lanes, lanes, Lanes)

@@ -6,10 +6,10 @@
 namespace secateur {
 
 struct Panels : Linear {
-    const void* index;        // uint8 or uint16, [values], column within the section
-    const uint16_t* counts;   // [panels, sections, height] values of each segment, 0 for rows past the end
-    const int64_t* offsets;   // [panels * sections + 1] first value of each section of each panel
-    int64_t height, width;    // rows of a panel, columns of a section
+    const void* index;       // uint8 or uint16, [values], column within the section
+    const uint16_t* counts;  // [panels, sections, height] values of each segment, 0 for rows past the end
+    const int64_t* offsets;  // [panels * sections + 1] first value of each section of each panel
+    int64_t height, width;   // rows of a panel, columns of a section
     int index_bytes;
 
     using Members = Linear::Members::And<&Panels::index, &Panels::counts, &Panels::offsets, &Panels::height,
@@ -52,7 +52,8 @@ SECATEUR_INLINE void segment(const float* values, const I* index, int64_t count,
 }
 
 template <int W, int U, class T, class I>
-void panel(const Panels& args, int64_t at, int64_t sections, int64_t count, const T* values, const float* x, float* sums, float* buffer) {
+void panel(const Panels& args, int64_t at, int64_t sections, int64_t count, const T* values, const float* x,
+           float* sums, float* buffer) {
     const I* index = static_cast<const I*>(args.index);
     __builtin_memset(sums, 0, size_t(count * W * U) * sizeof(float));
     for (int64_t section = 0; section < sections; ++section, ++at, x += args.width * W * U) {

@@ -1,4 +1,5 @@
-// Dense tiles of any size, cut into strips of 16, 8, 4, 2 or 1 rows. The values of a strip are [tile, width, strip rows].
+// Dense tiles of any size, cut into strips of 16, 8, 4, 2 or 1 rows: values [strip, tile, width, strip rows] in each
+// row of tiles.
 #pragma once
 #include "linear.h"
 
@@ -28,7 +29,7 @@ SECATEUR_INLINE void strip_batch(const float* v, const int32_t* columns, int64_t
     F<W> a[kParts][H][U] = {};
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const float* xp = x + int64_t(columns[tile]) * width * (W * L);
-        const auto column = [&](F<W> (&sum)[H][U]) {
+        const auto column = [&](F<W>(&sum)[H][U]) {
             F<W> xs[U];
 #pragma GCC unroll 8
             for (int u = 0; u < U; ++u) xs[u] = load<W>(xp + u * W);
@@ -56,17 +57,18 @@ SECATEUR_INLINE void strip_batch(const float* v, const int32_t* columns, int64_t
 
 // The rows of a strip and the lanes of a slice, in parts whose sums fit the registers.
 template <int W, int U, int H>
-inline void strip_part(const float* v, const int32_t* columns, int64_t tiles, int64_t width, int64_t skip, const float* x,
-                       float* sums) {
-    constexpr int kSums = kRegisters / 2, kU = kSums == 8 && U == 4 ? 2 : U, kH = kSums / kU < H ? kSums / kU : H;
+inline void strip_part(const float* v, const int32_t* columns, int64_t tiles, int64_t width, int64_t skip,
+                       const float* x, float* sums) {
+    constexpr int kSums = kRegisters / 2;  // the other half holds inputs and values
+    constexpr int kU = kSums == 8 && U == 4 ? 2 : U, kH = kSums / kU < H ? kSums / kU : H;
     for (int h = 0; h < H; h += kH)
         for (int u = 0; u < U; u += kU)
             strip_batch<W, kU, kH, U>(v + h, columns, tiles, width, skip, x + u * W, sums + (h * U + u) * W);
 }
 
 template <int W, int U>
-inline void strip_rows(int64_t height, const float* v, const int32_t* columns, int64_t tiles, int64_t width, const float* x,
-                       float* sums) {
+inline void strip_rows(int64_t height, const float* v, const int32_t* columns, int64_t tiles, int64_t width,
+                       const float* x, float* sums) {
     switch (height) {
         case 16:
             strip_part<W, U, 8>(v, columns, tiles, width, 16, x, sums);
@@ -90,10 +92,12 @@ template <class T> void strips_batch(const Strips& args) {
     const int64_t mine = ceil_div(args.height * kMaxLanes + decoded_size, 16) * 16;
     float* work = static_cast<float*>(scratch(kWork, args.threads * mine * int64_t(sizeof(float))));
     const int64_t together = ceil_div(64, args.height);  // threads that share a cache line of y wait for each other
-    each_part_and_slice(args, tile_rows, together, [&](int64_t i, int64_t b, int64_t lanes, const float* x, int64_t thread) {
+    each_part_and_slice(args, tile_rows, together,
+                        [&](int64_t i, int64_t b, int64_t lanes, const float* x, int64_t thread) {
         float* sums = work + thread * mine;
         const int64_t first = args.first_tiles[i], tiles = args.first_tiles[i + 1] - first;
-        const float* v = decoded<T>(static_cast<const T*>(args.values) + first * size, tiles * size, sums + args.height * kMaxLanes);
+        const float* v =
+            decoded<T>(static_cast<const T*>(args.values) + first * size, tiles * size, sums + args.height * kMaxLanes);
         const int32_t* columns = args.tile_columns + first;
         for (int64_t done = 0, height; done < args.height; done += height) {
             height = strip_height(args.height - done);
@@ -111,13 +115,13 @@ template <class T> void strips_batch(const Strips& args) {
 
 // out [H] = H rows of a strip times one row of x, W / H columns at a time. A column's values lie `skip` apart.
 template <class T, int W, int H>
-SECATEUR_INLINE void strip_single(const T* v, int64_t skip, const int32_t* columns, int64_t tiles, int64_t width, const float* x,
-                                  float* out) {
+SECATEUR_INLINE void strip_single(const T* v, int64_t skip, const int32_t* columns, int64_t tiles, int64_t width,
+                                  const float* x, float* out) {
     constexpr int kColumns = W / H;
     F<W> sums[4] = {};
     float rest[H] = {};
     // Inlined, so that `first` is a constant and the sums stay in registers.
-    const auto add = [&](int64_t tile, int first) __attribute__((always_inline)) {
+    const auto add = [&](int64_t tile, int first) SECATEUR_INLINED {
         const float* xp = x + int64_t(columns[tile]) * width;
         int64_t k = 0;
         for (; k + 4 * kColumns <= width; k += 4 * kColumns, v += 4 * kColumns * skip)
@@ -147,12 +151,13 @@ SECATEUR_INLINE void strip_single(const T* v, int64_t skip, const int32_t* colum
 
 // The same with the widest vector that a tile fills.
 template <class T, int H>
-inline void strip_single_any(const T* v, int64_t skip, const int32_t* columns, int64_t tiles, int64_t width, const float* x,
-                             float* out) {
+inline void strip_single_any(const T* v, int64_t skip, const int32_t* columns, int64_t tiles, int64_t width,
+                             const float* x, float* out) {
     if constexpr (kWidth >= 16 && H <= 16)
         if (16 / H <= width && skip == H) return strip_single<T, 16, H>(v, skip, columns, tiles, width, x, out);
     if constexpr (kWidth >= 8 && H <= 8)
-        if (8 / H <= width && (skip == H || H == 8)) return strip_single<T, 8, H>(v, skip, columns, tiles, width, x, out);
+        if (8 / H <= width && (skip == H || H == 8))
+            return strip_single<T, 8, H>(v, skip, columns, tiles, width, x, out);
     if constexpr (H <= 4)
         if (4 / H <= width) return strip_single<T, 4, H>(v, skip, columns, tiles, width, x, out);
     for (int64_t h = 0; h < H; ++h) out[h] = 0.0f;
@@ -163,7 +168,8 @@ inline void strip_single_any(const T* v, int64_t skip, const int32_t* columns, i
 
 // The H rows of a strip, at most kWidth at a time.
 template <class T, int H>
-inline void strip_single_rows(const T* v, const int32_t* columns, int64_t tiles, int64_t width, const float* x, float* out) {
+inline void strip_single_rows(const T* v, const int32_t* columns, int64_t tiles, int64_t width, const float* x,
+                              float* out) {
     constexpr int kPart = kWidth < H ? kWidth : H;
     for (int first = 0; first < H; first += kPart)
         strip_single_any<T, kPart>(v + first, H, columns, tiles, width, x, out + first);

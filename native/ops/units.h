@@ -24,11 +24,12 @@ struct UnitSums : Units {
 
 // a times one number for each unit, plus b times another if there is b.
 struct TimesUnits : Units {
-    const float *a, *by_a, *b, *by_b;  // a and b: [rows, columns]; by_a and by_b: a number for each unit; b, by_b or null
-    float* out;                        // [rows, columns]; may be a
+    const float *a, *b;        // [rows, columns]; b may be null
+    const float *by_a, *by_b;  // [rows / height, columns / width]
+    float* out;                // [rows, columns]; may be a
 
-    using Members = Units::Members::And<&TimesUnits::a, &TimesUnits::by_a, &TimesUnits::b, &TimesUnits::by_b,
-                                        &TimesUnits::out>;
+    using Members =
+        Units::Members::And<&TimesUnits::a, &TimesUnits::by_a, &TimesUnits::b, &TimesUnits::by_b, &TimesUnits::out>;
 };
 
 }  // namespace secateur
@@ -50,7 +51,7 @@ inline void unit_sums(const UnitSums& u) {
         for (int64_t first = 0; first < u.columns; first += each) {
             const int64_t columns = least(each, u.columns - first), start = i * u.height * u.columns + first;
             float sums[kUnitPart];
-            each_vector(columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+            each_vector(columns, [&](int64_t c, int64_t count) SECATEUR_INLINED {
                 V sum = {};
                 for (int64_t h = 0; h < u.height; ++h) {
                     const int64_t at = start + h * u.columns + c;
@@ -81,7 +82,7 @@ inline void times_units(const TimesUnits& u) {
             if (b)
                 for (int64_t c = 0; c < columns; ++c) wide_b[c] = by_b[unit + c / u.width];
             for (int64_t h = 0; h < u.height; ++h)
-                each_vector(columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+                each_vector(columns, [&](int64_t c, int64_t count) SECATEUR_INLINED {
                     const int64_t at = start + h * u.columns + c;
                     V v = read(a + at, count) * read(wide_a + c, count);
                     if (b) v += read(b + at, count) * read(wide_b + c, count);

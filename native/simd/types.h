@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #define SECATEUR_INLINE inline __attribute__((always_inline))
+#define SECATEUR_INLINED __attribute__((always_inline))  // for lambdas
 
 namespace secateur::SECATEUR_ISA {
 

@@ -14,7 +14,9 @@
 #include "simd/types.h"
 
 #define SECATEUR_TEXT(tokens) #tokens
+// clang-format off: spaces around the slash would become part of the file's name.
 #define SECATEUR_SIMD_HEADER(isa) SECATEUR_TEXT(simd/isa.h)
+// clang-format on
 #include SECATEUR_SIMD_HEADER(SECATEUR_ISA)
 
 namespace secateur::SECATEUR_ISA {
@@ -52,8 +54,6 @@ SECATEUR_INLINE V read(const float* p, int64_t count) {
     __builtin_memcpy(&v, p, size_t(count) * sizeof(float));
     return v;
 }
-SECATEUR_INLINE void write(float* p, V v, int64_t count) {
-    __builtin_memcpy(p, &v, size_t(count) * sizeof(float));
-}
+SECATEUR_INLINE void write(float* p, V v, int64_t count) { __builtin_memcpy(p, &v, size_t(count) * sizeof(float)); }
 
 }  // namespace secateur::SECATEUR_ISA

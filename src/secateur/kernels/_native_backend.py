@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def default_isa() -> str:
     return named
 
 
+@cache
+def _weight_class(kernel: str) -> Any:
+    """Return the native class for weights of a layout: ``Panels`` for the kernel "panels"."""
+    native = load()
+    assert not isinstance(native, str)
+    return getattr(native, kernel.capitalize())
+
+
 class Bound:
     """A weight that is ready to run: the native module holds everything that does not change between calls.
 
@@ -49,12 +58,9 @@ class Bound:
     """
 
     def __init__(self, packed: Layout, isa: str) -> None:
-        native = load()
-        assert not isinstance(native, str)
         self._packed = packed  # keeps the memory whose addresses the native weight holds
         values, scale = packed.values, packed.scale
-        make_weight = getattr(native, packed.kernel.capitalize())  # the class for "panels" is Panels
-        weight = make_weight(
+        weight = _weight_class(packed.kernel)(
             isa,
             values.data_ptr(),
             0 if scale is None else scale.data_ptr(),
