@@ -29,7 +29,7 @@ def gate_backward(
     hard: bool,
     owned: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the weights, written over ``grads`` if ``owned``, and of the threshold if it is learned."""
+    """Return the gradients of the weights, written over ``grads`` if ``owned``, and of a learned threshold."""
     native = load()
     assert not isinstance(native, str)
     by_weights = grads if owned else torch.empty_like(grads)
