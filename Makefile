@@ -20,7 +20,7 @@ asan: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind
 	$(BIN)/python native/sanitize.py
 
-.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*.* native/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -1,6 +1,6 @@
-// The Python module: which instruction sets this machine has, one function for each layout, and those of the mask of
-// secateur.nn. Tensors come as addresses, so that nothing of torch is linked and one build serves every version of it;
-// the Python side checks them.
+// The Python module: the instruction sets of this build, a class for each layout of a weight, and the other operations
+// as functions. Tensors come as addresses, so that nothing of torch is linked and one build serves every version of it.
+// The Python side checks them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -8,16 +8,41 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "kernels.h"
+#include "isa/machine.h"
+#include "isa/table.h"
+#include "scratch.h"
 
 namespace nb = nanobind;
 
+// An entry of isa/list.h counts where its processor is the one that is compiled for.
+#define SECATEUR_ON_any(...) __VA_ARGS__
+#if defined(__x86_64__)
+#define SECATEUR_ON_x86_64(...) __VA_ARGS__
+#else
+#define SECATEUR_ON_x86_64(...)
+#endif
+#if defined(__aarch64__)
+#define SECATEUR_ON_aarch64(...) __VA_ARGS__
+#else
+#define SECATEUR_ON_aarch64(...)
+#endif
+
 namespace secateur {
+
+#define ISA(name, processor, supported) SECATEUR_ON_##processor(extern const Table table_##name;)
+#include "isa/list.h"
+
+#if defined(__x86_64__)
+const bool fast_wide_expand = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+#else
+const bool fast_wide_expand = false;
+#endif
 
 namespace {
 
@@ -28,54 +53,107 @@ struct Buffer {
 };
 thread_local Buffer buffers[2];
 
-bool has(const std::string& isa) {
-    if (isa == "generic") return true;
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("f16c") &&
-                      __builtin_cpu_supports("lzcnt");
-    if (isa == "avx2") return avx2;
-    if (isa == "avx512")
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
-#endif
+struct InstructionSet {
+    const char* name;
+    bool supported;
+    const Table& table;
+};
+
+const InstructionSet instruction_sets[] = {
+#define ISA(name, processor, supported) SECATEUR_ON_##processor({#name, supported, table_##name}, )
+#include "isa/list.h"
+};
+
+nb::list isas() {
+    nb::list names;
+    for (const InstructionSet& isa : instruction_sets) names.append(isa.name);
+    return names;
+}
+
+bool has(const std::string& name) {
+    for (const InstructionSet& isa : instruction_sets)
+        if (name == isa.name) return isa.supported;
     return false;
 }
 
-const Table& table(const std::string& isa) {
-    if (has(isa)) {
-#if defined(__x86_64__)
-        if (isa == "avx512") return table_avx512;
-        if (isa == "avx2") return table_avx2;
-#endif
-        if (isa == "generic") return table_generic;
-    }
-    throw std::invalid_argument("this machine cannot run the instruction set '" + isa + "'");
+const Table& table(const std::string& name) {
+    for (const InstructionSet& isa : instruction_sets)
+        if (name == isa.name && isa.supported) return isa.table;
+    throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'");
 }
 
-#if defined(__x86_64__)
-const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
-#else
-const bool intel = false;
-#endif
-
-// Asks for large pages under memory that has not been written yet. Only a hint: what cannot be had is done without.
+// Asks for large pages under memory that has not been written yet. This is only a hint.
 void advise(uintptr_t address, int64_t bytes) {
 #if defined(__linux__)
-    const uintptr_t page = 4096, first = (address + page - 1) / page * page, last = (address + uintptr_t(bytes)) / page * page;
+    const uintptr_t page = 4096, first = (address + page - 1) / page * page,
+                    last = (address + uintptr_t(bytes)) / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
     (void)address, (void)bytes;
 #endif
 }
 
-template <class P> const P* at(uintptr_t address) { return reinterpret_cast<const P*>(address); }
+// A member as Python passes it: an address as a number.
+template <class Member> using FromPython = std::conditional_t<std::is_pointer_v<Member>, uintptr_t, Member>;
 
-Call call(uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t scale, uintptr_t values, int64_t batch, int64_t rows,
-          int64_t columns, int value_type, int threads) {
-    return {at<float>(x), reinterpret_cast<float*>(y), at<float>(bias), at<float>(scale), at<void>(values), batch, rows,
-            columns, value_type, threads, intel};
+template <class Struct, class Member> Member type_of(Member Struct::*);
+template <auto member> using TypeOf = decltype(type_of(member));
+
+template <class Struct, class Base, class Member, class Value>
+void set(Struct& to, Member Base::* member, Value value) {
+    if constexpr (std::is_pointer_v<Member>) to.*member = reinterpret_cast<Member>(value);
+    else to.*member = value;
+}
+
+template <class Arguments, auto... members>
+Arguments filled(Fields<members...>, FromPython<TypeOf<members>>... values) {
+    Arguments arguments = {};
+    (set(arguments, members, values), ...);
+    return arguments;
+}
+
+using Released = nb::call_guard<nb::gil_scoped_release>;
+template <class Arguments> using Function = void (*)(const Arguments&);
+
+// A weight and the function of one instruction set that multiplies by it.
+template <class Weight> struct Bound {
+    Weight weight;
+    Function<Weight> function;
+};
+
+template <class Weight, auto... members>
+void bind_weight(nb::module_& m, const char* name, Function<Weight> Table::* entry, Fields<members...> fields) {
+    nb::class_<Bound<Weight>> bound(m, name);
+    bound.def("__init__",
+              [entry, fields](Bound<Weight>* self, const std::string& isa, FromPython<TypeOf<members>>... values) {
+        new (self) Bound<Weight>{filled<Weight>(fields, values...), table(isa).*entry};
+    });
+    const auto run = [](const Bound<Weight>& self, uintptr_t x, uintptr_t y, uintptr_t bias, int64_t batch,
+                        int threads) {
+        Weight call = self.weight;  // a copy, because threads may share the weight
+        call.x = reinterpret_cast<const float*>(x);
+        call.y = reinterpret_cast<float*>(y);
+        call.bias = reinterpret_cast<const float*>(bias);
+        call.batch = batch;
+        call.threads = threads;
+        self.function(call);
+    };
+    bound.def("run", run, Released());
+}
+
+template <class Arguments, auto... members>
+void bind_function(nb::module_& m, const char* name, Function<Arguments> Table::* entry, Fields<members...> fields) {
+    const auto run = [entry, fields](const std::string& isa, FromPython<TypeOf<members>>... values) {
+        (table(isa).*entry)(filled<Arguments>(fields, values...));
+    };
+    m.def(name, run, Released());
+}
+
+template <class Arguments>
+void bind(nb::module_& m, const char* name, const char* type, Function<Arguments> Table::* entry) {
+    const typename Arguments::Members members;
+    if constexpr (std::is_base_of_v<Linear, Arguments>) bind_weight<Arguments>(m, type, entry, members);
+    else bind_function<Arguments>(m, name, entry, members);
 }
 
 }  // namespace
@@ -96,51 +174,12 @@ void* scratch(Slot slot, int64_t bytes) {
 
 }  // namespace secateur
 
-#define CALL_ARGUMENTS                                                                                                  \
-    uintptr_t x, uintptr_t y, uintptr_t bias, uintptr_t scale, uintptr_t values, int64_t batch, int64_t rows,           \
-        int64_t columns, int value_type, int threads
-#define THE_CALL call(x, y, bias, scale, values, batch, rows, columns, value_type, threads)
-#define GATE_ARGUMENTS                                                                                                  \
-    uintptr_t weight, uintptr_t threshold, float temperature, int64_t competitions, int64_t units, bool each,           \
-        bool solved, bool hard, int threads
-#define THE_GATE {at<float>(weight), at<float>(threshold), temperature, competitions, units, each, solved, hard, threads}
-
-#define UNIT_ARGUMENTS int64_t rows, int64_t columns, int64_t height, int64_t width, int threads
-#define THE_UNITS {rows, columns, height, width, threads}
-
 NB_MODULE(_native, m) {
     using namespace secateur;
     m.doc() = "The kernels. Addresses are not checked: use secateur.kernels.linear and secateur.nn.";
-    using Released = nb::call_guard<nb::gil_scoped_release>;
-    m.def("has", &has, nb::arg("isa"));
-    m.def("advise", &advise, nb::arg("address"), nb::arg("bytes"));
-    m.def("bitmask", [](const char* isa, CALL_ARGUMENTS, uintptr_t mask, uintptr_t offsets) {
-        table(isa).bitmask(THE_CALL, {at<uint64_t>(mask), at<int64_t>(offsets)});
-    }, Released());
-    m.def("panels", [](const char* isa, CALL_ARGUMENTS, uintptr_t index, uintptr_t counts, uintptr_t offsets, int64_t height,
-                       int64_t width, int index_bytes) {
-        table(isa).panels(THE_CALL, {at<void>(index), at<uint16_t>(counts), at<int64_t>(offsets), height, width, index_bytes});
-    }, Released());
-    m.def("lanes", [](const char* isa, CALL_ARGUMENTS, uintptr_t words, int kept, int group) {
-        table(isa).lanes(THE_CALL, {at<uint32_t>(words), kept, group});
-    }, Released());
-    m.def("strips", [](const char* isa, CALL_ARGUMENTS, uintptr_t block_columns, uintptr_t block_rows, int64_t height,
-                       int64_t width) {
-        table(isa).strips(THE_CALL, {at<int32_t>(block_columns), at<int64_t>(block_rows), height, width});
-    }, Released());
-    m.def("gate", [](const char* isa, GATE_ARGUMENTS, uintptr_t out) {
-        table(isa).gate(THE_GATE, reinterpret_cast<float*>(out));
-    }, Released());
-    m.def("gate_backward", [](const char* isa, GATE_ARGUMENTS, uintptr_t grad, uintptr_t out, uintptr_t by_threshold) {
-        table(isa).gate_backward(THE_GATE, at<float>(grad), reinterpret_cast<float*>(out),
-                                 reinterpret_cast<float*>(by_threshold));
-    }, Released());
-    m.def("unit_sums", [](const char* isa, UNIT_ARGUMENTS, uintptr_t a, uintptr_t b, uintptr_t out) {
-        table(isa).unit_sums(THE_UNITS, at<float>(a), at<float>(b), reinterpret_cast<float*>(out));
-    }, Released());
-    m.def("times_units", [](const char* isa, UNIT_ARGUMENTS, uintptr_t a, uintptr_t by_a, uintptr_t b, uintptr_t by_b,
-                            uintptr_t out) {
-        table(isa).times_units(THE_UNITS, at<float>(a), at<float>(by_a), at<float>(b), at<float>(by_b),
-                               reinterpret_cast<float*>(out));
-    }, Released());
+    m.def("isas", &isas, "The instruction sets of this build, widest first.");
+    m.def("has", &has, "Whether this build has the instruction set and this machine can run it.");
+    m.def("advise", &advise, "Ask for large pages under memory that has not been written yet.");
+#define OP(file, function, Arguments) bind<Arguments>(m, #function, #Arguments, &Table::function);
+#include "ops/list.h"
 }

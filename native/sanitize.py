@@ -50,7 +50,7 @@ def restart() -> int:
 
 
 def test() -> int:
-    """Put the sanitized module in the place of the installed one, and run the tests of the kernels."""
+    """Put the sanitized module in the place of the installed one, and run the tests of native code."""
     import pytest
     import torch  # noqa: F401  its OpenMP first
 
@@ -61,7 +61,7 @@ def test() -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module
-    tests = ["tests/test_kernels.py", "tests/test_gate.py"]
+    tests = ["tests/test_kernels.py", "tests/test_gate.py", "tests/test_native_source.py"]
     return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *tests, *sys.argv[2:]])
 
 

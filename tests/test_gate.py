@@ -16,7 +16,7 @@ from secateur.nn import _gate
 EVERY_ISA = pytest.mark.parametrize("isa", kernels.isas())
 NEEDS_NATIVE = pytest.mark.skipif(not kernels.isas(), reason="no native module")
 
-PART = 1 << 14  # weights of a part in gate.inc
+PART = 1 << 14  # weights of a part in native/ops/gate.h
 # Competitions and units.
 LEARNED = [(1, 1), (3, 5), (17, 33), (70, 90), (3, PART), (2, 2 * PART + 19)]
 SOLVED = [*LEARNED, (1, 15), (1, 700 * 900), *((7, m) for m in range(2, 34)), *((5000, m) for m in (2, 3, 4, 8, 16))]

@@ -36,7 +36,7 @@ def free(layout, density, **options):
     return case
 
 
-def lanes(n, m):
+def groups(n, m):
     def case(rows, columns):
         columns = max(columns // m, 1) * m
         return GroupLayout, group_mask(rows, columns, n, m), {"n": n, "m": m}
@@ -44,7 +44,7 @@ def lanes(n, m):
     return case
 
 
-def strips(height, width, density=0.4):
+def tiles(height, width, density=0.4):
     def case(rows, columns):
         rows, columns = max(rows // height, 1) * height, max(columns // width, 1) * width
         return TileLayout, block_mask(rows, columns, height, width, density), {"height": height, "width": width}
@@ -61,25 +61,25 @@ CASES = {
     "panels empty": free(PanelLayout, 0.0),
     "panels small": free(PanelLayout, 0.3, height=5, width=7),
     "panels wide": free(PanelLayout, 0.2, height=64, width=32768),
-    "lanes 1:1": lanes(1, 1),
-    "lanes 1:2": lanes(1, 2),
-    "lanes 2:3": lanes(2, 3),
-    "lanes 2:4": lanes(2, 4),
-    "lanes 1:4": lanes(1, 4),
-    "lanes 3:4": lanes(3, 4),
-    "lanes 3:5": lanes(3, 5),
-    "lanes 4:8": lanes(4, 8),
-    "lanes 2:16": lanes(2, 16),
-    "lanes 11:16": lanes(11, 16),
-    "strips 1x1": strips(1, 1),
-    "strips 4x4": strips(4, 4),
-    "strips 16x1": strips(16, 1),
-    "strips 1x16": strips(1, 16),
-    "strips 2x9": strips(2, 9),
-    "strips 8x3": strips(8, 3),
-    "strips 32x32": strips(32, 32),
-    "strips 31x2": strips(31, 2),
-    "strips empty": strips(4, 4, 0.0),
+    "groups 1:1": groups(1, 1),
+    "groups 1:2": groups(1, 2),
+    "groups 2:3": groups(2, 3),
+    "groups 2:4": groups(2, 4),
+    "groups 1:4": groups(1, 4),
+    "groups 3:4": groups(3, 4),
+    "groups 3:5": groups(3, 5),
+    "groups 4:8": groups(4, 8),
+    "groups 2:16": groups(2, 16),
+    "groups 11:16": groups(11, 16),
+    "tiles 1x1": tiles(1, 1),
+    "tiles 4x4": tiles(4, 4),
+    "tiles 16x1": tiles(16, 1),
+    "tiles 1x16": tiles(1, 16),
+    "tiles 2x9": tiles(2, 9),
+    "tiles 8x3": tiles(8, 3),
+    "tiles 32x32": tiles(32, 32),
+    "tiles 31x2": tiles(31, 2),
+    "tiles empty": tiles(4, 4, 0.0),
 }
 
 
@@ -155,7 +155,7 @@ def test_half_precision_values_are_read_exactly():
 
 
 @pytest.mark.parametrize("isa", kernels.isas())
-@pytest.mark.parametrize("name", ["bitmask", "panels", "panels small", "lanes 2:4", "strips 4x4", "strips 31x2"])
+@pytest.mark.parametrize("name", ["bitmask", "panels", "panels small", "groups 2:4", "tiles 4x4", "tiles 31x2"])
 def test_results_do_not_depend_on_threads_or_repetition(name, isa):
     torch.manual_seed(0)
     _, _, packed = packed_case(name, 256, 512)

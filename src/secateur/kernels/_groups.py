@@ -27,7 +27,7 @@ class GroupLayout(Layout):
     words: Tensor  # [panels, words, 16] int32
     n: int
     m: int
-    kernel = "lanes"
+    kernel = "groups"
 
     @classmethod
     def pack(

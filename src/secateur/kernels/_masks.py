@@ -1,4 +1,4 @@
-"""The native passes of the differentiable mask, which ``secateur.nn`` calls with tensors that it has checked."""
+"""The native passes of the differentiable mask. ``secateur.nn`` calls them and checks the tensors before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from secateur.kernels._native_backend import SMALL
 
 
 def gate(weights: Tensor, threshold: Tensor, temperature: float, isa: str, *, solved: bool, hard: bool) -> Tensor:
-    """Return the weights times their mask, as ``secateur.nn._gate`` has it, which checks the tensors."""
+    """Return the weights times their mask; ``secateur.nn._gate`` has the formula."""
     native = load()
     assert not isinstance(native, str)
     out = torch.empty_like(weights)
@@ -53,7 +53,7 @@ def _gate_arguments(
 
 
 def unit_sums(a: Tensor, b: Tensor, height: int, width: int, isa: str) -> Tensor:
-    """Return the sum of ``a * b`` over each unit, ``[rows / height, columns / width]``, for matrices in order."""
+    """Return the sum of ``a * b`` over each unit, ``[rows / height, columns / width]``, for contiguous matrices."""
     native = load()
     assert not isinstance(native, str)
     out = a.new_empty(a.shape[0] // height, a.shape[1] // width)
@@ -71,7 +71,10 @@ def times_units(
     plus: tuple[Tensor, Tensor] | None = None,
     owned: bool,
 ) -> Tensor:
-    """Return ``a`` times one number for each unit, written over it if ``owned``, plus another matrix times another."""
+    """Return ``a`` times one number for each unit, written over ``a`` if ``owned``.
+
+    ``plus`` is a second matrix with its own numbers, whose product is added.
+    """
     native = load()
     assert not isinstance(native, str)
     out = a if owned else torch.empty_like(a)

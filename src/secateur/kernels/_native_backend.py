@@ -1,9 +1,10 @@
-"""The kernels of the native module: which instruction set runs, and the call with checked addresses."""
+"""Products by the native module: which instruction set runs them, and the call with addresses of checked tensors."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +14,21 @@ from secateur.formats import VALUE_TYPES
 from secateur.kernels._layout import Layout
 from secateur.kernels._load import load
 
-ISAS = ("avx512", "avx2", "generic")  # widest first
-
-SMALL = 32768  # multiplications, or weights of a mask, below which a second thread costs more than it saves
+SMALL = 32768  # multiplications, or weights of a mask, up to which a second thread costs more than it saves
 
 
 def isas() -> list[str]:
-    """Instruction sets this machine can run, best first."""
+    """Return the instruction sets that this build and this machine can run, widest first."""
     native = load()
-    return [] if isinstance(native, str) else [isa for isa in ISAS if native.has(isa)]
+    return [] if isinstance(native, str) else [isa for isa in native.isas() if native.has(isa)]
 
 
 @cache
 def default_isa() -> str:
-    """The best instruction set, or the one SECATEUR_ISA names: read once, which takes longer than a small product."""
+    """Return the widest instruction set, or the one that SECATEUR_ISA names.
+
+    It is read once, because reading takes longer than a small product.
+    """
     named = os.environ.get("SECATEUR_ISA")
     if not named:
         return isas()[0]
@@ -38,8 +40,18 @@ def default_isa() -> str:
     return named
 
 
+@cache
+def _weight_class(kernel: str) -> Any:
+    """Return the native class for weights of a layout: ``Panels`` for the kernel "panels"."""
+    native = load()
+    assert not isinstance(native, str)
+    return getattr(native, kernel.capitalize())
+
+
 class Bound:
-    """A layout's kernel with everything that does not change between calls: a small product takes no longer than these.
+    """A weight that is ready to run: the native module holds everything that does not change between calls.
+
+    A small product takes no longer than passing these arguments would.
 
     Args:
         packed: the weight, on the processor. Its tensors must not move or change while this is used.
@@ -47,15 +59,18 @@ class Bound:
     """
 
     def __init__(self, packed: Layout, isa: str) -> None:
-        native = load()
-        assert not isinstance(native, str)
+        self._packed = packed  # keeps the memory whose addresses the native weight holds
         values, scale = packed.values, packed.scale
-        self._packed = packed  # keeps the memory
-        self._kernel, self._isa = getattr(native, packed.kernel), isa
+        weight = _weight_class(packed.kernel)(
+            isa,
+            values.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            *packed.shape,
+            VALUE_TYPES[values.dtype].code,
+            *packed.arguments(),
+        )
+        self._run = weight.run
         self._rows, self._size = packed.shape[0], values.numel()
-        self._scale, self._values = 0 if scale is None else scale.data_ptr(), values.data_ptr()
-        self._shape, self._type = packed.shape, VALUE_TYPES[values.dtype].code
-        self._arguments = packed.arguments()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x Wᵀ + b for x [batch, in] and b [out], float32 and contiguous, on the processor."""
@@ -63,17 +78,6 @@ class Bound:
         y = x.new_empty((batch, self._rows))
         if not (batch and self._rows):
             return y
-        self._kernel(
-            self._isa,
-            x.data_ptr(),
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            self._scale,
-            self._values,
-            batch,
-            *self._shape,
-            self._type,
-            torch.get_num_threads() if self._size * batch > SMALL else 1,
-            *self._arguments,
-        )
+        threads = torch.get_num_threads() if self._size * batch > SMALL else 1
+        self._run(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), batch, threads)
         return y

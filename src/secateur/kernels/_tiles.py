@@ -25,7 +25,7 @@ class TileLayout(Layout):
     block_rows: Tensor  # [row blocks + 1] int64
     height: int
     width: int
-    kernel = "strips"
+    kernel = "tiles"
 
     @classmethod
     def pack(

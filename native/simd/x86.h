@@ -1,0 +1,55 @@
+// What AVX2 and AVX-512 share: vectors of four and eight floats.
+#pragma once
+#include <immintrin.h>
+
+#include "simd/types.h"
+
+namespace secateur::SECATEUR_ISA {
+
+inline __m128i load32(const void* p) {
+    int32_t v;
+    __builtin_memcpy(&v, p, 4);
+    return _mm_cvtsi32_si128(v);
+}
+inline __m128i load64(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+template <> inline F<4> load_values<4, bf16>(const bf16* p) {
+    return (F<4>)_mm_slli_epi32(_mm_cvtepu16_epi32(load64(p)), 16);
+}
+template <> inline F<4> load_values<4, int8_t>(const int8_t* p) {
+    return (F<4>)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(load32(p)));
+}
+template <> inline F<4> load_values<4, f16>(const f16* p) { return (F<4>)_mm_cvtph_ps(load64(p)); }
+template <> inline F<8> load_values<8, bf16>(const bf16* p) {
+    return (F<8>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16);
+}
+template <> inline F<8> load_values<8, int8_t>(const int8_t* p) {
+    return (F<8>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load64(p)));
+}
+template <> inline F<8> load_values<8, f16>(const f16* p) { return (F<8>)_mm256_cvtph_ps(load128(p)); }
+
+// Four floats at four places. Loads into the lanes of a vector are faster than the gather instruction.
+template <class I> inline F<4> gather4(const float* x, const I* places) {
+    uint64_t p = 0;
+    __builtin_memcpy(&p, places, 4 * sizeof(I));
+    constexpr int kBits = 8 * sizeof(I);
+    constexpr uint64_t kMask = (uint64_t(1) << kBits) - 1;
+    __m128 v = _mm_load_ss(x + (p & kMask));
+    v = _mm_insert_ps(v, _mm_load_ss(x + ((p >> kBits) & kMask)), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + ((p >> (2 * kBits)) & kMask)), 0x20);
+    v = _mm_insert_ps(v, _mm_load_ss(x + ((p >> (3 * kBits)) & kMask)), 0x30);
+    return (F<4>)v;
+}
+
+// For each mask of eight bits: which value each lane takes, -1 for none.
+struct ExpandTable {
+    int8_t lane[256][8];
+    constexpr ExpandTable() : lane() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int i = 0, next = 0; i < 8; ++i) lane[mask][i] = int8_t((mask >> i) & 1 ? next++ : -1);
+    }
+};
+alignas(64) constexpr ExpandTable kExpand;
+
+}  // namespace secateur::SECATEUR_ISA
