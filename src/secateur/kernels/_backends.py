@@ -40,11 +40,20 @@ class Backend(ABC):
         """Return "ok", or the reason why the backend cannot run on this machine."""
 
     @abstractmethod
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return the reason why the backend cannot run a weight by a route for such inputs, or None if it can."""
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """Return the reason why the backend cannot run a weight for such inputs, or None if it can.
+
+        Args:
+            packed: a weight in its storage format, or laid out already.
+            route: to run it by; None for a layout, which is a way of its own.
+            device: of the inputs.
+            dtype: of the inputs.
+        """
 
     @abstractmethod
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         """Make a weight ready for a route that is supported, for inputs of a dtype."""
 
 
@@ -61,8 +70,10 @@ class _Native(Backend):
             return str(error)
         return "ok"
 
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
-        if not isinstance(route, LayoutRoute):
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        if not _runs_a_layout(route):
             return f"there is no kernel for the route {route}"
         for what, where in (("x", device), ("the weight", packed.values.device)):
             if where.type != "cpu":
@@ -70,7 +81,7 @@ class _Native(Backend):
         native = load()
         return native if isinstance(native, str) else None
 
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         layout, shared, out = _laid_out(weight, route)
         return _NativeKernel(layout, out, layout.nbytes - shared)
 
@@ -85,14 +96,16 @@ class _OneDNN(Backend):
             return "this version of PyTorch keeps oneDNN's prepacked layers elsewhere"
         return "ok"
 
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
         if not isinstance(route, PrepackedRoute):
             return "it runs dense weights that are packed beforehand, nothing else"
         if device.type != "cpu":
             return f"x is on {device}; it runs on the processor"
         return None if self.state() == "ok" else self.state()
 
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         return _Prepacked(weight.to_dense())
 
 
@@ -102,10 +115,12 @@ class _Reference(Backend):
     def state(self) -> str:
         return "ok"
 
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
         return "only onednn packs dense weights beforehand" if isinstance(route, PrepackedRoute) else None
 
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         if isinstance(route, DenseRoute):
             dense = weight.to_dense()
             stored = isinstance(weight, StoredWeight) and dense.data_ptr() == weight.owner.data_ptr()
@@ -120,13 +135,17 @@ _CHOICES = ("native", "reference")  # those that run the same routes
 
 
 def explain_route(
-    packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype, no_kernels: str | None = None
+    packed: Format | Layout,
+    route: Route | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    no_kernels: str | None = None,
 ) -> list[tuple[Backend, str | None]]:
     """Return every backend with the reason why it does not run a weight by a route; the first without one runs it.
 
     Args:
         packed: the weight.
-        route: to run it by.
+        route: to run it by; None for a layout.
         device: of the inputs.
         dtype: of the inputs.
         no_kernels: a further reason against native kernels, that lies in the inputs.
@@ -136,7 +155,7 @@ def explain_route(
     found = []
     for backend in BACKENDS:
         reason = backend.supports(packed, route, device, dtype)
-        if reason is None and isinstance(route, LayoutRoute):
+        if reason is None and _runs_a_layout(route):
             if wanted is not None and backend.name != wanted:
                 reason = f"use({wanted!r}) is in force"
             elif backend.name == "native":
@@ -146,7 +165,11 @@ def explain_route(
 
 
 def backend_for(
-    packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype, no_kernels: str | None = None
+    packed: Format | Layout,
+    route: Route | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    no_kernels: str | None = None,
 ) -> Backend:
     """Return the backend that runs a weight by a route.
 
@@ -158,7 +181,9 @@ def backend_for(
         if reason is None:
             return backend
     listed = "; ".join(f"{backend.name}: {reason}" for backend, reason in found)
-    raise KernelError(f"no backend runs the route {route} here ({listed}). Use another route.")
+    raise KernelError(
+        f"no backend runs {'the layout' if route is None else f'the route {route}'} here ({listed}). Use another one."
+    )
 
 
 def can_run(packed: Format, route: Route, x: Tensor) -> bool:
@@ -185,7 +210,11 @@ def prepare(packed: Format, route: Route, device: torch.device, dtype: torch.dty
     return backend.prepare(StoredWeight.of(packed), route, dtype)
 
 
-def _laid_out(weight: StoredWeight | Layout, route: Route) -> tuple[Layout, int, int]:
+def _runs_a_layout(route: Route | None) -> bool:
+    return route is None or isinstance(route, LayoutRoute)
+
+
+def _laid_out(weight: StoredWeight | Layout, route: Route | None) -> tuple[Layout, int, int]:
     """The layout, the bytes of it that are the stored weight's own memory, and the outputs that count."""
     if isinstance(weight, Layout):
         return weight, 0, weight.shape[0]

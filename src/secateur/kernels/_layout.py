@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from secateur._errors import KernelError
 from secateur._types import Mask, Weight
 from secateur.formats import VALUE_TYPES, encode
 from secateur.kernels._load import load
-
-if TYPE_CHECKING:
-    from secateur.kernels._route import Route
 
 SPARE = 16  # values readable past the end: the kernels load whole vectors
 _SPARE_OF_LAYERS = 64  # behind the values of a packed layer; more than any layout wants
@@ -41,11 +38,6 @@ class Layout(ABC):
     values: Tensor
     scale: Tensor | None
     kernel: ClassVar[str]  # its name in the native module
-
-    @property
-    @abstractmethod
-    def route(self) -> Route:
-        """The route that this layout serves."""
 
     @abstractmethod
     def to_dense(self) -> Weight:

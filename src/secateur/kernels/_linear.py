@@ -64,7 +64,7 @@ def explain(
         ('reference', 'ok: dense')
     """
     if isinstance(packed, Layout):
-        found = explain_route(packed, packed.route, x.device, x.dtype, _records_gradient(x))
+        found = explain_route(packed, None, x.device, x.dtype, _records_gradient(x))
         return [(backend.name, reason or backend.state()) for backend, reason in found]
     if isinstance(packed, Format):
         return _explain(x, packed, default_plan(packed))
@@ -148,6 +148,6 @@ def linear(
             f"the bias has shape {tuple(bias.shape)}, the packed weight has {rows} outputs; it must be [{rows}]. "
             "Check that the bias belongs to this layer."
         )
-    backend = backend_for(packed, packed.route, x.device, x.dtype, _records_gradient(x, bias))
-    prepared = backend.prepare(packed, packed.route, x.dtype)
+    backend = backend_for(packed, None, x.device, x.dtype, _records_gradient(x, bias))
+    prepared = backend.prepare(packed, None, x.dtype)
     return prepared.run(x.reshape(-1, columns), bias).reshape(*x.shape[:-1], rows)

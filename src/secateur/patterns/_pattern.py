@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,13 +16,6 @@ from secateur._errors import PatternError
 from secateur._types import Mask, Scores
 from secateur.patterns._select import keep_top, units_to_prune
 from secateur.patterns._units import Units
-
-if TYPE_CHECKING:
-    from secateur.patterns._kinds import NM as _NM
-    from secateur.patterns._kinds import Block as _Block
-    from secateur.patterns._kinds import Column as _Column
-    from secateur.patterns._kinds import Row as _Row
-    from secateur.patterns._kinds import Unstructured as _Unstructured
 
 Scope: TypeAlias = Literal["layer", "row"]
 Remainder: TypeAlias = Literal["error", "dense"]
@@ -53,11 +46,12 @@ class SparsityPattern(ABC):
     """
 
     _grammar: ClassVar[tuple[tuple[str, type[SparsityPattern]], ...]]  # how the patterns are written
-    Unstructured: ClassVar[type[_Unstructured]]
-    NM: ClassVar[type[_NM]]
-    Block: ClassVar[type[_Block]]
-    Row: ClassVar[type[_Row]]
-    Column: ClassVar[type[_Column]]
+    # The patterns themselves, which this module does not know: they are set where they are defined.
+    Unstructured: ClassVar[Any]
+    NM: ClassVar[Any]
+    Block: ClassVar[Any]
+    Row: ClassVar[Any]
+    Column: ClassVar[Any]
 
     if TYPE_CHECKING:  # a dataclass field named `width` fulfils this, which a run-time abstract property would forbid
 
