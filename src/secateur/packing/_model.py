@@ -23,6 +23,7 @@ from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents, take_apart
 from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
 from secateur.packing._fill import fill_
+from secateur.packing._history import History
 
 FILE = "model.sparse.safetensors"
 
@@ -35,6 +36,7 @@ def save(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    history: History = (),
 ) -> None:
     """Write a packed model: as small as its zeros allow, in one file that is checked when it is read.
 
@@ -51,6 +53,8 @@ def save(
         tokenizer: anything with ``save_pretrained``; not needed with ``source``.
         dtype: store tensors of packed layers' biases and all that is not packed in this floating-point dtype.
         overwrite: replace an existing directory. It stays in place until the new one is complete.
+        history: reports of how layers were pruned, whose patterns are used for weights that run dense. Patterns of
+            others are found from their zeros.
 
     Raises:
         FormatError: the place cannot be written, or a name that other libraries would take for a dense model.
@@ -67,7 +71,7 @@ def save(
         >>> type(again[0]).__name__, torch.equal(again(x), model(x))
         ('PackedLinear', True)
     """
-    save_with(model, path, source=source, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
+    save_with(model, path, source=source, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, history=history)
 
 
 def save_with(
@@ -78,24 +82,26 @@ def save_with(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    history: History = (),
     absent: Iterable[str] = (),
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a packed model as :func:`save` does, with more to say.
 
     Args:
-        model: see :func:`save`, like all up to ``overwrite``.
+        model: see :func:`save`, like all up to ``history``.
         path: see there.
         source: see there.
         tokenizer: see there.
         dtype: see there.
         overwrite: see there.
+        history: see there.
         absent: tensors that the checkpoint had no values for; they are not stored.
         extra: further text files of a directory, by name.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        contents = take_apart(model, dtype, absent)
+        contents = take_apart(model, dtype, absent, history)
         write_packed(path, contents.layers, contents.tensors, contents.metadata())
         return
     if source is None and not hasattr(model, "save_pretrained"):
@@ -103,7 +109,7 @@ def save_with(
             f"{path}: only a transformers model has the config that a directory needs, not {type(model).__name__}.\n"
             "Give a path that ends in .safetensors."
         )
-    contents = take_apart(model, dtype, absent)
+    contents = take_apart(model, dtype, absent, history)
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
     check_output(None if source is None else Path(source), path, overwrite, size)
