@@ -9,7 +9,18 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
 
-from secateur import NM, Block, Column, PatternError, Row, SparseConv2d, SparseLinear, SparsityPattern, Unstructured
+from secateur import (
+    NM,
+    Block,
+    Column,
+    PatternError,
+    RecipeError,
+    Row,
+    SparseConv2d,
+    SparseLinear,
+    SparsityPattern,
+    Unstructured,
+)
 from secateur.layers import clear_state_
 from secateur.patterns import with_channel_width
 
@@ -463,7 +474,7 @@ def test_temperature_is_settable():
     layer.temperature = 1e9
     torch.testing.assert_close(layer(x), F.linear(x, layer.effective_weight(), layer.bias))
     for value in (0, -1.0, math.inf):
-        with pytest.raises(PatternError, match="temperature must be positive and finite"):
+        with pytest.raises(RecipeError, match=r"temperature must be (above 0|finite), got"):
             layer.temperature = value
     with pytest.raises(TypeError, match="temperature must be a number, got str"):
         layer.temperature = "hot"
@@ -1068,14 +1079,14 @@ def test_column_prunes_whole_input_channels_of_a_convolution():
         (
             lambda: SparseLinear.unstructured(8, 6, pattern="2:4"),
             PatternError,
-            "one threshold for each weight is for learning without a pattern; 2:4 solves its own",
+            "one learned threshold for each weight is for layers without a pattern; 2:4 solves its own",
         ),
-        (lambda: SparseLinear(-1, 6), PatternError, "in_features must not be negative, got -1"),
+        (lambda: SparseLinear(-1, 6), RecipeError, "in_features must be at least 0, got -1"),
         (lambda: SparseLinear(8, 6.0), TypeError, "out_features must be an int, got float"),
-        (lambda: SparseLinear(8, 6, temperature=0), PatternError, "temperature must be positive and finite, got 0"),
-        (lambda: SparseLinear(8, 6, threshold=math.nan), PatternError, "threshold must be a number, got NaN"),
+        (lambda: SparseLinear(8, 6, temperature=0), RecipeError, "temperature must be above 0, got 0"),
+        (lambda: SparseLinear(8, 6, threshold=math.nan), RecipeError, "threshold must be a number, got NaN"),
         (lambda: SparseLinear(8, 6, threshold="low"), TypeError, "threshold must be a number, got str"),
-        (lambda: SparseLinear(8, 6).reset_threshold(math.nan), PatternError, "threshold must be a number, got NaN"),
+        (lambda: SparseLinear(8, 6).reset_threshold(math.nan), RecipeError, "threshold must be a number, got NaN"),
         (lambda: SparseLinear(8, 6).reset_threshold(True), TypeError, "threshold must be a number, got bool"),
         (lambda: SparseLinear(8, 6).solve_threshold(), PatternError, "the threshold is learned"),
         (lambda: SparseLinear(8, 6, pattern="2:4").solve_threshold(2), PatternError, "between 0 and 1, got 2"),
@@ -1087,8 +1098,8 @@ def test_column_prunes_whole_input_channels_of_a_convolution():
             r"has shape \(6, 8\), got \(8, 6\)",
         ),
         (lambda: SparseLinear(8, 6).hard_prune(0.5), TypeError, "optimizer must be a torch.optim.Optimizer, got float"),
-        (lambda: SparseLinear.from_linear(nn.Conv2d(3, 4, 2)), TypeError, "needs an nn.Linear, got Conv2d"),
-        (lambda: SparseConv2d.from_conv2d(nn.Linear(3, 4)), TypeError, "needs an nn.Conv2d, got Linear"),
+        (lambda: SparseLinear.from_linear(nn.Conv2d(3, 4, 2)), TypeError, "linear must be an nn.Linear, got Conv2d"),
+        (lambda: SparseConv2d.from_conv2d(nn.Linear(3, 4)), TypeError, "convolution must be an nn.Conv2d, got Linear"),
         (
             lambda: SparseLinear.from_linear(parametrizations.weight_norm(nn.Linear(8, 6))),
             TypeError,

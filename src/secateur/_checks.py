@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from secateur._errors import RecipeError
@@ -41,17 +41,25 @@ def integer(name: str, value: object, least: int | None = None) -> int:
 
 
 def number(
-    name: str, value: object, least: float = -math.inf, most: float = math.inf, *, above: float | None = None
+    name: str,
+    value: object,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float | None = None,
+    finite: bool = False,
 ) -> float:
     """Return the value as a float if it is a number in ``[least, most]``, and above ``above``. NaN is refused.
 
-    An infinite value is in the range only if a limit is that infinity.
+    An infinite value is in the range only if a limit is that infinity, and never if ``finite``.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         hint = f"; pass float({name})" if hasattr(value, "item") else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     if math.isnan(value):
         raise RecipeError(f"{name} must be a number, got NaN.")
+    if finite and math.isinf(value):
+        raise RecipeError(f"{name} must be finite, got {value:g}.")
     if above is not None and not above < value <= most:
         raise RecipeError(f"{name} must be {_range(above, most, 'above')}, got {value:g}.")
     if not least <= value <= most:
@@ -108,3 +116,24 @@ def globs(name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(glob, str) for glob in found):
         raise TypeError(f"{name} must be glob patterns (str), got {value!r}")
     return found
+
+
+def settings(name: str, value: T | None, kind: type[T], keywords: Mapping[str, object]) -> T:
+    """Return the settings that a caller gave: as one value, or as keywords from which the value is made.
+
+    Args:
+        name: of the argument that takes the value.
+        value: that was given, or None.
+        kind: class of the value; its parameters are named as the keywords.
+        keywords: that were given; None where one was left out.
+
+    Raises:
+        RecipeError: both were given.
+    """
+    given = {key: keyword for key, keyword in keywords.items() if keyword is not None}
+    if value is None:
+        return kind(**given)
+    instance(name, value, kind)
+    if given:
+        raise RecipeError(f"pass either a {name} or settings, not both; got a {name} and {', '.join(given)}.")
+    return value
