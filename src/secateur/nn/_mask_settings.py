@@ -18,7 +18,7 @@ _RELATIVE_TEMPERATURE = 4.0
 class MaskSettings:
     """How a layer learns which of its weights to keep; what the arguments mean is said at :class:`SparseLinear`.
 
-    A value: it compares, prints and copies. A text becomes a pattern, and the sparsity that a pattern fixes is filled in.
+    A value: it compares, prints and copies. A text becomes a pattern, and the sparsity that N:M fixes is filled in.
 
     Args:
         structured: one learned threshold for each output, else one for each weight. Without a pattern only.
