@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_finite_differences(pattern, shape):
 
 
 @cases
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gradient_at_zero_is_zero(pattern, shape, dtype):
     weight = torch.zeros(shape, dtype=dtype, requires_grad=True)
     value = GroupSparsity(pattern, STRENGTH).penalty(weight)
@@ -251,7 +251,7 @@ def test_zero_stays_zero(pattern, shape):
 
 
 @cases
-@pytest.mark.parametrize(("strength", "step_size"), [(0, 1.0), (0.5, 0), (0.0, 0.0)])
+@pytest.mark.parametrize(("strength", "step_size"), [(0, 1.0), (0.5, 0)])
 def test_a_step_of_no_size_changes_no_bit(pattern, shape, strength, step_size):
     weight = random(*shape, dtype=torch.float32)
     weight[0] = torch.tensor([-0.0, 1e-30, 0.0]).repeat(4)[: shape[1]]

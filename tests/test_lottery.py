@@ -862,6 +862,7 @@ def _sharded_ticket(rank):
     assert results[1][1].num_pruned == round(0.8 * (12 * 16 + 16 * 7))
 
 
+@pytest.mark.slow
 def test_under_fully_shard_a_ticket_is_the_same(tmp_path):
     on_two_processes(_sharded_ticket, tmp_path)
 

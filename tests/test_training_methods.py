@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -512,3 +513,10 @@ def test_methods_are_values():
     assert Gate(temperature=[4, 60]) == Gate()
     with pytest.raises(AttributeError):
         methods[0].freeze = 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_in_the_guide(method):
+    guide = Path(__file__).parents[1] / "docs" / "training.md"
+    rows = [line for line in guide.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{method}`")]
+    assert len(rows) == 1

@@ -134,7 +134,7 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         self._check_loaded(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave a plain model with real zeros, and the report; after this hook the strategy moves the model away."""
+        """Leave a plain model with real zeros, and the report. Later the strategy moves the model off its device."""
         assert self.training is not None
         self._let_go()
         self.report = self.training.finalize()

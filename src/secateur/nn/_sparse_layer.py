@@ -190,7 +190,7 @@ class SparseLayer(nn.Module, ABC):
     def solve_threshold(self, sparsity: float | None = None) -> None:
         """Under a pattern, move the threshold to where the hard rule prunes exactly ``sparsity``.
 
-        Called after every optimizer step, it holds the budget while the weights move. The threshold lies halfway
+        Call it after every optimizer step to meet the budget while the weights change. The threshold lies halfway
         between the highest pruned and the lowest kept score of each competition: one number, or one a row or N:M group.
 
         Args:
@@ -295,9 +295,9 @@ class SparseLayer(nn.Module, ABC):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A checkpoint has zeros where the mask has them, whatever an optimizer left behind it."""
+        """A checkpoint has zeros where the mask prunes, whatever numbers an optimizer left there."""
         if self.mask is not None and not self.straight_through and not is_sharded(self.weight):
-            # Nothing reads these numbers, so a backward pass under way must not hear of the change: hence .data.
+            # .data, so that a backward pass that is still to come does not take this for a change of its inputs.
             self.weight.data.masked_fill_(~self.mask, 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
