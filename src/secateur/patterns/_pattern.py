@@ -271,13 +271,13 @@ class SparsityPattern(ABC):
             raise PatternError(violation)
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raise unless ``sparsity`` is a number in [0, 1]."""
+def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
+    """Raise unless ``sparsity``, an argument of that name, is a number in [0, 1]."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-        raise TypeError(f"sparsity must be a number, got {type(sparsity).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(sparsity).__name__}")
     if not 0 <= sparsity <= 1:
         hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
-        raise PatternError(f"sparsity is the fraction of zeros, between 0 and 1, got {sparsity:g}.{hint}")
+        raise PatternError(f"{name} is the fraction of zeros, between 0 and 1, got {sparsity:g}.{hint}")
 
 
 def _unknown_pattern(text: str) -> str:
