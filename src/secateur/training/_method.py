@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from secateur.schedules import OneShot, Schedule
+from secateur.schedules import Cubic, OneShot, Schedule
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,33 @@ class Method(ABC):
         learns: False: pruned weights of any layer are held at zero, and :meth:`update` gets a :class:`MaskedWeight`.
             True: ``SparseTraining`` swaps in layers that learn their mask, and it gets a :class:`LearnedWeight`.
         ramps: whether the sparsity may rise during training.
+        reads_gradients: whether updates exchange weights by the gradients of pruned ones.
     """
 
     name: ClassVar[str]
     learns: ClassVar[bool] = False
     ramps: ClassVar[bool] = True
+    reads_gradients: ClassVar[bool] = False
+
+    # Settings that some methods have as fields; the defaults are those of methods without.
+    ramp: tuple[float, float] | None = None  # parts of the training at which the sparsity begins to rise and arrives
+    freeze: float = 1.0  # part of the training after which the mask stays
+    until: float = 1.0  # part of the training up to which weights are exchanged
 
     def schedule(self, sparsity: float, steps: int) -> Schedule:
-        """Return the schedule if none is asked for: by default the final sparsity from the start."""
-        return OneShot(sparsity)
+        """Return the schedule if none is asked for: cubic over the ramp, else the final sparsity from the start."""
+        if self.ramp is None:
+            return OneShot(sparsity)
+        begin, end = (round(part * steps) for part in self.ramp)
+        return Cubic(sparsity, begin, end)
 
     def last_step(self, steps: int) -> int:
         """Return the step by which the schedule must have reached its final sparsity."""
-        return steps
+        return round(self.freeze * steps)
 
     def wants_gradient(self, step: int, steps: int, update_every: int) -> bool:
         """Return whether the update after ``step`` reads the gradients of pruned weights."""
-        return False
+        return self.reads_gradients and step % update_every == 0 and 0 < step < self.until * steps
 
     @abstractmethod
     def update(self, weight: Any, progress: Progress) -> None:

@@ -14,7 +14,6 @@ from secateur._checks import fraction, instance, number, one_of, pair
 from secateur._errors import RecipeError
 from secateur._types import Mask
 from secateur.patterns import at_partial_sparsity
-from secateur.schedules import Cubic, Schedule
 from secateur.training._exchange import exchange
 from secateur.training._method import Method, Progress
 from secateur.training._weights import LearnedWeight, MaskedWeight
@@ -63,15 +62,6 @@ class Gate(Method):
         object.__setattr__(self, "temperature", (low, high))
         object.__setattr__(self, "ramp", (begin, end))
 
-    def schedule(self, sparsity: float, steps: int) -> Schedule:
-        """Return a cubic one, over the ramp."""
-        begin, end = (round(part * steps) for part in self.ramp)
-        return Cubic(sparsity, begin, end)
-
-    def last_step(self, steps: int) -> int:
-        """Return the step at which the mask freezes."""
-        return round(self.freeze * steps)
-
     def update(self, weight: LearnedWeight, progress: Progress) -> None:
         """Solve the threshold and sharpen the mask, or freeze it."""
         if weight.mask is not None:
@@ -114,10 +104,6 @@ class SRSTE(Method):
         fraction("decay", self.decay)
         fraction("freeze", self.freeze)
 
-    def last_step(self, steps: int) -> int:
-        """Return the step at which the mask freezes."""
-        return round(self.freeze * steps)
-
     def update(self, weight: LearnedWeight, progress: Progress) -> None:
         """Shrink the pruned weights and find the mask anew."""
         if weight.is_final:
@@ -155,11 +141,6 @@ class GradualMagnitude(Method):
         if not 0 <= begin <= end <= 1:
             raise RecipeError(f"ramp holds two parts of the training, in order; got {begin:g} and {end:g}.")
         object.__setattr__(self, "ramp", (begin, end))
-
-    def schedule(self, sparsity: float, steps: int) -> Schedule:
-        """Return a cubic one, over the ramp."""
-        begin, end = (round(part * steps) for part in self.ramp)
-        return Cubic(sparsity, begin, end)
 
     def update(self, weight: MaskedWeight, progress: Progress) -> None:
         """Prune more when an update is due."""
@@ -256,6 +237,7 @@ class RigL(Method):
 
     name: ClassVar[str] = "rigl"
     ramps: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = True
     fraction: float = 0.3
     until: float = 0.75
     initial: Initial = "magnitude"
@@ -264,10 +246,6 @@ class RigL(Method):
         fraction("fraction", self.fraction)
         fraction("until", self.until)
         one_of("initial mask", self.initial, get_args(Initial))
-
-    def wants_gradient(self, step: int, steps: int, update_every: int) -> bool:
-        """Return whether weights are exchanged after ``step``."""
-        return step % update_every == 0 and 0 < step < self.until * steps
 
     def update(self, weight: MaskedWeight, progress: Progress) -> None:
         """Exchange weights when an update is due."""
