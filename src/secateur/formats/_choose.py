@@ -37,8 +37,8 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
     """
     best: type[Format] | None = None
     smallest = mask.numel() * value_dtype.itemsize
-    # From the last format to the first: only a strictly smaller one replaces the best, and the first, Bitmask, is the one
-    # that was made for no pattern in particular. Kernels can use what a more special format says about the zeros.
+    # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask, the first, takes
+    # any mask. The others say more about where the zeros are, which kernels can use.
     for format_type in reversed(FORMATS.values()):
         size = format_type.predicted_nbytes(mask, pattern, value_dtype)
         if size is not None and size < smallest:
@@ -75,9 +75,9 @@ def pack(
     dtype = weight.dtype if value_dtype is None else value_dtype
     best: tuple[int, type[Format], SparsityPattern] | None = None
     stored = int(mask.count_nonzero())
-    # The zeros of an unstructured mask satisfy some wide N:M by chance, such as 15:16 at 50 %. A weight pruned to N:M has
-    # exactly n of m weights; one that has fewer satisfies N:M by chance. Such a pattern is tried last, so that it is
-    # taken only if its format is strictly smaller than that of an unstructured mask.
+    # The zeros of an unstructured mask satisfy some wide N:M by chance, such as 15:16 at 50 %. A weight that was pruned
+    # to N:M keeps exactly n of m weights. One that keeps fewer may satisfy N:M by chance. Such a pattern is tried last,
+    # so that it is taken only if its format is strictly smaller than that of an unstructured mask.
     by_chance = [p for p in patterns if isinstance(p, NM) and (not stored or stored * p.m != mask.numel() * p.n)]
     for pattern in (*(p for p in patterns if p not in by_chance), Unstructured(), *by_chance):
         format_type = choose(pattern, mask, dtype)

@@ -9,7 +9,7 @@ from secateur.formats._row import RowPacked
 
 __all__ = ["Bitmask", "BlockPacked", "ColumnPacked", "NMPacked", "RowPacked"]
 
-# By their name in files. Of formats of the same size `choose` takes the later one: Bitmask, which holds any mask, is first.
+# By their name in files. Of formats of the same size `choose` takes the later one; Bitmask, the first, holds any mask.
 FORMATS: dict[str, type[Format]] = {
     format_type.name: format_type for format_type in (Bitmask, NMPacked, BlockPacked, RowPacked, ColumnPacked)
 }

@@ -92,9 +92,7 @@ class Layer:
             if weight.is_meta:
                 raise RecipeError("its weight is on the meta device, without values. Load the weights first.")
             if not (finite := weight.isfinite()).all():
-                raise RecipeError(
-                    f"{int((~finite).sum())} of its weights are NaN or infinite. Exclude the layer."
-                )
+                raise RecipeError(f"{int((~finite).sum())} of its weights are NaN or infinite. Exclude the layer.")
             pattern.validate(weight.shape)
         return pattern
 

@@ -25,7 +25,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return this process's part of ``whole``, sharded like ``parameter``; all of it if the parameter is not sharded."""
+    """Return this process's part of ``whole``, sharded like ``parameter``; all of it if that is not sharded."""
     if not is_sharded(parameter):
         return whole
     from torch.distributed.tensor import distribute_tensor
