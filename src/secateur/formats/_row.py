@@ -1,4 +1,4 @@
-"""The rows that keep anything."""
+"""The format of rows: each row that keeps a weight is stored whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from secateur.patterns import Row, SparsityPattern
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class RowPacked(Format):
-    """The rows that keep anything, as a dense matrix, and their numbers: the density of dense, and 4 bytes a row.
+    """Each row that keeps a weight, stored whole, and its index.
+
+    It takes the density of the dense bytes, and 4 bytes for each stored row.
 
     Args:
         shape, pattern, values, scales: see :class:`Format`; values are ``[kept, in]``, scales ``[kept]``.
@@ -26,11 +28,7 @@ class RowPacked(Format):
 
     name: ClassVar[str] = "row"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Row,)
-    names: ClassVar[tuple[str, ...]] = (
-        "values",
-        "scales",
-        "rows",
-    )
+    names: ClassVar[tuple[str, ...]] = ("values", "scales", "rows")
     _default: ClassVar[SparsityPattern | None] = Row()
 
     rows: Tensor

@@ -1,4 +1,4 @@
-"""Routes: how a packed weight is run, as values. Their text, ``panels:128x256``, is for files and compiled graphs."""
+"""Routes: how a packed weight is run. A route is a value. Its text is for files and compiled graphs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from secateur.patterns import SparsityPattern
 
 
 class Route(ABC):
-    """A way of running a packed weight. A value: a frozen dataclass that compares, hashes and prints.
+    """How a packed weight is run: a frozen dataclass that can be compared, hashed and printed.
 
-    Its text is its name, and its fields joined by ``separator``: ``panels:128x256``.
+    Its text is its name and its fields, joined by ``separator``: ``panels:128x256``.
     """
 
     name: ClassVar[str]
-    grammar: ClassVar[str] = ""  # of the fields in the text; each group is a field
+    grammar: ClassVar[str] = ""  # a regular expression for the fields in the text; each group of it is a field
     separator: ClassVar[str] = "x"
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class Route(ABC):
 
     @property
     def needs_kernels(self) -> bool:
-        """Whether only native kernels make it worth running."""
+        """Whether the route is only fast with native kernels."""
         return False
 
     @classmethod
@@ -48,21 +48,29 @@ class Route(ABC):
 
         Args:
             packed: the weight.
-            patterns: that its zeros satisfy, the format's own among them.
-            density: stored weights over all weights.
+            patterns: the patterns that its zeros satisfy, the one of the format among them.
+            density: stored weights as a fraction of all weights.
         """
 
     @abstractmethod
     def why_not(self, packed: Format) -> str | None:
-        """Return the reason that the route cannot have been chosen for a weight, on whatever machine, or None."""
+        """Return the reason why no measurement on any machine can have chosen the route for a weight, or None."""
 
 
 class LayoutRoute(Route):
-    """A route that runs a layout, made of any weight that fits it."""
+    """A route that runs a weight in a layout."""
 
     needs_kernels = True
-    stores_zeros: ClassVar[bool] = False  # whether zeros that the format stores are laid out too, to share its values
+    stores_zeros: ClassVar[bool] = False  # whether the layout has the zeros that the format stores
 
     @abstractmethod
     def lay_out(self, values: Tensor, mask: Mask) -> Layout:
-        """Return the layout of a weight ``[out, in]`` of which the mask is stored, with values of the same dtype."""
+        """Return the layout of a weight, with values of the same dtype.
+
+        Args:
+            values: ``[out, in]``.
+            mask: ``[out, in]`` bool, which values to store.
+
+        Raises:
+            KernelError: the weight does not fit the layout.
+        """
