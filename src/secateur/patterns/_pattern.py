@@ -73,13 +73,13 @@ class SparsityPattern(ABC):
     def _tile(self) -> tuple[int, int]:
         """Height and width of a tile; a size of the matrix that is not a multiple leaves a remainder."""
 
+    @abstractmethod
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         """Height and width of a unit in a matrix of this size that has no remainder."""
-        return 1, 1
 
+    @abstractmethod
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         """Number of competitions in a matrix of this size that has no remainder, and of units in each."""
-        return 1, units
 
     @abstractmethod
     def _violation(self, mask: Mask) -> str | None:
