@@ -316,7 +316,6 @@ def test_autocast(make):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
-@pytest.mark.slow
 @EVERY_CLASS
 def test_compiles_to_one_graph(make):
     layer = make()

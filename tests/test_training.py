@@ -319,7 +319,6 @@ def test_zeros_hold_whatever_the_optimizer(method, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_compiles_in_one_graph(method):
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Tensors as numpy arrays of their bits and back, and what the checks of untrusted tensors share."""
+"""Tensors as numpy arrays of their bits and back, and the checks that several formats share."""
 
 from __future__ import annotations
 
@@ -16,26 +16,32 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """The bits of a tensor as an array of integers, which hold any value and copy exactly; uint8 and bool as is."""
+    """Return the bits of a tensor as an array of integers; uint8 and bool as they are.
+
+    numpy has no bfloat16, and integers copy every NaN exactly.
+    """
     tensor = tensor.detach().cpu().contiguous()
-    plain = tensor.dtype in (torch.uint8, torch.bool)
-    array: NDArray[Any] = (tensor if plain else tensor.view(_INTEGERS[tensor.dtype.itemsize])).numpy()
+    as_it_is = tensor.dtype in (torch.uint8, torch.bool)
+    array: NDArray[Any] = (tensor if as_it_is else tensor.view(_INTEGERS[tensor.dtype.itemsize])).numpy()
     return array
 
 
 def as_tensor(array: NDArray[Any], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an array as a tensor on the device of ``like``, with its bits read as ``dtype`` if one is given."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return (tensor if dtype is None else tensor.view(dtype)).to(like.device)
 
 
 def starts_of(kept: Any) -> NDArray[np.int64]:
+    """Return how many entries of a bool matrix are True in the rows before each row."""
     counts = kept.sum(1, dtype=np.int64)
     starts: NDArray[np.int64] = np.cumsum(counts) - counts
     return starts
 
 
 def population(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Bits set in each row; numpy counts them itself only from version 2."""
+    """Return how many bits are set in each row of bytes."""
+    # numpy can count bits only from version 2 on. Here pairs, then groups of four bits, then bytes are added up.
     pairs = bits - ((bits >> 1) & 0x55)
     nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     counts: NDArray[np.int64] = ((nibbles + (nibbles >> 4)) & 0x0F).sum(1, dtype=np.int64)
@@ -43,7 +49,7 @@ def population(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    """Raise unless a tensor has the dtype and the shape, in which None stands for any size."""
+    """Raise unless a tensor has the dtype and the shape. None in the shape stands for any size."""
     fits = len(shape) == tensor.ndim and all(w in (None, g) for w, g in zip(shape, tensor.shape, strict=True))
     if tensor.dtype != dtype or not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -52,9 +58,10 @@ def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | Non
 
 
 def check_offsets(offsets: NDArray[np.int64], total: int, what: str) -> None:
+    """Raise unless offsets start at 0, do not fall and do not exceed the total."""
     if not offsets.size:
         if total:
-            raise FormatError(f"there are {total} {what}, but no row for them.")
+            raise FormatError(f"there are {total} {what}, but no row has them.")
         return
     if offsets[0] != 0:
         raise FormatError(f"row_offsets start at {offsets[0]}; they should start at 0.")
@@ -66,12 +73,12 @@ def check_offsets(offsets: NDArray[np.int64], total: int, what: str) -> None:
 
 
 def check_ascending(name: str, indices: NDArray[np.int32], limit: int, starts: NDArray[np.int64] | None = None) -> None:
-    """Raise unless indices are within [0, limit) and ascend, anew from each of ``starts`` on."""
+    """Raise unless indices are in [0, limit) and ascend. After each of ``starts`` they begin again."""
     if (outside := np.flatnonzero((indices < 0) | (indices >= limit))).size:
-        raise FormatError(f"{name} names {indices[outside[0]]}, but there are {limit}.")
-    fine = indices[1:] > indices[:-1]
+        raise FormatError(f"{name} has the index {indices[outside[0]]}; it should be 0 to {limit - 1}.")
+    ascends = indices[1:] > indices[:-1]
     if starts is not None:
-        fine[starts[(starts > 0) & (starts < len(indices))] - 1] = True
-    if (falls := np.flatnonzero(~fine)).size:
+        ascends[starts[(starts > 0) & (starts < len(indices))] - 1] = True
+    if (falls := np.flatnonzero(~ascends)).size:
         at = int(falls[0])
         raise FormatError(f"{name} has {indices[at + 1]} after {indices[at]}; it should ascend.")

@@ -1,4 +1,4 @@
-"""One bit for each weight, and the kept values."""
+"""The format of any mask: one bit for each weight, and the kept values."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from secateur.patterns import NM, Block, Column, Row, SparsityPattern, Unstructu
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Bitmask(Format):
-    """One bit for each weight, and the kept values row by row: density + 1/bits of dense. For any mask.
+    """One bit for each weight, and the kept values row by row. For any mask.
 
-    The tensors have the byte layout of compressed-tensors' ``sparse-bitmask``.
+    It takes density + 1/bits of the dense bytes, for values of so many bits. The tensors have the byte layout of
+    compressed-tensors' ``sparse-bitmask``.
 
     Args:
         shape, pattern, values, scales: see :class:`Format`; values are ``[stored]``, row-major.
-        bitmask: uint8 ``[out, ceil(in / 8)]``; bit ``j % 8`` of byte ``j // 8`` (lowest first) is column j. Bits beyond
-            the last column are 0.
-        row_offsets: int64 ``[out]``, where each row's values start.
+        bitmask: uint8 ``[out, ceil(in / 8)]``. Bit ``j % 8`` (from the lowest) of byte ``j // 8`` is column j. Bits
+            beyond the last column are 0.
+        row_offsets: int64 ``[out]``, how many values the rows before each row have.
     """
 
     name: ClassVar[str] = "bitmask"

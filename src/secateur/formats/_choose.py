@@ -1,4 +1,4 @@
-"""The one place that chooses a format: the smallest that holds a weight."""
+"""The choice of a format: the smallest one that can hold a weight."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from secateur.patterns import NM, SparsityPattern, Unstructured, satisfied
 
 
 def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torch.float32) -> type[Format] | None:
-    """Return the smallest format for a mask; of equals, one that was made for the pattern.
+    """Return the smallest format for a mask.
 
-    Which is fastest is another question, that only the machine answers.
+    Of formats of the same size, the one that was made for the pattern is returned. The smallest format need not be the
+    fastest: which kernel is fastest is measured later, on the machine that runs it.
 
     Args:
-        pattern: that the mask follows.
+        pattern: the pattern that the mask follows.
         mask: ``[out, in]`` bool, True = kept.
-        value_dtype: of the values, and of the dense weight to compare with.
+        value_dtype: dtype of the values, and of the dense weight that the format is compared with.
 
     Returns:
-        The format, or None where none is smaller than the dense weight in the same dtype.
+        The format, or None where no format is smaller than the dense weight.
 
     Example:
         >>> import torch, secateur
@@ -36,6 +37,8 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
     """
     best: type[Format] | None = None
     smallest = mask.numel() * value_dtype.itemsize
+    # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask, the first, takes
+    # any mask. The others say more about where the zeros are, which kernels can use.
     for format_type in reversed(FORMATS.values()):
         size = format_type.predicted_nbytes(mask, pattern, value_dtype)
         if size is not None and size < smallest:
@@ -46,16 +49,17 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
 def pack(
     weight: Weight, value_dtype: torch.dtype | None = None, patterns: Sequence[SparsityPattern] | None = None
 ) -> Format:
-    """Pack a dense weight in the smallest of the formats for some patterns; :class:`Bitmask` where none is smaller.
+    """Pack a dense weight in the smallest format for some patterns; in :class:`Bitmask` if none is smaller than dense.
 
     Args:
-        weight: ``[out, in]``.
-        value_dtype: of the stored values; None for the weight's own.
-        patterns: that its zeros follow; None finds them.
+        weight: ``[out, in]``, floating point.
+        value_dtype: dtype of the stored values; None for that of the weight.
+        patterns: the patterns that the zeros follow; None to find them from the zeros.
 
     Raises:
         PatternError: the zeros do not follow the pattern.
-        FormatError: a value that ``value_dtype`` cannot hold.
+        RecipeError: values cannot be stored in ``value_dtype``.
+        FormatError: a weight that ``value_dtype`` cannot hold.
 
     Example:
         >>> import torch
@@ -67,11 +71,13 @@ def pack(
     if patterns is None:
         patterns = satisfied(~mask)
     elif patterns and isinstance(patterns[0], NM) and NMPacked.predicted_nbytes(mask, patterns[0]) is None:
-        return NMPacked.from_dense(weight, mask, patterns[0], value_dtype)  # raises, naming the group
+        return NMPacked.from_dense(weight, mask, patterns[0], value_dtype)  # raises: the message names the group
     dtype = weight.dtype if value_dtype is None else value_dtype
     best: tuple[int, type[Format], SparsityPattern] | None = None
     stored = int(mask.count_nonzero())
-    # Random zeros fit some wide N:M by chance: that is no pattern's doing unless its format is smaller.
+    # The zeros of an unstructured mask satisfy some wide N:M by chance, such as 15:16 at 50 %. A weight that was pruned
+    # to N:M keeps exactly n of m weights. One that keeps fewer may satisfy N:M by chance. Such a pattern is tried last,
+    # so that it is taken only if its format is strictly smaller than that of an unstructured mask.
     by_chance = [p for p in patterns if isinstance(p, NM) and (not stored or stored * p.m != mask.numel() * p.n)]
     for pattern in (*(p for p in patterns if p not in by_chance), Unstructured(), *by_chance):
         format_type = choose(pattern, mask, dtype)
@@ -83,6 +89,6 @@ def pack(
 
 
 def stored_share(packed: Format) -> float:
-    """Return stored weights over all weights, 0 to 1."""
+    """Return how many weights are stored, as a fraction of all weights."""
     size = packed.shape[0] * packed.shape[1]
     return int(packed.mask().count_nonzero()) / size if size else 0.0

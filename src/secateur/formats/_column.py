@@ -1,4 +1,4 @@
-"""The columns that keep anything."""
+"""The format of columns: each column that keeps a weight is stored whole."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from secateur.patterns import Column, SparsityPattern
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class ColumnPacked(Format):
-    """The columns that keep anything, as a dense matrix, and their numbers: the density of dense, and 4 bytes a column.
+    """Each column that keeps a weight, stored whole, and its index.
+
+    It takes the density of the dense bytes, and 4 bytes for each stored column.
 
     Args:
         shape, pattern, values, scales: see :class:`Format`; values are ``[out, kept]``.
-        columns: int32 ``[kept]``, ascending; single columns, also where the pattern prunes channels of several.
+        columns: int32 ``[kept]``, ascending. Each is a single column, even if a channel of the pattern has several.
     """
 
     name: ClassVar[str] = "column"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Column,)
-    names: ClassVar[tuple[str, ...]] = (
-        "values",
-        "scales",
-        "columns",
-    )
+    names: ClassVar[tuple[str, ...]] = ("values", "scales", "columns")
     _default: ClassVar[SparsityPattern | None] = Column()
 
     columns: Tensor

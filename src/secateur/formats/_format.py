@@ -1,4 +1,4 @@
-"""What every storage format can do. ``docs/format.md`` is the specification, byte by byte."""
+"""The base of the storage formats. ``docs/format.md`` specifies every byte."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ from torch import Tensor
 from secateur._errors import FormatError, PatternError
 from secateur._types import Mask, Weight, dtype_name
 from secateur.formats._arrays import expect
-from secateur.formats._values import VALUE_DTYPES, encode, is_scaled
-from secateur.patterns import SparsityPattern
+from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
+from secateur.patterns import NM, SparsityPattern
 
 MAX_SIDE = 2**31 - 1  # indices are int32
-MAX_WEIGHTS = 2**36  # no layer comes near; a tiny file that claims more would have us allocate it
+MAX_WEIGHTS = (
+    2**36
+)  # far above any layer. Without a limit a file of a few bytes could make its reader allocate any size
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Format(ABC):
-    """A sparse ``[out, in]`` weight, held as a few plain tensors that say which weights are stored, and their values.
+    """A sparse ``[out, in]`` weight as a few tensors: which weights are stored, and their values.
 
-    What is pruned is not stored and comes back as ``+0.0``; what is stored comes back bit for bit, ``-0.0``, NaN and
-    infinities included, unless ``value_dtype`` asks for fewer bits. With int8, a weight is ``code * scale`` with one
-    float32 scale for each output row, ``max |w| / 127``; :meth:`error` says what the rounding cost.
+    A pruned weight is not stored and comes back as ``+0.0``. A stored weight comes back bit for bit, ``-0.0``, NaN and
+    infinities included, unless ``value_dtype`` asks for fewer bits. With int8, a weight is ``code * scale``, with one
+    float32 scale for each output row, ``max |w| / 127``. :meth:`error` returns the error of the rounding.
 
     The five formats are :class:`Bitmask`, :class:`NMPacked`, :class:`BlockPacked`, :class:`RowPacked` and
-    :class:`ColumnPacked`; :func:`~secateur.formats.choose` picks the smallest for a pattern. Build one with
-    :meth:`from_dense` (trusted) or :meth:`from_tensors` (everything is checked), not by its constructor.
+    :class:`ColumnPacked`. :func:`~secateur.formats.choose` returns the smallest for a pattern. Make one with
+    :meth:`from_dense` or, from tensors that are not trusted, with :meth:`from_tensors`. The constructor checks nothing.
 
     Args:
         shape: ``(out, in)`` of the dense weight.
-        pattern: that the weight was pruned with.
-        values: the stored weights, in one of float32, bfloat16, float16 and int8.
+        pattern: the pattern that the weight was pruned to.
+        values: the stored weights, in float32, bfloat16, float16 or int8.
         scales: float32, one for each stored row, for int8 values; else None.
     """
 
     name: ClassVar[str]  # in files
-    names: ClassVar[tuple[str, ...]]  # of all tensors that it may have: values, scales, and those of its own
-    value_names: ClassVar[frozenset[str]] = frozenset({"values", "right", "bottom"})  # those of the value dtype
-    _patterns: ClassVar[tuple[type[SparsityPattern], ...]]  # that it can hold
-    _default: ClassVar[SparsityPattern | None] = None  # the pattern of a weight of which none is known
+    names: ClassVar[tuple[str, ...]]  # of all tensors that it may have: values, scales, and further ones
+    value_names: ClassVar[frozenset[str]] = frozenset({"values", "right", "bottom"})  # the tensors of the value dtype
+    _patterns: ClassVar[tuple[type[SparsityPattern], ...]]  # the ones that it can hold
+    _default: ClassVar[SparsityPattern | None] = None  # of a weight whose pattern is not known
+    _scaled_rows: ClassVar[str | None] = None  # the tensor that lists the rows that have a scale; None: all rows have
+    _largest_group: ClassVar[int | None] = None  # the largest m of the N:M patterns that it can hold
 
     shape: tuple[int, int]
     pattern: SparsityPattern
@@ -64,15 +68,16 @@ class Format(ABC):
 
         Args:
             weight: ``[out, in]``, floating point.
-            mask: ``[out, in]`` bool, True = kept; what it prunes is dropped, whatever its value. None, the default:
-                everything that is not zero is kept (``-0.0`` is zero).
-            pattern: that the mask follows; needed for :class:`NMPacked` and :class:`BlockPacked`.
-            value_dtype: float32, bfloat16, float16 or int8; None, the default: that of the weight.
+            mask: ``[out, in]`` bool, True = kept. A weight that it prunes is not stored, whatever its value. None, the
+                default, keeps every weight that is not zero (``-0.0`` is zero).
+            pattern: the pattern that the mask follows. :class:`NMPacked` and :class:`BlockPacked` need it.
+            value_dtype: float32, bfloat16, float16 or int8. None, the default, is that of the weight.
 
         Raises:
-            PatternError: the mask or the shape breaks the pattern.
-            FormatError: a value that ``value_dtype`` cannot hold, or no such dtype.
-            TypeError: arguments that are not tensors of these kinds.
+            PatternError: the mask or the shape breaks the pattern, or the mask has another shape than the weight.
+            RecipeError: values cannot be stored in ``value_dtype``.
+            FormatError: a weight that ``value_dtype`` cannot hold, or a weight of a dtype that cannot be stored.
+            TypeError: a weight that is not a floating-point tensor, or a mask that is not a bool tensor.
 
         Example:
             >>> import torch
@@ -84,24 +89,18 @@ class Format(ABC):
             [[0.0, 1.5, 0.0, -2.0]]
         """
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"a weight must be a floating-point tensor, got {kind}")
-        if weight.ndim != 2:
-            raise FormatError(f"{cls.__name__} holds a matrix (out, in), got shape {tuple(weight.shape)}.")
-        if mask is None:
-            mask = weight != 0
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-            found = f"{mask.dtype} of {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"a mask must be a bool tensor of the weight's shape {tuple(weight.shape)}, got {found}")
+            found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"a weight must be a floating-point tensor, got {found}")
         pattern = cls._accept(pattern)
         pattern.validate(weight.shape)
+        mask = weight != 0 if mask is None else check_mask(mask, weight)
         kept = torch.where(mask, weight.detach(), torch.zeros((), dtype=weight.dtype, device=weight.device))
-        stored, scales = encode(kept, weight.dtype if value_dtype is None else value_dtype)
+        stored, scales = encode(kept, as_value_dtype(value_dtype))
         return cls._pack(stored, mask, pattern, scales)
 
     @final
     def to_dense(self) -> Weight:
-        """Return the weight, ``[out, in]``: in the dtype of the values, or float32 where they are int8."""
+        """Return the weight, ``[out, in]``, in the dtype of the values, or in float32 for int8 values."""
         stored, scales = self.unscaled()
         return stored if scales is None else stored.float() * scales[:, None]
 
@@ -109,13 +108,13 @@ class Format(ABC):
     def unscaled(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight in the dtype of the values, ``[out, in]``, and the scale of every row, ``[out]`` or None.
 
-        A kernel that has a layout of its own starts from here, so that int8 codes are not rounded twice.
+        The layouts of the kernels are made from these, so that int8 codes are not rounded a second time.
         """
         return self._stored(), None if self.scales is None else self._row_scales()
 
     @final
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, ``values`` first, as a file or a module's buffers hold them."""
+        """Return the tensors by name, ``values`` first, as files and the buffers of modules have them."""
         named = {name: getattr(self, name) for name in self.names}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -124,24 +123,24 @@ class Format(ABC):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], shape: Sequence[int], pattern: SparsityPattern | None = None
     ) -> Self:
-        """Put together what :meth:`tensors` took apart, after checking all of it: a file is not trusted.
+        """Return the format that has the given tensors, after checking all of them: a file is not trusted.
 
-        Afterwards no index can lead outside of a tensor, so that kernels need not look.
+        The checks include that no index points outside of a tensor. Kernels rely on this and do not check again.
 
         Args:
-            tensors: by name; they are used as they are, not copied.
+            tensors: by name, as :meth:`tensors` returns them. They are not copied.
             shape: ``(out, in)`` of the dense weight.
             pattern: as for :meth:`from_dense`.
 
         Raises:
-            FormatError: a tensor that is missing, superfluous, of another dtype or shape, or whose contents cannot be.
+            FormatError: a tensor is missing, is unknown, has another dtype or shape, or has invalid contents.
 
         Example:
             >>> import torch
             >>> from secateur.formats import RowPacked
             >>> RowPacked.from_tensors({"values": torch.ones(1, 4), "rows": torch.tensor([3]).int()}, (2, 4))
             Traceback (most recent call last):
-            secateur._errors.FormatError: rows names 3, but there are 2.
+            secateur._errors.FormatError: rows has the index 3; it should be 0 to 1.
         """
         size = check_shape(shape)
         try:
@@ -158,12 +157,12 @@ class Format(ABC):
         if wanted != tensors.keys():
             missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
             raise FormatError(
-                f"{cls.__name__} needs the tensors {sorted(wanted)}: {missing} missing, {extra} too many."
+                f"{cls.__name__} needs the tensors {sorted(wanted)}: {missing} are missing, {extra} are unknown."
             )
         packed = cls.assemble(tensors, size, pattern)
         if packed.values.dtype not in VALUE_DTYPES:
             raise FormatError(
-                f"values should be float32, bfloat16, float16 or int8, got {dtype_name(packed.values.dtype)}."
+                f"values should be {', '.join(map(dtype_name, VALUE_DTYPES))}, got {dtype_name(packed.values.dtype)}."
             )
         packed._check()
         if packed.scales is not None:
@@ -175,7 +174,7 @@ class Format(ABC):
     @classmethod
     @final
     def assemble(cls, tensors: Mapping[str, Tensor | None], shape: tuple[int, int], pattern: SparsityPattern) -> Self:
-        """Put together tensors by name that were checked before; what is missing is None."""
+        """Return the format that has the given tensors, by name, without checking them. A missing tensor is None."""
         own: dict[str, Any] = {name: tensors.get(name) for name in cls.names[2:]}
         return cls(shape, pattern, tensors["values"], tensors.get("scales"), **own)  # type: ignore[arg-type]
 
@@ -184,7 +183,13 @@ class Format(ABC):
     def predicted_nbytes(
         cls, mask: Mask, pattern: SparsityPattern | None = None, value_dtype: torch.dtype = torch.float32
     ) -> int | None:
-        """Return the bytes that ``from_dense`` would need, without packing; None where it cannot hold the mask."""
+        """Return how many bytes ``from_dense`` would need, without packing; None where it would raise.
+
+        Args:
+            mask: ``[out, in]`` bool, True = kept.
+            pattern: the pattern that the mask follows.
+            value_dtype: dtype of the stored values.
+        """
         try:
             pattern = cls._accept(pattern)
             pattern.validate(mask.shape)
@@ -198,7 +203,11 @@ class Format(ABC):
 
     @final
     def convert(self, to: type[Format], pattern: SparsityPattern | None = None) -> Format:
-        """Return the same weight in another format, with the same codes and scales: nothing is rounded again."""
+        """Return the same weight in another format, with the same codes and scales: nothing is rounded again.
+
+        Raises:
+            PatternError: the other format cannot hold the weight.
+        """
         pattern = to._accept(pattern)
         pattern.validate(self.shape)
         stored, scales = self.unscaled()
@@ -213,27 +222,27 @@ class Format(ABC):
     @property
     @final
     def value_dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """The dtype of the stored values."""
         return self.values.dtype
 
     @property
     @final
     def dense_dtype(self) -> torch.dtype:
-        """That :meth:`to_dense` returns: of the values, or float32 where they are codes."""
+        """The dtype of what :meth:`to_dense` returns: that of the values, or float32 for int8 values."""
         return torch.float32 if is_scaled(self.value_dtype) else self.value_dtype
 
     @final
     @torch.no_grad()
     def error(self, weight: Weight, mask: Mask | None = None) -> float:
-        """Return what ``value_dtype`` cost, ``‖packed - kept‖ / ‖kept‖`` (Frobenius, float64): 0.0 where nothing.
+        """Return the error that packing made, ``‖packed - kept‖ / ‖kept‖`` (Frobenius norms in float64).
 
         Args:
-            weight: what was packed.
-            mask: that it was packed with.
+            weight: the dense weight that was packed.
+            mask: the mask that it was packed with.
         """
         kept = (weight.detach() if mask is None else weight.detach().where(mask, 0)).double()
         packed = self.to_dense().double()
-        same = (packed == kept) | (packed.isnan() & kept.isnan())  # infinities have no difference
+        same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
         if bool(same.all()):
             return 0.0
         return float(torch.where(same, 0.0, packed - kept).norm() / kept.norm())
@@ -245,62 +254,87 @@ class Format(ABC):
 
     @abstractmethod
     def mask(self) -> Mask:
-        """Return which weights are stored, ``[out, in]`` bool: all that were kept, and what shares a unit with them."""
+        """Return which weights are stored, ``[out, in]`` bool: those that were kept, and the others in their units."""
 
     @classmethod
     @abstractmethod
     def _pack(cls, stored: Tensor, mask: Mask, pattern: SparsityPattern, scales: Tensor | None) -> Self:
-        """Pack a matrix of value dtype that is zero where the mask is False; ``scales`` are one for each row."""
+        """Pack a matrix of value dtype that is zero where the mask is False. ``scales`` has one scale for each row."""
 
     @abstractmethod
     def _stored(self) -> Tensor:
-        """The matrix that was packed, before scales."""
+        """The matrix that was packed, without scales."""
 
     @abstractmethod
     def _check(self) -> None:
-        """Raise FormatError unless dtypes, shapes and contents of the tensors fit shape and pattern."""
+        """Raise FormatError unless dtypes, shapes and contents of the tensors fit the shape and the pattern."""
 
     @classmethod
     @abstractmethod
     def _count(cls, mask: Mask, pattern: SparsityPattern) -> tuple[int, int, int] | None:
-        """How many values a mask needs, bytes of indices, and rows that have a scale; None where it cannot be held."""
+        """How many values, bytes of indices and scales a mask needs; None where the format cannot hold it."""
 
-    @classmethod
-    def _why_not(cls, pattern: SparsityPattern) -> str | None:
-        """The reason that a pattern of the right class cannot be held, or None."""
-        return None
-
+    @final
     def _num_scales(self) -> int:
-        """Scales that scaled values have: one for each row of the weight, or of what is stored of it."""
-        return self.shape[0]
+        """How many scales the format has for int8 values."""
+        return self.shape[0] if self._scaled_rows is None else len(getattr(self, self._scaled_rows))
 
+    @final
     def _row_scales(self) -> Tensor:
-        """The scale of every row, ``[out]``."""
+        """The scale of every row, ``[out]``; 1 for a row that is not stored."""
         assert self.scales is not None
-        return self.scales
+        if self._scaled_rows is None:
+            return self.scales
+        scales = torch.ones(self.shape[0], device=self.values.device)
+        scales[getattr(self, self._scaled_rows).long()] = self.scales
+        return scales
 
     @classmethod
     @final
     def _accept(cls, pattern: SparsityPattern | None) -> SparsityPattern:
+        """The pattern, or the default one for None. Raise PatternError if the format cannot hold it."""
         pattern = cls._default if pattern is None else pattern
         if pattern is None or not isinstance(pattern, cls._patterns):
             wanted = " or ".join(known.__name__ for known in cls._patterns)
-            raise PatternError(f"{cls.__name__} holds weights pruned with the pattern {wanted}, got {pattern!r}.")
-        if (reason := cls._why_not(pattern)) is not None:
-            raise PatternError(reason)
+            raise PatternError(f"{cls.__name__} holds weights pruned to the pattern {wanted}, got {pattern!r}.")
+        if cls._largest_group is not None and isinstance(pattern, NM) and pattern.m > cls._largest_group:
+            raise PatternError(
+                f"{cls.__name__} holds groups of up to {cls._largest_group} weights, got {pattern}. Use Bitmask."
+            )
         return pattern
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return the shape of a matrix that may be true.
+    """Return a shape from a file as two sizes.
 
     Raises:
-        FormatError: not two sizes, a negative one, or more weights than any layer has.
+        FormatError: not two sizes, a negative one, or more weights than a format may have.
     """
     sizes = tuple(shape)
     if len(sizes) != 2 or any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
         raise FormatError(f"the shape should be two integers (out, in), got {sizes}.")
     rows, columns = sizes
     if min(sizes) < 0 or max(sizes) > MAX_SIDE or rows * columns > MAX_WEIGHTS:
-        raise FormatError(f"the shape {rows}x{columns} is absurd: sizes are 0 to {MAX_SIDE}, {MAX_WEIGHTS} in all.")
+        raise FormatError(
+            f"the shape {rows}x{columns} is out of range: a size is 0 to {MAX_SIDE}, and a weight has up to "
+            f"{MAX_WEIGHTS} elements."
+        )
     return rows, columns
+
+
+def check_mask(mask: Mask, weight: Weight) -> Mask:
+    """Return the mask of a weight.
+
+    Raises:
+        PatternError: another shape than the weight.
+        TypeError: not a bool tensor.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = dtype_name(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"a mask must be a bool tensor, got {found}")
+    if mask.shape != weight.shape:
+        raise PatternError(
+            f"the mask has shape {tuple(mask.shape)}, but the weight has shape {tuple(weight.shape)}. "
+            "Give a mask of the weight's shape, or None to keep what is not zero."
+        )
+    return mask

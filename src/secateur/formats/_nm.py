@@ -1,4 +1,4 @@
-"""N values for every group of M columns, and the place of each."""
+"""The format of N:M: n values for every group of m columns, and the position of each in its group."""
 
 from __future__ import annotations
 
@@ -17,40 +17,30 @@ from secateur.formats._arrays import as_array, as_tensor, expect
 from secateur.formats._format import Format
 from secateur.patterns import NM, SparsityPattern
 
-_LARGEST_M = 16  # a position takes 4 bits at most
-
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class NMPacked(Format):
     """Exactly n values for every group of m columns, and the position of each in its group. For ``NM`` up to m = 16.
 
-    A position takes 2 bits for m <= 4 and 4 bits above: 2:4 needs ``1/2 + 1/bits`` of dense, 1:16 a sixteenth and
-    ``1/(4 bits)``.
-    A group that keeps fewer than n weights stores zeros at its first free positions.
+    A position takes 2 bits for m <= 4, and 4 bits above. For values of so many bits, 2:4 takes ``1/2 + 1/bits`` of the
+    dense bytes, and 1:16 takes ``1/16 + 1/(4 bits)``. A group that keeps fewer than n weights stores zeros at its first
+    free positions.
 
     Args:
         shape, pattern, values, scales: see :class:`Format`; values are ``[out, groups * n]``, by column within a row.
-        indices: uint8 ``[out, ceil(groups * n * b / 8)]`` with ``b`` bits a position, in the order of the values, the
-            lowest bits first; unused bits are 0. Positions ascend within a group.
-        right: ``[out, in % m]`` of value dtype, the columns beyond the last whole group; None where there are none.
+        indices: uint8 ``[out, ceil(groups * n * b / 8)]`` with ``b`` bits for each position, in the order of the
+            values, the lowest bits first. Unused bits are 0. Positions ascend within a group.
+        right: ``[out, in % m]`` of value dtype: the columns beyond the last whole group. None where there are none.
     """
 
     name: ClassVar[str] = "nm"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (NM,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "indices", "right")
+    _largest_group: ClassVar[int | None] = 16  # a position takes 4 bits at most
 
     indices: Tensor
     right: Tensor | None
-
-    @classmethod
-    def _why_not(cls, pattern: SparsityPattern) -> str | None:
-        m = _nm(pattern)[1]
-        return (
-            f"NMPacked holds groups of up to {_LARGEST_M} weights, got {pattern}. Use Bitmask."
-            if m > _LARGEST_M
-            else None
-        )
 
     def positions(self) -> Tensor:
         """Return the position of each value in its group, uint8 ``[out, groups, n]``."""
@@ -79,7 +69,7 @@ class NMPacked(Format):
             )
         if missing.any():
             free = np.logical_not(core)
-            core = core | (free & (free.cumsum(2, dtype=np.int8) <= missing[:, :, None]))  # now exactly n in each group
+            core = core | (free & (free.cumsum(2, dtype=np.int8) <= missing[:, :, None]))  # exactly n in each group
         dense = as_array(stored)
         values = dense[:, : groups * m].reshape(core.shape)[core].reshape(rows, groups * n)
         codes = np.broadcast_to(np.arange(m, dtype=np.uint8), core.shape)[core].reshape(rows, groups * n)
@@ -92,7 +82,7 @@ class NMPacked(Format):
         return as_tensor(self._scatter(as_array(self.values), right), self.values, self.values.dtype)
 
     def _scatter(self, values: NDArray[Any], right: Any) -> NDArray[Any]:
-        """A matrix with the values in their places; the columns beyond the last group get ``right``."""
+        """A matrix with the values in their places, and ``right`` in the columns beyond the last group."""
         m = _nm(self.pattern)[1]
         groups = self.shape[1] // m
         dense = np.zeros(self.shape, values.dtype)

@@ -1,4 +1,4 @@
-"""The rows that keep anything."""
+"""The format of rows: each row that keeps a weight is stored whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from secateur.patterns import Row, SparsityPattern
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class RowPacked(Format):
-    """The rows that keep anything, as a dense matrix, and their numbers: the density of dense, and 4 bytes a row.
+    """Each row that keeps a weight, stored whole, and its index.
+
+    It takes the density of the dense bytes, and 4 bytes for each stored row.
 
     Args:
         shape, pattern, values, scales: see :class:`Format`; values are ``[kept, in]``, scales ``[kept]``.
@@ -26,12 +28,9 @@ class RowPacked(Format):
 
     name: ClassVar[str] = "row"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Row,)
-    names: ClassVar[tuple[str, ...]] = (
-        "values",
-        "scales",
-        "rows",
-    )
+    names: ClassVar[tuple[str, ...]] = ("values", "scales", "rows")
     _default: ClassVar[SparsityPattern | None] = Row()
+    _scaled_rows: ClassVar[str | None] = "rows"
 
     rows: Tensor
 
@@ -50,14 +49,6 @@ class RowPacked(Format):
         dense = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
         dense[self.rows.long()] = self.values
         return dense
-
-    def _num_scales(self) -> int:
-        return self.values.shape[0]
-
-    def _row_scales(self) -> Tensor:
-        scales = torch.ones(self.shape[0], device=self.values.device)
-        scales[self.rows.long()] = super()._row_scales()
-        return scales
 
     def _check(self) -> None:
         expect("values", self.values, self.values.dtype, (None, self.shape[1]))

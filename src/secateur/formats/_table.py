@@ -1,4 +1,4 @@
-"""The one table of formats: a format is a file, and its two lines here."""
+"""The table of formats. A new format is one file, and its name in two lines here."""
 
 from secateur.formats._bitmask import Bitmask
 from secateur.formats._block import BlockPacked
@@ -9,7 +9,7 @@ from secateur.formats._row import RowPacked
 
 __all__ = ["Bitmask", "BlockPacked", "ColumnPacked", "NMPacked", "RowPacked"]
 
-# By their name in files. Of formats that need as many bytes, the later one is chosen: the first holds any mask.
+# By their name in files. Of formats of the same size `choose` takes the later one; Bitmask, the first, holds any mask.
 FORMATS: dict[str, type[Format]] = {
     format_type.name: format_type for format_type in (Bitmask, NMPacked, BlockPacked, RowPacked, ColumnPacked)
 }

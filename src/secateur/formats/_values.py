@@ -1,4 +1,4 @@
-"""The types that stored values may have, and the one place that rounds weights to int8."""
+"""The dtypes that stored values may have, and the rounding to int8."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur._errors import FormatError, RecipeError
-from secateur._types import dtype_name
+from secateur._checks import one_of
+from secateur._errors import FormatError
+from secateur._types import Weight, dtype_name
 
 
 @dataclass(frozen=True)
 class ValueType:
-    """How stored values may be represented.
+    """A dtype of stored values.
 
     Args:
-        dtype: of the tensor of values.
+        dtype: dtype of the tensor of values.
         code: its number in native code, ``native/``.
-        scaled: whether a weight is the value times a scale of its output row.
-        carrier: dtype that holds every value exactly and that PyTorch can index and pad, for arranging values.
+        scaled: whether a weight is the value times the scale of its output row.
+        carrier: a floating-point dtype that holds every value exactly. Layouts are made from a weight in this dtype,
+            because they take only floating-point weights. None for floating-point values.
     """
 
     dtype: torch.dtype
@@ -40,38 +42,44 @@ VALUE_TYPES = {
 }
 VALUE_DTYPES = tuple(VALUE_TYPES)
 UNSCALED_DTYPES = tuple(dtype for dtype, value_type in VALUE_TYPES.items() if not value_type.scaled)
-_INT8_LIMIT = 127  # -128 is left unused, so that the code is symmetric
+_INT8_LIMIT = 127  # -128 is not used, so that a weight and its negative have opposite codes
 
 
 def is_scaled(dtype: torch.dtype) -> bool:
-    """Return whether stored values of a dtype are codes that a scale for each row turns into weights."""
+    """Return whether a weight is a stored value of this dtype times the scale of its row."""
     return dtype in VALUE_TYPES and VALUE_TYPES[dtype].scaled
 
 
 def as_value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    """Return a dtype for stored values, given it or its name; None for None.
+    """Return the dtype of stored values that a setting names; None for None.
+
+    Args:
+        given: a dtype, or its name such as ``"int8"``.
 
     Raises:
         RecipeError: values cannot be stored in it.
     """
     names = {dtype_name(dtype): dtype for dtype in VALUE_DTYPES}
-    if given is None or given in VALUE_DTYPES:
-        return given
-    if isinstance(given, str) and given in names:
-        return names[given]
-    raise RecipeError(f"value_dtype must be one of {', '.join(names)}, got {given!r}.")
+    if given is None:
+        return None
+    return names[one_of("value_dtype", dtype_name(given) if isinstance(given, torch.dtype) else given, names)]
 
 
-def encode(kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return a weight ``[out, in]`` in a value dtype, and the scale of each row, float32 ``[out]``, if it has scales.
+def encode(kept: Weight, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return a weight ``[out, in]`` in a value dtype, and the scale of each row, float32 ``[out]`` or None.
+
+    Args:
+        kept: the weight, zero where it is pruned.
+        dtype: one of ``VALUE_DTYPES``; None for that of the weight.
 
     Raises:
-        FormatError: no such value dtype, or a weight that it cannot hold.
+        FormatError: a weight that the dtype cannot hold, or whose own dtype is none of them.
     """
+    dtype = kept.dtype if dtype is None else dtype
     if dtype not in VALUE_TYPES:
         raise FormatError(
-            f"values can be stored as {', '.join(map(dtype_name, VALUE_TYPES))}; got {dtype_name(dtype)}.\n"
-            "Say which with value_dtype=torch.float32, for example."
+            f"the weight is {dtype_name(dtype)}, but values can be stored as "
+            f"{', '.join(map(dtype_name, VALUE_TYPES))}. Give one of these as value_dtype."
         )
     if dtype == kept.dtype:
         return kept, None
@@ -83,18 +91,21 @@ def encode(kept: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of a weight ``[out, in]``, and the scale ``max |w| / 127`` of each row."""
+    """The int8 codes of a weight ``[out, in]``, and the scale ``max |w| / 127`` of each row."""
     _refuse(~weight.isfinite(), weight, "has no int8 code")
     wide = weight.float()
     _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
     largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    scales = (largest / _INT8_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)  # tiny weights would divide by zero
+    scales = (largest / _INT8_LIMIT).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # a subnormal scale would lose bits, or be zero
     scales = torch.where(largest > 0, scales, 1.0)
     codes = (wide / scales[:, None]).round().clamp(-_INT8_LIMIT, _INT8_LIMIT)
     return codes.to(torch.int8), scales
 
 
 def _refuse(bad: Tensor, values: Tensor, why: str) -> None:
+    """Raise, naming the first value that is bad, if there is one."""
     if bool(bad.any()):
         row, column = (int(index) for index in bad.nonzero()[0])
         value = float(values[row, column])

@@ -1,4 +1,4 @@
-"""How is a packed weight multiplied? ``y = x W^T + b`` by native kernels where they can run, else by a reference.
+"""How is a packed weight multiplied? ``y = x W^T + b``, by native kernels where they can run, else by a reference.
 
 >>> import torch
 >>> from secateur import kernels
@@ -41,7 +41,7 @@ _FORMERLY = {"LaneLayout": "GroupLayout", "StripLayout": "TileLayout"}
 
 
 def __getattr__(name: str) -> Any:
-    """Names of version 0.1."""
+    """Return what a name of version 0.1 is called now."""
     if name in _FORMERLY:
         new = _FORMERLY[name]
         warnings.warn(f"secateur.kernels.{name} is now called {new}.", DeprecationWarning, stacklevel=2)

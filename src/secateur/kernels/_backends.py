@@ -1,7 +1,7 @@
-"""Backends: what can run a route on this machine, which of them does, and why the others do not.
+"""Backends: what can run a route on this machine, which backend does, and why the others do not.
 
-A backend is a class and its line in ``BACKENDS``. It says whether it supports a weight, a route, a device and a dtype,
-with a reason if not, and makes the weight ready.
+A new backend is one class and its name in ``BACKENDS``. A backend says whether it supports a weight, a route, a device
+and a dtype, or why not, and prepares the weight.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from secateur.kernels._load import load
 from secateur.kernels._prepared import Prepared, StoredWeight
 from secateur.kernels._route import LayoutRoute, Route
 
-# The backend and the instruction set that `use` asks for, where it is in force.
+# The backend and the instruction set that `use` asks for, while it is in force. A context variable, so that it applies
+# to the thread or task that called `use` and to no other.
 chosen: ContextVar[tuple[str | None, str | None]] = ContextVar("secateur_backend", default=(None, None))
 
 
 class Backend(ABC):
-    """What runs some routes on some devices."""
+    """Code that runs some routes on some devices."""
 
     name: ClassVar[str]
 
@@ -47,14 +48,14 @@ class Backend(ABC):
 
         Args:
             packed: a weight in its storage format, or laid out already.
-            route: to run it by; None for a layout, which is a way of its own.
+            route: to run it by; None for a layout.
             device: of the inputs.
             dtype: of the inputs.
         """
 
     @abstractmethod
     def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
-        """Make a weight ready for a route that is supported, for inputs of a dtype."""
+        """Return a weight made ready for a route that is supported, for inputs of a dtype."""
 
 
 class _Native(Backend):
@@ -74,10 +75,10 @@ class _Native(Backend):
         self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
     ) -> str | None:
         if not _runs_a_layout(route):
-            return f"there is no kernel for the route {route}"
+            return f"the route {route} has no native kernel"
         for what, where in (("x", device), ("the weight", packed.values.device)):
             if where.type != "cpu":
-                return f"{what} is on {where}; the native kernels run on the processor"
+                return f"{what} is on {where}; the native kernels run on the CPU"
         native = load()
         return native if isinstance(native, str) else None
 
@@ -93,16 +94,16 @@ class _OneDNN(Backend):
         if not torch.backends.mkldnn.is_available():
             return "this PyTorch was built without oneDNN"
         if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
-            return "this version of PyTorch keeps oneDNN's prepacked layers elsewhere"
+            return "this version of PyTorch has no operators for oneDNN's prepacked weights"
         return "ok"
 
     def supports(
         self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
     ) -> str | None:
         if not isinstance(route, PrepackedRoute):
-            return "it runs dense weights that are packed beforehand, nothing else"
+            return "it runs only the route prepacked"
         if device.type != "cpu":
-            return f"x is on {device}; it runs on the processor"
+            return f"x is on {device}; it runs on the CPU"
         return None if self.state() == "ok" else self.state()
 
     def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
@@ -118,7 +119,7 @@ class _Reference(Backend):
     def supports(
         self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
     ) -> str | None:
-        return "only onednn packs dense weights beforehand" if isinstance(route, PrepackedRoute) else None
+        return "only onednn runs the route prepacked" if isinstance(route, PrepackedRoute) else None
 
     def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         if isinstance(route, DenseRoute):
@@ -131,7 +132,7 @@ class _Reference(Backend):
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (_Native(), _OneDNN(), _Reference())
-_CHOICES = ("native", "reference")  # those that run the same routes
+_CHOICES = ("native", "reference")  # the ones that run the same routes, so that either can be asked for
 
 
 def explain_route(
@@ -141,14 +142,16 @@ def explain_route(
     dtype: torch.dtype,
     no_kernels: str | None = None,
 ) -> list[tuple[Backend, str | None]]:
-    """Return every backend with the reason why it does not run a weight by a route; the first without one runs it.
+    """Return every backend with the reason why it does not run a weight by a route, or None.
+
+    The first backend without a reason runs the weight.
 
     Args:
         packed: the weight.
-        route: to run it by; None for a layout.
+        route: the route to run it by; None for a layout.
         device: of the inputs.
         dtype: of the inputs.
-        no_kernels: a further reason against native kernels, that lies in the inputs.
+        no_kernels: the reason why native kernels cannot take these inputs, or None.
     """
     route = route.inner if isinstance(route, CompactRoute) else route
     wanted = chosen.get()[0]
@@ -174,35 +177,34 @@ def backend_for(
     """Return the backend that runs a weight by a route.
 
     Raises:
-        KernelError: none does; with every backend's reason.
+        KernelError: no backend does. The message has the reason of each.
     """
     found = explain_route(packed, route, device, dtype, no_kernels)
     for backend, reason in found:
         if reason is None:
             return backend
     listed = "; ".join(f"{backend.name}: {reason}" for backend, reason in found)
-    raise KernelError(
-        f"no backend runs {'the layout' if route is None else f'the route {route}'} here ({listed}). Use another one."
-    )
+    what = "the layout" if route is None else f"the route {route}"
+    raise KernelError(f"no backend runs {what} on this machine ({listed}). Use another one.")
 
 
 def can_run(packed: Format, route: Route, x: Tensor) -> bool:
-    """Return whether some backend runs a weight by a route for inputs like ``x``."""
+    """Return whether a backend runs a weight by a route for inputs like ``x``."""
     return any(reason is None for _, reason in explain_route(packed, route, x.device, x.dtype))
 
 
 @torch.no_grad()
 def prepare(packed: Format, route: Route, device: torch.device, dtype: torch.dtype) -> Prepared:
-    """Make a weight ready for a route, by the first backend that supports it.
+    """Return a weight made ready for a route, by the first backend that supports it.
 
     Args:
-        packed: the weight, checked.
+        packed: the weight, whose tensors were checked.
         route: one of :func:`~secateur.kernels.candidates`.
         device: of the inputs.
         dtype: of the inputs.
 
     Raises:
-        KernelError: a route that does not fit the weight, or that no backend runs here.
+        KernelError: the route does not fit the weight, or no backend runs it on this machine.
     """
     backend = backend_for(packed, route, device, dtype)
     if isinstance(route, CompactRoute):
@@ -230,7 +232,7 @@ class _NativeKernel(Prepared):
         self.nbytes = nbytes
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self._out is not None:  # the layout has rows of zeros below
+        if self._out is not None:  # the layout has rows of zeros at the end; the bias has none for them
             y = self._bound(x.float().contiguous(), None)[:, : self._out].to(x.dtype)
             return y if bias is None else y + bias.to(x.dtype)
         if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
@@ -241,7 +243,7 @@ class _NativeKernel(Prepared):
 
 
 class _ExpandedAtEachCall(Prepared):
-    """Needs no second copy of the weight beyond a call: to compare with, and for gradients."""
+    """Makes the weight dense at each call, so that no second copy of it stays in memory."""
 
     def __init__(self, layout: Layout, out: int, nbytes: int) -> None:
         self._layout, self._out, self.nbytes = layout, out, nbytes
@@ -261,7 +263,7 @@ class _Dense(Prepared):
 
 
 class _Prepacked(Prepared):
-    """float32 always, for which processors have the arithmetic."""
+    """In oneDNN's own order, always in float32: few CPUs have fast arithmetic for 16-bit floats."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous(), None)
@@ -274,10 +276,10 @@ class _Prepacked(Prepared):
 
 
 def available() -> dict[str, str]:
-    """Every backend, and "ok" or the reason why it cannot run here.
+    """Return the state of every backend: "ok", or the reason why it cannot run on this machine.
 
     Returns:
-        Name to state, in order of preference.
+        The states by name, in order of preference.
 
     Example:
         >>> from secateur import kernels
@@ -288,12 +290,12 @@ def available() -> dict[str, str]:
 
 
 def has_kernels() -> bool:
-    """Return whether native kernels run here; without them only the routes of dense arithmetic are candidates."""
+    """Return whether native kernels run on this machine. Without them most routes are not worth measuring."""
     return available()["native"] == "ok"
 
 
 def isas() -> list[str]:
-    """Instruction sets the native kernels can use on this machine, best first; empty if they cannot run.
+    """Return the instruction sets that native kernels can use on this machine, best first; none if they cannot run.
 
     Example:
         >>> from secateur import kernels
@@ -304,7 +306,7 @@ def isas() -> list[str]:
 
 
 def current_isa() -> str | None:
-    """Return the instruction set of native code here and now, or None where it cannot or must not run."""
+    """Return the instruction set that native code uses now, or None where it cannot run or ``use`` forbids it."""
     backend, isa = chosen.get()
     if backend == "reference" or isinstance(load(), str):
         return None
@@ -313,17 +315,18 @@ def current_isa() -> str | None:
 
 @contextmanager
 def use(backend: str, *, isa: str | None = None) -> Iterator[None]:
-    """Run only the named backend within a `with` block, and optionally one instruction set.
+    """Run only the named backend within a ``with`` block, and optionally one instruction set.
 
-    The masks of ``SparseLinear`` and ``SparseConv2d`` heed it too. Routes that only one backend runs, those of dense
-    arithmetic, run as ever.
+    It applies to the masks of ``SparseLinear`` and ``SparseConv2d``, too. It does not apply to the routes of dense
+    arithmetic, which only one backend runs.
 
     Args:
         backend: "native" or "reference".
-        isa: for native, one of :func:`isas`; default the best, or what the variable SECATEUR_ISA names.
+        isa: for native, one of :func:`isas`. None, the default, is the one that the environment variable SECATEUR_ISA
+            names, or else the best.
 
     Raises:
-        KernelError: the backend or instruction set does not exist or cannot run here.
+        KernelError: the backend or instruction set does not exist, or cannot run on this machine.
 
     Example:
         >>> import torch
@@ -334,14 +337,16 @@ def use(backend: str, *, isa: str | None = None) -> Iterator[None]:
         tensor([[1., 1., 1., 1.]])
     """
     if backend not in _CHOICES:
-        raise KernelError(f"there is no backend {backend!r}; expected one of {', '.join(_CHOICES)}. See available().")
+        raise KernelError(
+            f"there is no backend {backend!r} to choose; valid are {', '.join(_CHOICES)}. See kernels.available()."
+        )
     state = available()[backend]
     if state != "ok":
-        raise KernelError(f"backend {backend!r} cannot run: {state}. Use {_CHOICES[-1]!r}.")
+        raise KernelError(f"the backend {backend!r} cannot run: {state}. Use {_CHOICES[-1]!r}.")
     if isa is not None and (backend != "native" or isa not in isas()):
         raise KernelError(
-            f"isa={isa!r} with backend {backend!r}: only native takes one, of {', '.join(isas())} on this machine. "
-            "Leave isa out to get the best."
+            f"the backend {backend!r} cannot run isa={isa!r}; native can run {', '.join(isas()) or 'none'} on this "
+            "machine, and reference takes no isa. Leave isa out to get the best."
         )
     token = chosen.set((backend, isa))
     try:

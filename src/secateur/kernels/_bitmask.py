@@ -1,4 +1,4 @@
-"""Rows of packed values and one bit for each column."""
+"""The layout of rows of kept values, with one bit for each column, and its route."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from secateur.patterns import SparsityPattern
 
 @dataclass(frozen=True, eq=False)
 class BitmaskLayout(Layout):
-    """Rows of packed values and one bit for each column: for one input row, and for densities of a quarter and more."""
+    """Rows of kept values, with one bit for each column: for one input row, and for densities of a quarter and more."""
 
     mask: Tensor  # [out, ceil(in / 64)] int64, lowest bit first
     offsets: Tensor  # [out + 1] int64
@@ -29,7 +29,7 @@ class BitmaskLayout(Layout):
     def pack(
         cls, weight: Weight, mask: Mask | None = None, *, value_dtype: torch.dtype = torch.float32
     ) -> BitmaskLayout:
-        """Pack what the mask keeps (default: what is not zero) of a weight [out, in]."""
+        """Pack the weights ``[out, in]`` that a mask keeps; without a mask, those that are not zero."""
         values, mask, scale = prepare(weight, mask, value_dtype)
         words = as_bits(padded(mask, 1, 64), np.int64, "little")
         return cls(shape_of(values), in_large_pages(values[mask], SPARE), scale, words, offsets_of(mask.sum(1)))
@@ -50,7 +50,7 @@ class BitmaskRoute(LayoutRoute):
     """Run :class:`BitmaskLayout`."""
 
     name: ClassVar[str] = "bitmask"
-    stores_zeros: ClassVar[bool] = True
+    stores_zeros: ClassVar[bool] = True  # so that the values of a Bitmask are its values, and share their memory
 
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:

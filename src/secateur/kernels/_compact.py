@@ -1,4 +1,4 @@
-"""The routes of whole rows and columns: what is kept is a smaller dense matrix, and runs by a route of its own."""
+"""The routes of whole rows and columns: the kept ones are a smaller dense matrix, which runs by another route."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from secateur.kernels._route import LayoutRoute, Route
 from secateur.kernels._tiles import TileLayout
 from secateur.patterns import SparsityPattern
 
-_STRIP = 16  # rows of the highest strip of tiles
+_HEIGHT = 16  # of the tiles below: a higher tile is cut into strips of this height
 
 
 @dataclass(frozen=True)
 class _WholeTiles(LayoutRoute):
-    """The whole matrix as one row of tiles after the other, each 16 rows high and as wide as the matrix."""
+    """Run a dense matrix as tiles of 16 rows, each as wide as the matrix."""
 
     name: ClassVar[str] = "tiles"
 
@@ -38,12 +38,13 @@ class _WholeTiles(LayoutRoute):
         return None
 
     def lay_out(self, values: Tensor, mask: Mask) -> Layout:
-        missing = -len(values) % _STRIP  # rows of zeros below, whose outputs nobody reads
+        missing = -len(values) % _HEIGHT  # rows of zeros at the end, whose outputs are dropped
         tall = nn.functional.pad(values, (0, 0, 0, missing))
         everything = torch.ones_like(tall, dtype=torch.bool)
-        return TileLayout.pack(tall, everything, value_dtype=values.dtype, height=_STRIP, width=values.shape[1])
+        return TileLayout.pack(tall, everything, value_dtype=values.dtype, height=_HEIGHT, width=values.shape[1])
 
 
+# By the ending of the text of a route.
 _INNER: dict[str, Route] = {"": DenseRoute(), ":prepacked": PrepackedRoute(), ":tiles": _WholeTiles()}
 
 
@@ -52,7 +53,7 @@ class CompactRoute(Route):
     """Run the kept rows or columns of a weight as a dense matrix.
 
     Args:
-        inner: how that matrix runs.
+        inner: the route of that matrix.
     """
 
     format_type: ClassVar[type[Format]]
@@ -64,7 +65,7 @@ class CompactRoute(Route):
 
     @property
     def needs_kernels(self) -> bool:
-        """Whether only native kernels make it worth running."""
+        """Whether the route is only fast with native kernels."""
         return self.inner.needs_kernels
 
     @classmethod
@@ -83,29 +84,33 @@ class CompactRoute(Route):
     def why_not(self, packed: Format) -> str | None:
         """The weight must be stored as rows or columns."""
         if not isinstance(packed, self.format_type):
-            return f"{self.name} runs a weight that was pruned by {self.name}, got {packed!r}"
+            return f"the route {self.name} runs only a weight that is stored as {self.name}, got {packed!r}"
         return None
 
     def compact(self, packed: Format) -> StoredWeight:
-        """Return the kept rows or columns as a matrix of its own."""
+        """Return the kept rows or columns as a matrix.
+
+        Raises:
+            KernelError: the weight is not stored as rows or columns.
+        """
         if (reason := self.why_not(packed)) is not None:
             raise KernelError(f"{reason}. Use another route.")
         return StoredWeight(packed.values, packed.scales, packed.values)
 
     @abstractmethod
     def around(self, inner: Prepared, packed: Format) -> Prepared:
-        """Return what runs the whole weight, given what runs the matrix of what is kept."""
+        """Return what runs the whole weight, given what runs the matrix of the kept rows or columns."""
 
 
 @dataclass(frozen=True)
 class RowRoute(CompactRoute):
-    """Run the kept rows; every other output is the bias."""
+    """Run the kept rows. Every other output is the bias."""
 
     name: ClassVar[str] = "rows"
     format_type: ClassVar[type[Format]] = RowPacked
 
     def around(self, inner: Prepared, packed: Format) -> Prepared:
-        """Return what scatters the outputs of the kept rows."""
+        """Return what writes the outputs of the kept rows to their places."""
         assert isinstance(packed, RowPacked)
         return _Rows(inner, packed.rows, packed.shape[0])
 

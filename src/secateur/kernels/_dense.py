@@ -1,4 +1,4 @@
-"""The routes of dense arithmetic: the weight with all its zeros, as PyTorch runs it or packed beforehand."""
+"""The routes of dense arithmetic: the weight with all its zeros, in PyTorch's order or in that of oneDNN."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from secateur.formats import Format
-from secateur.kernels._route import Route
+from secateur.kernels._route import SizedRoute
 from secateur.patterns import SparsityPattern
 
 
 @dataclass(frozen=True)
-class DenseRoute(Route):
-    """Run the weight with its zeros, as ``F.linear`` does."""
+class DenseRoute(SizedRoute):
+    """Run the weight with its zeros by ``F.linear``."""
 
     name: ClassVar[str] = "dense"
 
@@ -28,8 +28,8 @@ class DenseRoute(Route):
 
 
 @dataclass(frozen=True)
-class PrepackedRoute(Route):
-    """Run the weight with its zeros, in the order in which oneDNN multiplies: what compilers do with frozen weights."""
+class PrepackedRoute(SizedRoute):
+    """Run the weight with its zeros, reordered once for oneDNN, as ``torch.compile`` does with frozen weights."""
 
     name: ClassVar[str] = "prepacked"
 

@@ -1,4 +1,9 @@
-"""Whether native code may be reached without PyTorch's dispatcher: only where nobody listens there."""
+"""May native code be called without PyTorch's dispatcher? Only where nothing intercepts the dispatcher.
+
+The dispatcher is where PyTorch records gradients, traces, transforms, profiles and counts. A direct call skips all of
+this. The dispatcher takes as long as the product of a small layer, and four times as long where its code is no longer
+in the caches. So it is skipped where none of its users is active.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,9 @@ from torch.autograd import forward_ad
 from torch.autograd import profiler as _profiler
 
 _C = torch._C
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-# Of PyTorch's own, without a public name. Where one is missing every call is taken to be intercepted: slower, and the
-# same result.
+_TYPES = (Tensor, nn.Parameter)  # a subclass of Tensor may have its own __torch_dispatch__
+# PyTorch has no public names for these. In a version without one of them, every call goes through the dispatcher, which
+# is slower and has the same result.
 _NAMES = (
     "_len_torch_dispatch_stack",
     "_len_torch_function_stack",
@@ -25,9 +30,9 @@ _known = (
 
 
 def is_intercepted() -> bool:
-    """Return whether something compiles, traces, transforms or intercepts PyTorch's operations here and now."""
+    """Return whether PyTorch's operations are compiled, traced, transformed or intercepted at this call."""
     return (
-        torch.compiler.is_compiling()  # first: the compiler then sees nothing of the rest
+        torch.compiler.is_compiling()  # first, so that the compiler does not trace the other calls
         or not _known
         or _C._len_torch_dispatch_stack() > 0
         or _C._len_torch_function_stack() > 0
@@ -37,13 +42,13 @@ def is_intercepted() -> bool:
 
 
 def may_skip_dispatcher(x: Tensor) -> bool:
-    """Return whether nobody intercepts what happens to ``x``, differentiates it forward or profiles.
+    """Return whether an operation on ``x`` may skip the dispatcher.
 
-    Gradients by backward are not asked about. The dispatcher costs a small layer as much as its product does, and four
-    times that where its code has left the caches.
+    It may not where operations are intercepted, differentiated in forward mode or profiled. Gradients in backward mode
+    are not considered: the caller knows whether it needs them.
     """
     return (
-        type(x) in _PLAIN_TYPES
+        type(x) in _TYPES
         and not is_intercepted()
         and forward_ad._current_level < 0
         and not _profiler._is_profiler_enabled

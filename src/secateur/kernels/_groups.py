@@ -1,4 +1,4 @@
-"""N of every M consecutive inputs, 16 rows side by side."""
+"""The layout of n values for every m consecutive inputs, with 16 rows side by side, and its route."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from secateur.kernels._layout import SPARE, Layout, in_large_pages, padded, prep
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import NM, SparsityPattern
 
-_ROWS = 16  # side by side in a panel
+_ROWS = 16  # of a panel, side by side: the widest vectors hold 16 float32
 
 
 @dataclass(frozen=True, eq=False)
 class GroupLayout(Layout):
-    """n of every m consecutive inputs: 16 rows side by side, each value's place in its group in 2 or 4 bits."""
+    """n values for every m consecutive inputs: 16 rows side by side, the place of each value in 2 or 4 bits."""
 
     words: Tensor  # [panels, words, 16] int32
     n: int
@@ -33,21 +33,25 @@ class GroupLayout(Layout):
     def pack(
         cls, weight: Weight, mask: Mask | None = None, *, n: int, m: int, value_dtype: torch.dtype = torch.float32
     ) -> GroupLayout:
-        """Pack a weight [out, in] that keeps at most n of every m consecutive inputs."""
+        """Pack a weight ``[out, in]`` that keeps at most n of every m consecutive inputs.
+
+        Raises:
+            KernelError: n and m do not fit the weight, or a group keeps more.
+        """
         values, mask, scale = prepare(weight, mask, value_dtype)
         shape = shape_of(values)
         if not 1 <= n <= m <= 16 or shape[1] % m:
             raise KernelError(
-                f"{n}:{m} does not fit a weight of {shape[1]} inputs; lanes need 1 <= n <= m <= 16 and inputs that are "
-                "a multiple of m. Use PanelLayout for any other structure."
+                f"{n}:{m} does not fit a weight of {shape[1]} inputs; groups need 1 <= n <= m <= 16 and a number of "
+                "inputs that is a multiple of m. PanelLayout takes any weight."
             )
         values, mask = padded(values, _ROWS, 1), padded(mask, _ROWS, 1)
         groups, panels = shape[1] // m, mask.shape[0] // _ROWS
         by_group = mask.view(-1, groups, m)
         if bool((by_group.sum(-1) > n).any()):
             raise KernelError(
-                f"a group of {m} inputs keeps {int(by_group.sum(-1).max())} values; {n}:{m} keeps at most {n}. "
-                "Prune with that pattern first, or use PanelLayout."
+                f"a group of {m} inputs keeps {int(by_group.sum(-1).max())} weights; {n}:{m} keeps at most {n}. "
+                "Prune to that pattern first. PanelLayout takes any weight."
             )
         place = torch.argsort(~by_group, dim=-1, stable=True)[..., :n]
         kept = values.view(-1, groups, m).gather(-1, place)
@@ -67,7 +71,7 @@ class GroupLayout(Layout):
 
     @staticmethod
     def _word(m: int) -> tuple[int, int]:
-        """Bits of a place, places in a word."""
+        """The bits of a place, and how many places a word has."""
         bits = 2 if m <= 4 else 4
         return bits, 32 // bits
 
@@ -90,7 +94,9 @@ class GroupLayout(Layout):
         return self.words.data_ptr(), self.n, self.m
 
 
-_MOST_PADDING = 1.3  # every group is stored full; beyond this share of stored zeros another layout is smaller
+# A group that keeps fewer than n weights stores zeros. With more than this many stored values for each kept weight, the
+# bitmask or panels are smaller and faster.
+_MOST_STORED = 1.3
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class GroupRoute(LayoutRoute):
 
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
-        """One for each N:M pattern that the zeros satisfy, unless it stores many zeros."""
+        """One for each N:M pattern that the zeros satisfy, unless it would store many zeros."""
         columns = packed.shape[1]
         return [
             cls(pattern.n, pattern.m)
@@ -120,7 +126,7 @@ class GroupRoute(LayoutRoute):
             and pattern.n
             and pattern.m <= 16
             and columns % pattern.m == 0
-            and pattern.n / pattern.m <= _MOST_PADDING * density
+            and pattern.n / pattern.m <= _MOST_STORED * density
         ]
 
     def why_not(self, packed: Format) -> str | None:

@@ -1,7 +1,7 @@
-"""How a sparse weight lies in memory while it runs: each layout is made from a dense weight for one kernel.
+"""Layouts: how a sparse weight lies in memory while a kernel runs it. Each kernel has its layout.
 
-A layout is for running, not for keeping: :mod:`secateur.formats` stores. Values have one of the value types of the
-formats, int8 with one scale for each output row; sums are always float32.
+A layout is made from a dense weight, and is never written to a file; :mod:`secateur.formats` does that. Values have one
+of the value dtypes of the formats, int8 with one scale for each output row. Sums are always float32.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import KernelError
-from secateur._types import Mask, Weight
-from secateur.formats import VALUE_TYPES, encode
+from secateur._errors import PatternError
+from secateur._types import Mask, Weight, dtype_name
+from secateur.formats import as_value_dtype, check_mask, encode
 from secateur.kernels._load import load
 
-SPARE = 16  # values readable past the end: the kernels load whole vectors
-_SPARE_OF_LAYERS = 64  # behind the values of a packed layer; more than any layout wants
-_LARGE = 4 << 20  # bytes from which large pages are asked for
+# Zeros after the last value. A kernel loads whole vectors of up to 16 values, and the last one may start at any value:
+# without these it would read memory that is not the weight's.
+SPARE = 16
+# Zeros after the values of a packed layer. A layout that has the same values in the same order finds its spare values
+# here, and so needs no copy. More than SPARE, for layouts that end with further zeros.
+_SPARE_OF_LAYERS = 64
+_LARGE = 4 << 20  # bytes from which on large pages are asked for; a smaller weight stays in a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,31 +34,31 @@ class Layout(ABC):
 
     Args:
         shape: ``(out, in)`` of the weight.
-        values: stored weights, and at least 16 zeros behind them.
+        values: the stored weights, and at least 16 zeros after them.
         scale: float32 ``[out]`` for int8 values; else None.
     """
 
     shape: tuple[int, int]
     values: Tensor
     scale: Tensor | None
-    kernel: ClassVar[str]  # its name in the native module
+    kernel: ClassVar[str]  # the name of its kernel in the native module
 
     @abstractmethod
     def to_dense(self) -> Weight:
-        """Return the weight, float32 ``[out, in]``, zeros where nothing is stored."""
+        """Return the weight, float32 ``[out, in]``, zero where nothing is stored."""
 
     @abstractmethod
     def arguments(self) -> tuple[int, ...]:
-        """Return what this kernel of the native module takes beyond the arguments that all of them share."""
+        """Return the arguments of this kernel in the native module, beyond those that every kernel takes."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory in use."""
+        """Bytes of all tensors."""
         tensors = [getattr(self, field.name) for field in fields(self)]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
     def with_codes(self, dtype: torch.dtype, scale: Tensor) -> Self:
-        """Return the layout with its values, which are codes, in their own dtype, and the scale of each row."""
+        """Return the layout with its values, which are integers, in an integer dtype, and the scale of each row."""
         return replace(self, values=self.values.to(dtype), scale=scale.float().cpu())
 
     def _scaled(self, weight: Tensor) -> Weight:
@@ -63,38 +67,47 @@ class Layout(ABC):
 
 
 def prepare(weight: Weight, mask: Mask | None, value_dtype: torch.dtype) -> tuple[Tensor, Mask, Tensor | None]:
-    """Return the weight in its value type, zero where the mask prunes, the mask, and the scales of int8."""
+    """Return a weight in a value dtype, zero where the mask prunes; the mask; and the scales of int8 values.
+
+    Args:
+        weight: ``[out, in]``, floating point.
+        mask: ``[out, in]`` bool, True = kept; None keeps what is not zero.
+        value_dtype: one of the value dtypes of the formats.
+
+    Raises:
+        PatternError: the weight is not a matrix, or the mask has another shape.
+        RecipeError: values cannot be stored in ``value_dtype``.
+        FormatError: a weight that ``value_dtype`` cannot hold.
+        TypeError: a weight that is not a floating-point tensor, or a mask that is not a bool tensor.
+    """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(
-            f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight).__name__)}"
-        )
+        found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"a weight must be a floating-point tensor, got {found}")
     if weight.dim() != 2:
-        raise KernelError(
+        raise PatternError(
             f"a weight of shape {tuple(weight.shape)} cannot be packed; kernels multiply a matrix [out, in]. "
             "Reshape a convolution's weight with flatten(1)."
         )
-    if value_dtype not in VALUE_TYPES:
-        raise TypeError(f"value_dtype must be one of {', '.join(map(str, VALUE_TYPES))}, got {value_dtype}")
     weight = weight.detach().to("cpu")
-    mask = weight != 0 if mask is None else mask.detach().to("cpu")
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise KernelError(
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}, the weight has shape {tuple(weight.shape)}; a mask is "
-            "bool and of the weight's shape. Pass mask=None to keep what is not zero."
-        )
-    values, scale = encode(weight.masked_fill(~mask, 0), value_dtype)
+    mask = weight != 0 if mask is None else check_mask(mask, weight).detach().to("cpu")
+    values, scale = encode(weight.masked_fill(~mask, 0), as_value_dtype(value_dtype))
     return values, mask, scale
 
 
 def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """Return the matrix with zeros added below and on the right, up to multiples of rows and columns."""
+    """Return a matrix with zeros added below and on the right, so that its sizes are multiples of rows and columns."""
     return nn.functional.pad(matrix, (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows))
 
 
 def in_large_pages(tensor: Tensor, spare: int = 0) -> Tensor:
-    """Return a copy in large pages where the system has them: flat, with ``spare`` zeros after it, if any are asked.
+    """Return a copy of a tensor in large pages, where the system has them.
 
-    A kernel streams through its weight once; large pages spare it the page walks, a sixth of the time of one input row.
+    A kernel reads its whole weight once for each call. With large pages the processor looks up fewer addresses, which
+    saves a sixth of the time for one input row.
+
+    Args:
+        tensor: to copy.
+        spare: zeros to add after the values. If there are any, the copy is flat.
     """
     copied = tensor.new_empty(tensor.numel() + spare)
     native = load()
@@ -106,19 +119,22 @@ def in_large_pages(tensor: Tensor, spare: int = 0) -> Tensor:
 
 
 def with_spare_values(values: Tensor) -> Tensor:
-    """Return a copy of stored values with zeros behind it in memory, on which a layout in the same order can lie."""
+    """Return a copy of stored values with zeros after them in memory.
+
+    A layout that has the same values in the same order can then use this memory instead of a copy.
+    """
     if values.device.type != "cpu":
         return values.detach()
     return in_large_pages(values.detach().flatten(), _SPARE_OF_LAYERS)[: values.numel()].view(values.shape)
 
 
 def offsets_of(counts: Tensor) -> Tensor:
-    """Return where each part starts, given how many there are in each, and where the last one ends: int64."""
+    """Return where each part starts and where the last one ends, int64, given the size of each part."""
     return nn.functional.pad(counts.flatten().to(torch.int64).cumsum(0), (1, 0))
 
 
 def as_bits(mask: Mask, dtype: Any, order: Any) -> Tensor:
-    """Return the last dimension packed into words."""
+    """Return a mask as bits, packed into words along the last dimension."""
     packed = np.packbits(mask.numpy(), axis=-1, bitorder=order)
     return torch.from_numpy(packed.view(dtype))
 

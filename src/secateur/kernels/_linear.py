@@ -1,4 +1,4 @@
-"""The public door: multiply by a packed weight, and say what does it."""
+"""The public functions: multiply by a packed weight, and explain which backend does it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import KernelError
 from secateur.formats import Format
 from secateur.kernels._backends import backend_for, explain_route
 from secateur.kernels._layout import Layout
-from secateur.kernels._operator import PackedSpec, packed_linear, route_for
+from secateur.kernels._operator import PackedSpec, check_bias, check_input, packed_linear, route_for
 from secateur.kernels._plan import RoutePlan, default_plan
 
 
@@ -39,26 +38,26 @@ def explain(x: Tensor, packed: nn.Module) -> list[tuple[str, str]] | dict[str, l
 def explain(
     x: Tensor, packed: Layout | Format | PackedModule | nn.Module
 ) -> list[tuple[str, str]] | dict[str, list[tuple[str, str]]]:
-    """Say which backend runs x with this weight: the first that says "ok"; the others say why not.
+    """Return which backend multiplies x by a packed weight, and why the others do not.
 
     Args:
-        x: ``[..., in]``; of a whole model, any input with as many rows as its layers will see.
-        packed: a layout, a weight in its storage format, a packed layer, or a model with packed layers.
+        x: ``[..., in]``. For a whole model: any input with as many rows as its layers will get.
+        packed: a layout, a weight in a storage format, a packed layer, or a model with packed layers.
 
     Returns:
-        (backend, "ok" or reason) in order of preference. A backend that cannot load stays listed. Of a packed layer the
-        "ok" is followed by the route that its plan takes: "ok: panels:128x256". Of a model, a dict of such lists by the
-        qualified name of the packed layer.
+        Pairs of a backend and "ok" or a reason, in order of preference. The first with "ok" is used. A backend that
+        cannot be loaded is listed, too. For a format or a packed layer, "ok" is followed by the route that its plan
+        takes, such as "ok: panels:128x256". For a model, a dict of such lists by the qualified name of the layer.
 
     Raises:
-        TypeError: neither of these, or a model without packed layers.
+        TypeError: ``packed`` is none of these, or a model without packed layers.
 
     Example:
         >>> import torch, secateur
         >>> from secateur import kernels
         >>> packed = kernels.BitmaskLayout.pack(torch.eye(4))
         >>> kernels.explain(torch.ones(1, 4, device="meta"), packed)[0]
-        ('native', 'x is on meta; the native kernels run on the processor')
+        ('native', 'x is on meta; the native kernels run on the CPU')
         >>> model = torch.nn.Sequential(secateur.PackedLinear.from_linear(torch.nn.Linear(4, 4), plan="dense"))
         >>> kernels.explain(torch.ones(1, 4), model)["0"][-1]
         ('reference', 'ok: dense')
@@ -74,7 +73,8 @@ def explain(
         raise TypeError(f"packed must be a layout, a format, a packed layer or a model, got {type(packed).__name__}")
     layers: dict[str, PackedModule] = {}
     for name, module in packed.named_modules():
-        if isinstance(module, PackedModule) and name.rpartition(".")[0] not in layers:  # not the inside of another
+        # A packed convolution has a packed linear layer inside, which is not listed a second time.
+        if isinstance(module, PackedModule) and name.rpartition(".")[0] not in layers:
             layers[name] = module
     if not layers:
         raise TypeError(f"the {type(packed).__name__} has no packed layers. Pack it first: secateur.pack_(model).")
@@ -96,27 +96,29 @@ def _records_gradient(x: Tensor, bias: Tensor | None = None) -> str | None:
 def linear(
     x: Tensor, packed: Layout | Format, bias: Tensor | None = None, plan: RoutePlan | str | None = None
 ) -> Tensor:
-    """y = x Wᵀ + b for a packed weight W.
+    """Return y = x Wᵀ + b for a packed weight W.
 
-    Sums are float32; an x of another floating type is converted and the result has its type. The native kernels give
-    the same result for any number of threads. Whether a zero of the weight is multiplied depends on the layout, which
-    matters only for an x that holds an infinity or NaN.
+    Sums are float32. An x of another floating dtype is converted, and the result has the dtype of x. The result of
+    native kernels does not depend on the number of threads. Whether a zero of the weight is multiplied depends on the
+    layout; this makes a difference only where x has an infinity or NaN.
 
-    The native kernels run where :func:`explain` says so, otherwise the weight is made dense for the call. An x that
+    The native kernels run where :func:`explain` says so. Otherwise the weight is made dense for the call. An x that
     requires a gradient gets one.
 
     Args:
-        x: [..., in], floating point.
-        packed: the weight, [out, in], in one of the layouts of this module or one of the formats of
-            :mod:`secateur.formats`. What runs a format is made at the first call and kept as long as its tensors live.
-        bias: [out] or None.
-        plan: for a format, which route to take for how many input rows; None for what the format was made for.
+        x: ``[..., in]``, floating point.
+        packed: the weight, ``[out, in]``, in a layout of this module or a format of :mod:`secateur.formats`. The layout
+            of a format is made at the first call, and kept as long as the tensors of the format exist.
+        bias: ``[out]``, or None.
+        plan: for a format: which route to take for how many input rows. None for the route that the format was made
+            for.
 
-    Returns: [..., out], x's type.
+    Returns:
+        ``[..., out]``, in the dtype of x.
 
     Raises:
-        KernelError: a size that does not fit the weight, a plan that does not, or a SECATEUR_ISA this machine cannot
-            run.
+        KernelError: x, the bias or the plan does not fit the weight, or this machine cannot run the instruction set
+            that SECATEUR_ISA names.
         TypeError: a packed weight that is neither a layout nor a format, or an x that is not floating point.
 
     Example:
@@ -132,22 +134,14 @@ def linear(
         spec = PackedSpec(type(packed), packed.pattern, packed.shape, tuple(tensors), plan)
         return packed_linear(x, list(tensors.values()), bias, str(spec))
     if not isinstance(packed, Layout):
-        raise TypeError(f"packed must be a layout of secateur.kernels, got {type(packed).__name__}")
+        raise TypeError(
+            f"packed must be a layout of secateur.kernels or a format of secateur.formats, got {type(packed).__name__}"
+        )
     if plan is not None:
-        raise TypeError("a layout is run by its own kernel: a plan goes with a format")
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+        raise TypeError("a layout is run by its own kernel and takes no plan; give a format, or no plan")
     rows, columns = packed.shape
-    if not x.dim() or x.shape[-1] != columns:
-        raise KernelError(
-            f"x has shape {tuple(x.shape)}, the packed weight takes {columns} inputs; x must be [..., {columns}]. "
-            "Check that x belongs to this layer."
-        )
-    if bias is not None and bias.shape != (rows,):
-        raise KernelError(
-            f"the bias has shape {tuple(bias.shape)}, the packed weight has {rows} outputs; it must be [{rows}]. "
-            "Check that the bias belongs to this layer."
-        )
+    check_input(x, columns)
+    check_bias(bias, rows, x.device)
     backend = backend_for(packed, None, x.device, x.dtype, _records_gradient(x, bias))
     prepared = backend.prepare(packed, None, x.dtype)
     return prepared.run(x.reshape(-1, columns), bias).reshape(*x.shape[:-1], rows)

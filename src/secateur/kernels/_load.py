@@ -1,4 +1,4 @@
-"""The native module, loaded when it is first asked for."""
+"""The native module. It is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def load() -> ModuleType | str:
         try:
             _loaded = importlib.import_module("secateur.kernels._native")
         except ImportError as error:
-            _loaded = f"the native module is not there ({error}); reinstall secateur where there is a C++17 compiler"
+            _loaded = f"the native module is missing ({error}); reinstall secateur where there is a C++17 compiler"
     return _loaded

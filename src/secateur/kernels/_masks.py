@@ -1,4 +1,4 @@
-"""The native passes of the differentiable mask. ``secateur.nn`` calls them and checks the tensors before."""
+"""Native operations of the differentiable mask. ``secateur.nn`` calls them, and checks the tensors before it does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from secateur.kernels._native_backend import SMALL
 
 
 def gate(weights: Tensor, threshold: Tensor, temperature: float, isa: str, *, solved: bool, hard: bool) -> Tensor:
-    """Return the weights times their mask; ``secateur.nn._gate`` has the formula."""
+    """Return the weights times their mask. ``secateur.nn._gate`` has the formula."""
     native = load()
     assert not isinstance(native, str)
     out = torch.empty_like(weights)
@@ -29,7 +29,10 @@ def gate_backward(
     hard: bool,
     owned: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the weights, written over ``grads`` if ``owned``, and of a learned threshold."""
+    """Return the gradient of the weights, and that of a learned threshold.
+
+    The gradient of the weights is written over ``grads`` if ``owned``.
+    """
     native = load()
     assert not isinstance(native, str)
     by_weights = grads if owned else torch.empty_like(grads)
@@ -71,9 +74,9 @@ def times_units(
     plus: tuple[Tensor, Tensor] | None = None,
     owned: bool,
 ) -> Tensor:
-    """Return ``a`` times one number for each unit, written over ``a`` if ``owned``.
+    """Return ``a`` times one number for each unit. It is written over ``a`` if ``owned``.
 
-    ``plus`` is a second matrix with its own numbers, whose product is added.
+    ``plus`` is a second matrix with its numbers, whose product is added.
     """
     native = load()
     assert not isinstance(native, str)

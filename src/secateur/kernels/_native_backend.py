@@ -1,4 +1,4 @@
-"""Products by the native module: which instruction set runs them, and the call with addresses of checked tensors."""
+"""Products by the native module: the instruction set, and the call, which passes addresses of checked tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from secateur.formats import VALUE_TYPES
 from secateur.kernels._layout import Layout
 from secateur.kernels._load import load
 
-SMALL = 32768  # multiplications, or weights of a mask, up to which a second thread costs more than it saves
+# Multiplications, or weights of a mask, up to which one thread is used: starting a second one costs more than it saves
+SMALL = 32768
 
 
 def isas() -> list[str]:
@@ -27,39 +28,42 @@ def isas() -> list[str]:
 def default_isa() -> str:
     """Return the widest instruction set, or the one that SECATEUR_ISA names.
 
-    It is read once, because reading takes longer than a small product.
+    The variable is read once, because reading it takes longer than a small product.
+
+    Raises:
+        KernelError: this machine or build cannot run the instruction set that the variable names.
     """
     named = os.environ.get("SECATEUR_ISA")
     if not named:
         return isas()[0]
     if named not in isas():
         raise KernelError(
-            f"SECATEUR_ISA is {named!r}, but this machine and build run {', '.join(isas()) or 'none'}. "
-            "Unset it, or name one of those."
+            f"SECATEUR_ISA is {named!r}, but this machine and build can run {', '.join(isas()) or 'none'}. "
+            "Unset it, or name one of these."
         )
     return named
 
 
 @cache
 def _weight_class(kernel: str) -> Any:
-    """Return the native class for weights of a layout: ``Panels`` for the kernel "panels"."""
+    """The native class for weights of a layout, such as ``Panels`` for the kernel "panels"."""
     native = load()
     assert not isinstance(native, str)
     return getattr(native, kernel.capitalize())
 
 
 class Bound:
-    """A weight that is ready to run: the native module holds everything that does not change between calls.
+    """A weight that is ready to run. The native module keeps all arguments that do not change between calls.
 
-    A small product takes no longer than passing these arguments would.
+    Passing all of them at each call would take as long as a small product.
 
     Args:
-        packed: the weight, on the processor. Its tensors must not move or change while this is used.
+        packed: the weight, on the CPU. Its tensors must not be moved or changed while this object is used.
         isa: one of :func:`isas`.
     """
 
     def __init__(self, packed: Layout, isa: str) -> None:
-        self._packed = packed  # keeps the memory whose addresses the native weight holds
+        self._packed = packed  # keeps the tensors alive: the native object has only their addresses
         values, scale = packed.values, packed.scale
         weight = _weight_class(packed.kernel)(
             isa,
@@ -73,7 +77,7 @@ class Bound:
         self._rows, self._size = packed.shape[0], values.numel()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + b for x [batch, in] and b [out], float32 and contiguous, on the processor."""
+        """Return x Wᵀ + b for x ``[batch, in]`` and b ``[out]``, float32, contiguous and on the CPU."""
         batch = x.shape[0]
         y = x.new_empty((batch, self._rows))
         if not (batch and self._rows):

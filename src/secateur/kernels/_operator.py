@@ -1,7 +1,8 @@
-"""A packed weight as its tensors and a line of text: the operators that compilers and autograd see, and what they run.
+"""The operators of packed weights, as compilers and autograd see them, and the code that they run.
 
-An operator is a function of its tensors and its text alone. What is made ready to run is remembered beside them, only
-to save work: so a module can be copied, compiled, exported and loaded without a thought for it.
+An operator takes the tensors of a format and one line of text. Its result depends on nothing else. What is prepared to
+run a weight is kept in a table outside of the tensors, only to save time. So a module with these tensors can be copied,
+compiled, exported and loaded without special code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import KernelError
+from secateur._types import dtype_name
 from secateur.formats import FORMATS, Format
 from secateur.kernels._backends import chosen, prepare
 from secateur.kernels._compact import CompactRoute
@@ -31,7 +33,7 @@ from secateur.patterns import SparsityPattern
 
 @dataclass(frozen=True)
 class PackedSpec:
-    """What a packed weight is besides its tensors. ``str`` writes it as the line of text that an operator takes."""
+    """All that a packed weight has besides its tensors. ``str`` returns it as the text that an operator takes."""
 
     format_type: type[Format]
     pattern: SparsityPattern
@@ -45,7 +47,7 @@ class PackedSpec:
 
     @staticmethod
     def parse(text: str) -> PackedSpec:
-        """Return what ``str`` wrote."""
+        """Return the spec whose text was made by ``str``."""
         return _parse(text)
 
 
@@ -64,21 +66,26 @@ def _parse(text: str) -> PackedSpec:
 
 @dataclass
 class _Ready:
-    """A packed weight that passed every check, and what was made of it to run. Anew when one of its tensors changes."""
+    """A packed weight whose tensors were checked, and what was prepared to run it."""
 
     alive: weakref.ref[Tensor]
     versions: tuple[int, ...]
     packed: Format
     prepared: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
-    calls: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)  # by kind of input, which was checked
+    calls: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)  # by the properties of a checked input
 
 
-_ready: dict[int, _Ready] = {}  # by the identity of the first tensor
+# By the id of the first tensor of the weight: tensors cannot be keys by their contents, and an operator gets no other
+# object that lives as long as the weight. An id may be given to another tensor later, so that a weak reference says
+# whether it is still the same one. PyTorch counts the changes of a tensor in its version: after a change in place the
+# weight is checked and prepared again, because kernels trust the indices of a checked weight.
+_ready: dict[int, _Ready] = {}
 _lock = threading.RLock()
-_MOST_CALLS = 1024  # kinds of input remembered for each weight
+_MOST_CALLS = 1024  # shapes, dtypes and devices of inputs that are remembered for each weight
 
 
 def _versions(weight: Sequence[Tensor]) -> tuple[int, ...]:
+    # Tensors that were made in inference mode have no version. PyTorch does not let them be changed outside of it.
     return tuple(-1 if tensor.is_inference() else tensor._version for tensor in weight)
 
 
@@ -90,7 +97,7 @@ def _get_ready(weight: Sequence[Tensor], spec: str) -> _Ready:
         return ready
     with _lock:
         parsed = _parse(spec)
-        aliases = [tensor.detach() for tensor in weight]  # which do not keep the first alive
+        aliases = [tensor.detach() for tensor in weight]  # the table must not keep the weight alive
         tensors = dict(zip(parsed.names, aliases, strict=True))
         packed = parsed.format_type.from_tensors(tensors, parsed.shape, parsed.pattern)
         ready = _ready[key] = _Ready(weakref.ref(first, partial(_forget, key)), _versions(weight), packed)
@@ -102,7 +109,7 @@ def _forget(key: int, _: Any) -> None:
 
 
 def runtime_nbytes(values: Tensor) -> int:
-    """Return bytes of memory taken so far beside a stored weight, given its first tensor."""
+    """Return the bytes of memory that were taken so far to run a stored weight, given its first tensor."""
     ready = _ready.get(id(values))
     if ready is None or ready.alive() is not values:
         return 0
@@ -114,11 +121,7 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
     shape = x.shape
     prepared = ready.calls.get((shape, x.dtype, x.device, spec, chosen.get())) or _prepare(ready, x, spec)
     rows, columns = ready.packed.shape
-    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
-        raise KernelError(
-            f"the bias has shape {tuple(bias.shape)} and is on {bias.device}, but the packed weight has {rows} outputs "
-            f"and the input is on {x.device}. Move the layer with .to()."
-        )
+    check_bias(bias, rows, x.device)
     if prepared is None:
         y = x.new_zeros(*shape[:-1], rows)
         return y if bias is None else y + bias.to(x.dtype)
@@ -128,9 +131,9 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
 
 
 def _prepare(ready: _Ready, x: Tensor, spec: str) -> Prepared | None:
-    """Check an input, and make the weight ready for inputs of its kind; None if it is empty."""
+    """Check an input, and return the weight made ready for inputs like it; None if the input is empty."""
     parsed = _parse(spec)
-    _check_input(x, parsed.shape[1])
+    check_input(x, parsed.shape[1])
     if not x.numel():
         return None
     route = route_for(parsed.plan, x)
@@ -147,7 +150,7 @@ def _prepare(ready: _Ready, x: Tensor, spec: str) -> Prepared | None:
 
 
 def route_for(plan: RoutePlan, x: Tensor) -> Route:
-    """Return the route that an input ``[..., in]`` takes: that of the plan, which was made for the processor."""
+    """Return the route for an input ``[..., in]``: that of the plan on the CPU, and dense on any other device."""
     return plan.route(math.prod(x.shape[:-1])) if x.device.type == "cpu" else DenseRoute()
 
 
@@ -157,12 +160,12 @@ def _depends_on_dtype(route: Route) -> bool:
 
 def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     rows, columns = _parse(spec).shape
-    _check_input(x, columns)
+    check_input(x, columns)
     return x.new_empty(*x.shape[:-1], rows)
 
 
 def _run_transposed(y: Tensor, weight: Sequence[Tensor], spec: str) -> Tensor:
-    """``y W``: the gradient of the input. Expands the weight anew, so that training keeps no second copy of it."""
+    """``y W``: the gradient of the input. The weight is made dense at each call, so that no copy stays in memory."""
     packed = _get_ready(weight, spec).packed
     return torch.matmul(y, packed.to_dense().to(y.dtype))
 
@@ -171,14 +174,26 @@ def _run_transposed_fake(y: Tensor, weight: Sequence[Tensor], spec: str) -> Tens
     return y.new_empty(*y.shape[:-1], _parse(spec).shape[1])
 
 
-def _check_input(x: Tensor, columns: int) -> None:
+def check_input(x: Tensor, columns: int) -> None:
+    """Raise unless an input fits a packed weight with so many columns."""
     if not x.ndim or x.shape[-1] != columns:
         raise KernelError(
-            f"the input has shape {tuple(x.shape)}, but the packed weight takes {columns} features; it should be "
-            f"[..., {columns}]. Check that the input belongs to this layer."
+            f"the input has shape {tuple(x.shape)}, but the packed weight takes {columns} features; the input should "
+            f"be [..., {columns}]. Check that it belongs to this layer."
         )
     if not x.is_floating_point():
-        raise TypeError(f"the input of a packed layer must be floating point, got {x.dtype}")
+        raise TypeError(f"the input of a packed weight must be floating point, got {dtype_name(x.dtype)}")
+
+
+def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
+    """Raise unless a bias, if there is one, fits a packed weight with so many rows and inputs on a device."""
+    if bias is not None and bias.shape != (rows,):
+        raise KernelError(
+            f"the bias has shape {tuple(bias.shape)}, but the packed weight has {rows} outputs; the bias should be "
+            f"[{rows}]. Check that it belongs to this layer."
+        )
+    if bias is not None and bias.device != device:
+        raise KernelError(f"the bias is on {bias.device}, but the input is on {device}. Move the layer with .to().")
 
 
 # The operator that compilers and autograd see.
@@ -215,7 +230,7 @@ _packed_linear_transposed.register_autograd(_gradient_of_gradient, setup_context
 
 def _vmap(info: Any, in_dims: Any, x: Tensor, weight: list[Tensor], *rest: Any) -> tuple[Tensor, int]:
     if any(dim is not None for dim in (*in_dims[1], *in_dims[2:])):
-        raise NotImplementedError("vmap goes over the inputs of a packed layer, not over its weights")
+        raise NotImplementedError("vmap maps over the inputs of a packed layer, not over its weights")
     operator = _packed_linear if len(rest) == 2 else _packed_linear_transposed
     return operator(x.movedim(in_dims[0], 0), weight, *rest), 0
 
@@ -223,7 +238,7 @@ def _vmap(info: Any, in_dims: Any, x: Tensor, weight: list[Tensor], *rest: Any) 
 _packed_linear.register_vmap(_vmap)
 _packed_linear_transposed.register_vmap(_vmap)
 
-# The same without autograd: a third of the time that PyTorch takes to call it, which small layers feel.
+# The same without autograd: PyTorch takes a third of the time to call it, which matters for small layers.
 _library = torch.library.Library("secateur", "FRAGMENT")
 _library.define("packed_linear_inference(Tensor x, Tensor[] weight, Tensor? bias, str spec) -> Tensor")
 _library.impl("packed_linear_inference", _run, "CompositeExplicitAutograd")
@@ -233,7 +248,7 @@ _inference = torch.ops.secateur.packed_linear_inference.default
 
 
 def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    """Return x Wᵀ + b: the door through which packed layers and :func:`~secateur.kernels.linear` go.
+    """Return x Wᵀ + b. Packed layers and :func:`~secateur.kernels.linear` call this.
 
     Args:
         x: ``[..., in]``, floating point.
@@ -242,7 +257,12 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
         spec: a :class:`PackedSpec` as text.
 
     Returns:
-        ``[..., out]``, in x's dtype.
+        ``[..., out]``, in the dtype of x.
+
+    Raises:
+        KernelError: x or the bias does not fit the weight, or a route of the plan does not.
+        FormatError: the tensors are not valid, for example after a change in place.
+        TypeError: an x that is not floating point.
     """
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):

@@ -1,4 +1,4 @@
-"""Panels of rows, cut into blocks of columns that stay in the nearest cache."""
+"""The layout of panels of rows, cut into sections of columns, and its route."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from secateur.patterns import SparsityPattern
 
 @dataclass(frozen=True, eq=False)
 class PanelLayout(Layout):
-    """Panels of rows cut into blocks of columns, so that a block of the input stays in the nearest cache.
+    """Panels of rows, cut into sections of columns.
 
-    The columns of a block are counted in one byte up to 256 of them, else in two. With one block for all columns it is
-    the plain index form, for few input rows at high sparsity.
+    All rows of a panel read the inputs of one section before those of the next, so that these inputs stay in the
+    nearest cache. A column is counted from the first one of its section: in one byte for sections of up to 256 columns,
+    else in two. One section for all columns is an ordinary list of indices, for few input rows at high sparsity.
     """
 
-    index: Tensor  # [nnz] uint8 or uint16
-    counts: Tensor  # [panels, blocks, height] uint16
-    offsets: Tensor  # [panels * blocks + 1] int64
+    index: Tensor  # [nnz] uint8 or uint16, column within the section
+    counts: Tensor  # [panels, sections, height] uint16, values of each row in each section
+    offsets: Tensor  # [panels * sections + 1] int64, first value of each section of each panel
     height: int
     width: int
     kernel = "panels"
@@ -44,21 +45,33 @@ class PanelLayout(Layout):
         height: int = 128,
         width: int = 256,
     ) -> PanelLayout:
-        """Pack what the mask keeps of a weight [out, in], in panels of `height` rows and blocks of `width` columns."""
+        """Pack the weights ``[out, in]`` that a mask keeps; without a mask, those that are not zero.
+
+        Args:
+            weight: ``[out, in]``.
+            mask: ``[out, in]`` bool, True = kept.
+            value_dtype: dtype of the values.
+            height: rows of a panel.
+            width: columns of a section.
+
+        Raises:
+            KernelError: a height or width that is out of range.
+        """
         if not 1 <= width <= cls.WIDEST or height < 1:
             raise KernelError(
-                f"panels of {height} rows and {width} columns: expected 1 row or more and 1 to {cls.WIDEST} columns."
+                f"a section cannot have {height} rows and {width} columns; it has 1 row or more, and 1 to "
+                f"{cls.WIDEST} columns. Give another height or width."
             )
         values, mask, scale = prepare(weight, mask, value_dtype)
         shape = shape_of(values)
         height = min(height, max(shape[0], 1))
         values, mask = padded(values, height, width), padded(mask, height, width)
-        panels, blocks = mask.shape[0] // height, mask.shape[1] // width
-        ordered = mask.view(panels, height, blocks, width).transpose(1, 2).contiguous()
+        panels, sections = mask.shape[0] // height, mask.shape[1] // width
+        ordered = mask.view(panels, height, sections, width).transpose(1, 2).contiguous()
         counts = ordered.sum(-1)
         columns = torch.arange(width, dtype=torch.int32).expand_as(ordered)[ordered].numpy()
         index = torch.from_numpy(columns.astype(np.uint8 if width <= 256 else np.uint16))
-        kept = values.view(panels, height, blocks, width).transpose(1, 2)[ordered]
+        kept = values.view(panels, height, sections, width).transpose(1, 2)[ordered]
         small = torch.from_numpy(counts.numpy().astype(np.uint16))
         return cls(
             shape,
@@ -72,11 +85,11 @@ class PanelLayout(Layout):
         )
 
     def to_dense(self) -> Weight:
-        _, blocks, height = self.counts.shape
+        _, sections, height = self.counts.shape
         counts = torch.from_numpy(self.counts.numpy().astype(np.int64)).flatten()
         segment = torch.repeat_interleave(torch.arange(counts.numel()), counts)
-        row = segment // (blocks * height) * height + segment % height
-        column = segment // height % blocks * self.width
+        row = segment // (sections * height) * height + segment % height
+        column = segment // height % sections * self.width
         column += torch.from_numpy(self.index.numpy().astype(np.int64))[:-SPARE]
         weight = self.values.new_zeros(self.shape)
         weight[row, column] = self.values[:-SPARE]
@@ -87,9 +100,10 @@ class PanelLayout(Layout):
         return *addresses, self.height, self.width, self.index.element_size()
 
 
-# Sizes that won somewhere in benchmarks/kernels.py; low panels are for layers of few rows.
+# Rows and columns. Each was the fastest for some layer in benchmarks/kernels.py: up to 256 columns have an index of one
+# byte, 512 suit sparser weights, whose sections would have few values, and 64 rows suit layers with few outputs.
 _SIZES = ((128, 256), (64, 128), (256, 128), (128, 512))
-_SPARSE = 0.25  # up to this density one block for all columns, the plain index form, may win at few input rows
+_SPARSE = 0.25  # up to this density one section for all columns may be the fastest for few input rows
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class PanelRoute(LayoutRoute):
 
     Args:
         height: rows of a panel.
-        width: columns of a block.
+        width: columns of a section.
     """
 
     name: ClassVar[str] = "panels"
@@ -109,7 +123,7 @@ class PanelRoute(LayoutRoute):
 
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
-        """A few sizes, for weights whose zeros may be anywhere; one block for all columns at high sparsity."""
+        """A few sizes, for weights whose zeros may be anywhere, and one section for all columns at high sparsity."""
         if isinstance(packed, RowPacked | ColumnPacked):
             return []
         columns = packed.shape[1]
@@ -117,7 +131,7 @@ class PanelRoute(LayoutRoute):
         return [cls(*size) for size in _SIZES] + ([cls(64, columns)] if whole else [])
 
     def why_not(self, packed: Format) -> str | None:
-        """Any weight fits; a size that is never measured was not chosen for its speed."""
+        """Any weight fits. A size that is never measured cannot have been chosen for its speed."""
         if (self.height, self.width) in (*_SIZES, (64, packed.shape[1])) and self.width <= PanelLayout.WIDEST:
             return None
         return f"panels of {self.height}x{self.width} are never measured for a weight of {packed.shape[1]} inputs"

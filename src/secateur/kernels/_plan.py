@@ -1,6 +1,6 @@
-"""The one place that chooses routes: which are candidates, which of them to take for how many input rows.
+"""The choice of routes: which ones are candidates, and which one to take for how many input rows.
 
-A plan of routes is written as text too, ``bitmask@2 panels:128x256``: bitmask up to 2 input rows, panels beyond.
+The text of a plan, such as ``bitmask@2 panels:128x256``, means: bitmask up to 2 input rows, panels for more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class RoutePlan:
 
     Args:
         routes: one or more.
-        limits: for each route but the last, the largest number of input rows that takes it; increasing.
+        limits: for each route except the last, the largest number of input rows that takes it. They increase.
+
+    Raises:
+        KernelError: there is not one limit for each route except the last, or the limits do not increase.
 
     Example:
         >>> from secateur.kernels import RoutePlan
@@ -44,8 +47,15 @@ class RoutePlan:
     routes: tuple[Route, ...]
     limits: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.routes) != len(self.limits) + 1 or list(self.limits) != sorted(set(self.limits)):
+            raise KernelError(
+                f"A plan of routes has one limit for each route except the last, and its limits increase. Got limits "
+                f"{self.limits} for {len(self.routes)} routes."
+            )
+
     def route(self, rows: int) -> Route:
-        """Return the route to take for so many input rows."""
+        """Return the route to take for a number of input rows."""
         for route, limit in zip(self.routes, self.limits, strict=False):
             if rows <= limit:
                 return route
@@ -57,19 +67,19 @@ class RoutePlan:
 
     @classmethod
     def parse(cls, text: str) -> RoutePlan:
-        """Return the plan that ``str`` wrote, now or in an earlier version.
+        """Return the plan that a text names. This is the inverse of ``str``. Texts of earlier versions are read, too.
 
         Raises:
-            KernelError: the text is no plan.
+            KernelError: the text is not a plan.
         """
         return _parse(text)
 
     @classmethod
     def of(cls, choices: Sequence[tuple[int, Route]]) -> RoutePlan:
-        """Return the plan that takes, for any number of rows, the route of the nearest batch by ratio.
+        """Return the plan that takes the route of the nearest batch, where near means a ratio close to 1.
 
         Args:
-            choices: batch and route, by increasing batch.
+            choices: pairs of a batch, in input rows, and its route, by increasing batch.
         """
         routes, limits = [choices[0][1]], []
         for (batch, route), (following, next_route) in pairwise(choices):
@@ -80,12 +90,12 @@ class RoutePlan:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """The routes as text, by the name that they had before version 0.2."""
+        """The routes as text. This is the name that ``routes`` had in version 0.1."""
         _deprecated("RoutePlan.ways", "RoutePlan.routes")
         return tuple(map(str, self.routes))
 
     def way(self, rows: int) -> str:
-        """Return the route as text, by the name that it had before version 0.2."""
+        """Return the route for a number of input rows as text. ``route`` had this name in version 0.1."""
         _deprecated("RoutePlan.way", "RoutePlan.route")
         return str(self.route(rows))
 
@@ -97,25 +107,23 @@ def _deprecated(old: str, new: str) -> None:
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> RoutePlan:
     *first, last = text.split(" ")
-    routes, limits = [], []
+    names, limits = [], []
     for part in first:
-        route, _, limit = part.partition("@")
+        name, _, limit = part.partition("@")
         if not re.fullmatch(r"[1-9]\d{0,8}|0", limit):
-            raise no_plan(text)
-        routes.append(read_route(route))
+            raise _not_a_plan(text)
+        names.append(name)
         limits.append(int(limit))
-    routes.append(read_route(last))
-    found = [route for route in routes if route is not None]
-    if limits != sorted(set(limits)) or len(found) < len(routes):
-        raise no_plan(text)
-    return RoutePlan(tuple(found), tuple(limits))
+    routes = tuple(route for name in (*names, last) if (route := read_route(name)) is not None)
+    if limits != sorted(set(limits)) or len(routes) <= len(names):
+        raise _not_a_plan(text)
+    return RoutePlan(routes, tuple(limits))
 
 
-def no_plan(text: str) -> KernelError:
-    """Return the error for a text that is no plan of routes."""
+def _not_a_plan(text: str) -> KernelError:
     return KernelError(
-        f"{text!r:.200} is not a plan of routes. A plan reads like 'bitmask@2 panels:128x256': limits increase, and "
-        "the last route has none. pack_ makes a plan from measurements."
+        f"{text!r:.200} is not a plan of routes. A plan looks like 'bitmask@2 panels:128x256': its limits increase, "
+        "and the last route has none. pack_ makes a plan from measurements."
     )
 
 
@@ -124,7 +132,7 @@ def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list
 
     Args:
         packed: the weight.
-        patterns: others than the format's own that its zeros satisfy too.
+        patterns: further patterns that its zeros satisfy, besides the one of the format.
     """
     density, known = stored_share(packed), tuple(dict.fromkeys((packed.pattern, *patterns)))
     native = has_kernels() and bool(packed.shape[0] and packed.shape[1])
@@ -137,7 +145,7 @@ def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list
 
 
 def default_plan(packed: Format) -> RoutePlan:
-    """Return a plan for a weight that was never measured: what its format was made for; dense without kernels."""
+    """Return a plan for a weight that was not measured: by its format, and without native kernels dense."""
     rows, columns = packed.shape
     match packed, packed.pattern:
         case RowPacked(), _:
@@ -150,14 +158,15 @@ def default_plan(packed: Format) -> RoutePlan:
             return RoutePlan((GroupRoute(n, m),))
         case BlockPacked(), Block(height, width) if not (rows % height or columns % width):
             return RoutePlan((TileRoute(height, width),))
+    # benchmarks/kernels.py: the bitmask is mostly the fastest up to 2 input rows, and panels for more.
     return RoutePlan((BitmaskRoute(), PanelRoute()), (2,))
 
 
 def usable_plan(packed: Format, text: str) -> RoutePlan:
-    """Return the plan that a file holds for a weight, if all its routes can run the weight, else the default one.
+    """Return the plan that a file has for a weight, if all its routes can run the weight, else the default plan.
 
-    A plan is no part of the weight: one of an unknown version, or of another machine's kernels, is only a lost
-    measurement.
+    A plan is not needed to read a weight. So a plan of an unknown version, or one for kernels of another machine, is
+    not an error: only the result of a measurement is lost.
     """
     try:
         plan = RoutePlan.parse(text)

@@ -1,4 +1,4 @@
-"""A weight as its format stores it, and a weight made ready to run."""
+"""A weight as its format stores it, and a weight that is ready to run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from secateur.kernels._route import LayoutRoute
 
 
 class Prepared(ABC):
-    """A weight made ready for one route.
+    """A weight that is ready to run by one route.
 
     Attributes:
-        nbytes: of memory that it takes besides the tensors of the stored weight.
+        nbytes: bytes of memory that it takes besides the tensors of the stored weight.
     """
 
     nbytes: int
 
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + b for x ``[rows, in]`` and b ``[out]``, in x's dtype."""
+        """Return x Wᵀ + b for x ``[rows, in]`` and b ``[out]``, in the dtype of x."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
-    """A matrix of stored values, to be run as it is or to be laid out.
+    """A stored weight as a matrix, from which a layout can be made.
 
     Args:
         values: ``[out, in]``, in a value dtype.
-        scales: float32 ``[out]`` that int8 values are multiplied by; else None.
-        owner: the format's own tensor of values. What has its bits in the same order shares its memory.
-        mask: which values the format stores; None for all that are not zero.
+        scales: float32 ``[out]``, by which int8 values are multiplied; else None.
+        owner: the tensor of values of the format. A layout with the same values in the same order shares its memory.
+        mask: ``[out, in]`` bool, which values the format stores; None for all that are not zero.
     """
 
     values: Tensor
@@ -51,14 +51,15 @@ class StoredWeight:
         return cls(values, scales, packed.values, packed.mask() if isinstance(packed, Bitmask) else None)
 
     def to_dense(self) -> Weight:
-        """Return the weight, scaled if it has scales; else these are the stored values themselves, not a copy."""
+        """Return the weight: times its scales, or the stored values themselves if there are none."""
         return self.values if self.scales is None else self.values.float() * self.scales[:, None]
 
     def lay_out(self, route: LayoutRoute) -> tuple[Layout, int]:
-        """Return the layout for a route, and the bytes of it that are the owner's own memory."""
+        """Return the layout for a route, and how many of its bytes are the owner's memory."""
         dtype = self.values.dtype
         values = self.values.to(VALUE_TYPES[dtype].carrier or dtype)
-        # What a format stores only to fill its units need not run, unless its values are to be shared as they are.
+        # Formats also store zeros, to fill a group or a tile. They need not be multiplied. But a layout that shares the
+        # memory of the values must have all of them.
         mask = self.mask if self.mask is not None and route.stores_zeros else self.values != 0
         layout = route.lay_out(values, mask)
         if self.scales is not None:
@@ -68,7 +69,10 @@ class StoredWeight:
 
 
 def _sharing(layout: Layout, values: Tensor) -> tuple[Layout, int]:
-    """The layout on the memory of stored values, where these are the same in the same order, and its shared bytes."""
+    """The layout on the memory of stored values, if these are the same in the same order, and the shared bytes.
+
+    A packed layer would otherwise take twice the memory of its values: once as they are stored and once to run.
+    """
     spare = layout.values.numel() - values.numel()
     beyond = values.untyped_storage().nbytes() // values.itemsize - values.storage_offset() - values.numel()
     if values.device.type != "cpu" or not values.is_contiguous() or not 0 <= spare <= beyond:

@@ -1,4 +1,4 @@
-"""Routes: how a packed weight is run, as values. Their text, ``panels:128x256``, is for files and compiled graphs."""
+"""Routes: how a packed weight is run. A route is a value. Its text is for files and compiled graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import ClassVar, Self
+from typing import ClassVar, Self, final
 
 from torch import Tensor
 
@@ -17,29 +17,26 @@ from secateur.patterns import SparsityPattern
 
 
 class Route(ABC):
-    """A way of running a packed weight. A value: a frozen dataclass that compares, hashes and prints.
+    """How a packed weight is run: a frozen dataclass that can be compared, hashed and printed.
 
-    Its text is its name, and its fields joined by ``separator``: ``panels:128x256``.
+    Its text names it in files and compiled graphs.
     """
 
     name: ClassVar[str]
-    grammar: ClassVar[str] = ""  # of the fields in the text; each group is a field
-    separator: ClassVar[str] = "x"
 
+    @abstractmethod
     def __str__(self) -> str:
-        values = [str(getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
-        return ":".join([self.name, self.separator.join(values)]) if values else self.name
+        """Return the text of the route."""
 
     @property
+    @abstractmethod
     def needs_kernels(self) -> bool:
-        """Whether only native kernels make it worth running."""
-        return False
+        """Whether the route is only fast with native kernels."""
 
     @classmethod
+    @abstractmethod
     def read(cls, text: str) -> Self | None:
         """Return the route of this class that a text names, or None."""
-        found = re.fullmatch(f"{cls.name}:{cls.grammar}" if cls.grammar else cls.name, text)
-        return None if found is None else cls(*map(int, found.groups()))
 
     @classmethod
     @abstractmethod
@@ -48,21 +45,53 @@ class Route(ABC):
 
         Args:
             packed: the weight.
-            patterns: that its zeros satisfy, the format's own among them.
-            density: stored weights over all weights.
+            patterns: the patterns that its zeros satisfy, the one of the format among them.
+            density: stored weights as a fraction of all weights.
         """
 
     @abstractmethod
     def why_not(self, packed: Format) -> str | None:
-        """Return the reason that the route cannot have been chosen for a weight, on whatever machine, or None."""
+        """Return the reason why no measurement on any machine can have chosen the route for a weight, or None."""
 
 
-class LayoutRoute(Route):
-    """A route that runs a layout, made of any weight that fits it."""
+class SizedRoute(Route):
+    """A route whose fields are sizes. Its text is its name and the sizes with a separator: ``panels:128x256``."""
 
-    needs_kernels = True
-    stores_zeros: ClassVar[bool] = False  # whether zeros that the format stores are laid out too, to share its values
+    grammar: ClassVar[str] = ""  # a regular expression for the sizes in the text; each group of it is a field
+    separator: ClassVar[str] = "x"
+
+    @final
+    def __str__(self) -> str:
+        sizes = [str(getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
+        return ":".join([self.name, self.separator.join(sizes)]) if sizes else self.name
+
+    @property
+    @final
+    def needs_kernels(self) -> bool:
+        """Whether the route runs a layout. Dense arithmetic is as fast without native kernels."""
+        return isinstance(self, LayoutRoute)
+
+    @classmethod
+    @final
+    def read(cls, text: str) -> Self | None:
+        """Return the route of this class that a text names, or None."""
+        found = re.fullmatch(f"{cls.name}:{cls.grammar}" if cls.grammar else cls.name, text)
+        return None if found is None else cls(*map(int, found.groups()))
+
+
+class LayoutRoute(SizedRoute):
+    """A route that runs a weight in a layout."""
+
+    stores_zeros: ClassVar[bool] = False  # whether the layout has the zeros that the format stores
 
     @abstractmethod
     def lay_out(self, values: Tensor, mask: Mask) -> Layout:
-        """Return the layout of a weight ``[out, in]`` of which the mask is stored, with values of the same dtype."""
+        """Return the layout of a weight, with values of the same dtype.
+
+        Args:
+            values: ``[out, in]``.
+            mask: ``[out, in]`` bool, which values to store.
+
+        Raises:
+            KernelError: the weight does not fit the layout.
+        """

@@ -1,4 +1,4 @@
-"""The one table of routes: a route is a file, and its lines here."""
+"""The table of routes. A new route is one file, and its lines here."""
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
@@ -23,7 +23,7 @@ __all__ = [
     "TileRoute",
 ]
 
-# In the order of candidates.
+# In the order of candidates: routes for a few weights first, dense arithmetic last.
 ROUTES: tuple[type[Route], ...] = (
     RowRoute,
     ColumnRoute,
@@ -35,7 +35,7 @@ ROUTES: tuple[type[Route], ...] = (
     DenseRoute,
 )
 
-# As version 0.1 wrote them.
+# The beginnings of texts that version 0.1 wrote, and what they are now.
 _FORMERLY = {"lanes:": "groups:", "strips:": "tiles:", "rows:strips": "rows:tiles", "columns:strips": "columns:tiles"}
 
 

@@ -1,4 +1,4 @@
-"""Dense tiles, cut into strips of rows whose sums stay in registers."""
+"""The layout of dense tiles, and its route."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from secateur.patterns import Block, SparsityPattern
 
 @dataclass(frozen=True, eq=False)
 class TileLayout(Layout):
-    """Dense blocks of any size, cut into strips of 16, 8, 4, 2 or 1 rows whose sums stay in registers."""
+    """Dense tiles of any size, cut into strips of 16, 8, 4, 2 or 1 rows, whose sums stay in registers."""
 
-    block_columns: Tensor  # [blocks] int32
-    block_rows: Tensor  # [row blocks + 1] int64
+    tile_columns: Tensor  # [tiles] int32, the column of tiles that each tile is in
+    first_tiles: Tensor  # [rows of tiles + 1] int64, the first tile of each row of tiles
     height: int
     width: int
     kernel = "tiles"
@@ -37,26 +37,30 @@ class TileLayout(Layout):
         width: int,
         value_dtype: torch.dtype = torch.float32,
     ) -> TileLayout:
-        """Pack a weight [out, in] by blocks: a block of which the mask keeps anything is stored whole."""
+        """Pack a weight ``[out, in]`` by tiles. A tile is stored whole if the mask keeps any weight of it.
+
+        Raises:
+            KernelError: the tiles do not divide the weight.
+        """
         values, mask, scale = prepare(weight, mask, value_dtype)
         shape = shape_of(values)
         if height < 1 or width < 1 or shape[0] % height or shape[1] % width:
             raise KernelError(
-                f"blocks of {height}x{width} do not divide a weight of {shape[0]}x{shape[1]}; strips need whole "
-                "blocks. Use PanelLayout for a weight with a remainder."
+                f"tiles of {height}x{width} do not divide a weight of {shape[0]}x{shape[1]}; the layout has only whole "
+                "tiles. PanelLayout takes any weight."
             )
         kept = mask.view(shape[0] // height, height, shape[1] // width, width).any(3).any(1)
-        blocks = values.view(shape[0] // height, height, shape[1] // width, width).transpose(1, 2)[kept]
+        tiles = values.view(shape[0] // height, height, shape[1] // width, width).transpose(1, 2)[kept]
         row, column = kept.nonzero(as_tuple=True)
-        layout = cls(shape, blocks, scale, column.to(torch.int32), offsets_of(kept.sum(1)), height, width)
-        flat = values.new_zeros(blocks.numel() + SPARE)
+        layout = cls(shape, tiles, scale, column.to(torch.int32), offsets_of(kept.sum(1)), height, width)
+        flat = values.new_zeros(tiles.numel() + SPARE)
         for target, first, strip in layout._strips(row):
-            flat[target] = blocks[:, first : first + strip].transpose(1, 2).flatten(1)
-        return cls(shape, in_large_pages(flat), scale, layout.block_columns, layout.block_rows, height, width)
+            flat[target] = tiles[:, first : first + strip].transpose(1, 2).flatten(1)
+        return cls(shape, in_large_pages(flat), scale, layout.tile_columns, layout.first_tiles, height, width)
 
     def _strips(self, row: Tensor) -> list[tuple[Tensor, int, int]]:
-        """For each strip of a block: where its values [blocks, width * strip rows] lie, its first row, its rows."""
-        begin, count = self.block_rows[:-1][row], self.block_rows.diff()[row]
+        """For each strip of a tile: the places of its values ``[tiles, width * rows]``, its first row, and its rows."""
+        begin, count = self.first_tiles[:-1][row], self.first_tiles.diff()[row]
         number = torch.arange(len(row)) - begin
         found, first = [], 0
         while first < self.height:
@@ -68,16 +72,16 @@ class TileLayout(Layout):
 
     def to_dense(self) -> Weight:
         rows, columns = self.shape
-        row = torch.repeat_interleave(torch.arange(rows // self.height), self.block_rows.diff())
-        blocks = self.values.new_zeros(len(row), self.height, self.width)
+        row = torch.repeat_interleave(torch.arange(rows // self.height), self.first_tiles.diff())
+        tiles = self.values.new_zeros(len(row), self.height, self.width)
         for target, first, strip in self._strips(row):
-            blocks[:, first : first + strip] = self.values[target].view(len(row), self.width, strip).transpose(1, 2)
+            tiles[:, first : first + strip] = self.values[target].view(len(row), self.width, strip).transpose(1, 2)
         weight = self.values.new_zeros(rows // self.height, columns // self.width, self.height, self.width)
-        weight[row, self.block_columns.long()] = blocks
+        weight[row, self.tile_columns.long()] = tiles
         return self._scaled(weight.transpose(1, 2).reshape(rows, columns))
 
     def arguments(self) -> tuple[int, ...]:
-        return self.block_columns.data_ptr(), self.block_rows.data_ptr(), self.height, self.width
+        return self.tile_columns.data_ptr(), self.first_tiles.data_ptr(), self.height, self.width
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which modules hold a weight matrix, how is it read, and may the module be replaced?"""
+"""Which modules have a weight matrix, how is it read, and may a module be replaced?"""
 
 from secateur.layers._kinds import FLATTENED as FLATTENED
 from secateur.layers._kinds import LayerKind as LayerKind

@@ -1,4 +1,4 @@
-"""The kinds of layers: how a module's weight is read as ``[out, in]``, and its inputs as rows."""
+"""The kinds of layers: how the weight of a module is read as ``[out, in]``, and its inputs as rows."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from secateur._checks import instance
 from secateur._types import Weight
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How one class of modules is read as a linear map of rows.
+    """How the modules of one class are read as linear maps of rows.
 
     Args:
-        to_matrix: from the parameter to ``[out, in]``, a view where possible.
-        from_matrix: from ``[out, in]`` and the module back to the parameter's own shape.
-        input_rows: from the module and its first positional input, ``[..., features]``, to ``[groups, tokens, in]``,
-            one row for each position of the input's leading dimensions, in order.
-        parameter: the weight's attribute name.
-        channel_width: neighbouring columns that read one input channel; kernel positions for a convolution.
+        to_matrix: given the module and its parameter, returns the matrix ``[out, in]``: a view where possible.
+        from_matrix: given the module and a matrix ``[out, in]``, returns it in the shape of the parameter.
+        input_rows: given the module and its first positional input, ``[..., features]``, returns
+            ``[groups, tokens, in]``: one row for each position of the input's leading dimensions, in their order.
+        parameter: name of the attribute that is the weight.
+        channel_width: given the module, returns how many adjacent columns read one input channel: the kernel positions
+            of a convolution.
     """
 
     to_matrix: Callable[[nn.Module, Tensor], Weight]
@@ -42,11 +44,11 @@ def _unfolded_rows(module: nn.Module, x: Tensor) -> Tensor:
     if x.ndim == space + 1:
         x = x.unsqueeze(0)
     reach = [dilation * (kernel - 1) for dilation, kernel in zip(module.dilation, module.kernel_size, strict=True)]
-    padding: list[int] = []  # last dimension first, as F.pad wants it
+    padding: list[int] = []  # the last dimension first, as F.pad takes it
     for axis in reversed(range(space)):
         if isinstance(module.padding, str):
             total = reach[axis] if module.padding == "same" else 0
-            padding += [total // 2, total - total // 2]
+            padding += [total // 2, total - total // 2]  # PyTorch, too, adds an odd one at the end
         else:
             padding += [module.padding[axis]] * 2
     if any(padding):
@@ -85,7 +87,7 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
 
 
 def register_layer(module_type: type[nn.Module], kind: LayerKind) -> None:
-    """Make a class of modules, and its subclasses, prunable. A later registration of the same class replaces the first.
+    """Make the modules of a class and of its subclasses prunable. Registering a class again replaces its kind.
 
     Args:
         module_type: a subclass of ``nn.Module`` with one weight that acts linearly on rows.
@@ -114,24 +116,22 @@ def register_layer(module_type: type[nn.Module], kind: LayerKind) -> None:
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type must be a subclass of nn.Module, got {module_type!r}")
-    if not isinstance(kind, LayerKind):
-        raise TypeError(f"kind must be a LayerKind, got {type(kind).__name__}")
-    _KINDS[module_type] = kind
+    _KINDS[module_type] = instance("kind", kind, LayerKind)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """The kind registered for the module's class or its nearest base class, or None."""
+    """Return the kind that is registered for the module's class or else for its nearest base class, or None."""
     transposed = _transposed_linear()
     fallback = _TRANSPOSED if transposed is not None and isinstance(module, transposed) else None
     return next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), fallback)
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether a module is exactly transformers' ``Conv1D``, a linear layer with the weight as ``[in, out]``."""
+    """Return whether a module is exactly transformers' ``Conv1D``, a linear layer with the weight as ``[in, out]``."""
     return type(module) is _transposed_linear()
 
 
 def _transposed_linear() -> type[nn.Module] | None:
-    # Looked up only when transformers is loaded anyway, so that secateur never imports it for this.
+    # A model can only have such a layer if transformers was imported. secateur itself does not import it for this.
     transformers = sys.modules.get("transformers.pytorch_utils")
     return None if transformers is None else transformers.Conv1D

@@ -1,4 +1,4 @@
-"""What pruning has to do to an optimizer: forget the past of weights that are no longer there."""
+"""What pruning does to an optimizer: the momenta of pruned weights become zero."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from secateur.layers._sharding import local_part, sharded_like
 
 @torch.no_grad()
 def clear_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask: Mask) -> None:
-    """Zero the optimizer's momenta of a parameter where ``mask`` is False, as if those weights had never been trained.
+    """Set the optimizer's momenta of a parameter to zero where ``mask`` is False.
+
+    Otherwise the momentum of a weight from before pruning would move it when it grows again.
 
     Args:
-        optimizer: any; state tensors of the parameter's shape are taken as one number a weight.
-        parameter: whose state to clear. If it is sharded, so is its state.
-        mask: bool, in the shape of the whole parameter, True = leave as it is.
+        optimizer: any. A state tensor of the parameter's shape is taken to hold one number for each weight.
+        parameter: the one whose state is cleared. If it is sharded, so is its state.
+        mask: bool, in the shape of the whole parameter, True = leave the state unchanged.
     """
     state = optimizer.state.get(parameter)
     if not state:

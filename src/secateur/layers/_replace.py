@@ -1,4 +1,4 @@
-"""Whether a module may be replaced by another one, why not, and the replacement itself."""
+"""May a module be replaced by another one? If not, why? And the replacement itself."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from secateur.layers._sharding import is_sharded
 
 
 class Replaceability:
-    """Says of the modules of one model whether they may be replaced without a change to what the model computes.
+    """Whether the modules of one model may be replaced without changing what the model computes.
 
     Args:
-        model: that the modules hang in; its structure must not change while this is used.
-        instead: what to do with a model that is itself a bare layer.
+        model: the one that has the modules. Its structure must not change while this object is used.
+        instead: advice for a model that is itself a layer.
     """
 
     def __init__(self, model: nn.Module, instead: str = "put it into a module") -> None:
         self._model, self._instead = model, instead
+        # Their fast paths read the weights of their children without calling these: a replacement would not run there.
         self._readers = {
             id(child): type(parent).__name__
             for parent in model.modules()
@@ -27,11 +28,11 @@ class Replaceability:
         }
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Return the reason that a module must stay what it is, or None."""
+        """Return the reason why a module must not be replaced, or None."""
         if module is self._model:
             return f"a bare layer cannot be replaced in place; {self._instead}"
         if any(is_sharded(parameter) for parameter in module.parameters(recurse=False)):
-            return "its weight is sharded over processes already; replace layers before fully_shard"
+            return "its weight is already sharded over processes; replace layers before fully_shard"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return "it has hooks, which a replacement would lose"
         if "forward" in vars(module):
@@ -42,12 +43,17 @@ class Replaceability:
 
 
 def reads_without_calling(reader: str) -> str:
-    """Return the reason to leave a layer alone whose weight its parent reads, so that calls are not all that counts."""
+    """Return the reason to leave a layer unchanged whose parent reads its weight instead of calling the layer."""
     return f"{reader} reads its weight without calling it"
 
 
 def swap_modules_(model: nn.Module, swaps: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Replace modules, given as pairs of old and new, wherever they hang in the model."""
+    """Replace modules of a model at every place where the model has them.
+
+    Args:
+        model: changed in place.
+        swaps: pairs of an old module and its replacement.
+    """
     new = {id(old): replacement for old, replacement in swaps}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

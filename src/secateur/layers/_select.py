@@ -1,4 +1,4 @@
-"""Which layers of a model are worked on, and why the others are not."""
+"""Which layers of a model are selected, and why the others are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur._checks import globs
 from secateur._errors import RecipeError, naming
-from secateur._types import Weight
+from secateur._types import Weight, dtype_name
 from secateur.layers._kinds import LayerKind, kind_of
 from secateur.layers._replace import reads_without_calling
 from secateur.layers._sharding import full_tensor, is_sharded, write_whole_
@@ -19,7 +19,7 @@ from secateur.patterns import SparsityPattern, with_channel_width
 from secateur.reports import SkippedLayer
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# Last name component of the layers that turn features into predictions, as the transformers library calls them.
+# The last part of the name of an output head, which turns features into predictions, in models of transformers.
 _HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "output_projection"})
 
 
@@ -29,8 +29,8 @@ class Layer:
 
     Args:
         name: qualified name of the first module.
-        modules: the modules that share the parameter, the first one first.
-        kind: how to read it.
+        modules: the modules that share the parameter.
+        kind: how it is read.
         tied_to: qualified names of the other modules.
     """
 
@@ -41,7 +41,7 @@ class Layer:
 
     @property
     def title(self) -> str:
-        """The name, or words for the model itself, which has none."""
+        """The name for messages: the model itself has an empty name."""
         return self.name or "(the model itself)"
 
     @property
@@ -65,39 +65,40 @@ class Layer:
         return self.kind.channel_width(self.modules[0])
 
     def to_matrix(self, tensor: Tensor) -> Weight:
-        """Return a tensor of the parameter's shape, such as its gradient, as ``[out, in]``: whole, a view if it can."""
+        """Return a tensor of the parameter's shape, such as its gradient, as a whole matrix ``[out, in]``.
+
+        It is a view where possible.
+        """
         return self.kind.to_matrix(self.modules[0], full_tensor(tensor))
 
     def from_matrix(self, matrix: Weight) -> Tensor:
-        """Return a matrix ``[out, in]``, such as a mask, in the parameter's own shape."""
+        """Return a matrix ``[out, in]``, such as a mask, in the shape of the parameter."""
         return self.kind.from_matrix(self.modules[0], matrix)
 
     def matrix(self) -> Weight:
-        """The weight as ``[out, in]``, detached and whole; a view where possible."""
+        """Return the whole weight as ``[out, in]``, detached: a view where possible."""
         return self.to_matrix(self.parameter.detach())
 
     def fit(self, pattern: SparsityPattern) -> SparsityPattern:
-        """Return the pattern as it applies to this layer, after checking that it fits and the weight can be worked on.
+        """Return the pattern as it applies to this layer, after checking the weight and its shape.
 
         Raises:
-            RecipeError: the weight has no values, or values that are not finite; naming the layer.
-            PatternError: the pattern does not fit; naming the layer.
+            RecipeError: the weight has no values, or values that are not finite. The message names the layer.
+            PatternError: the pattern does not fit the shape. The message names the layer.
         """
         pattern = with_channel_width(pattern, self.channel_width)
         weight = self.matrix()
-        if weight.is_meta:
-            raise RecipeError(
-                f"{self.title}: its weight is on the meta device, without values. Load the weights first."
-            )
-        if not (finite := weight.isfinite()).all():
-            raise RecipeError(f"{self.title}: {int((~finite).sum())} of its weights are NaN or infinite.\nExclude it.")
         with naming(self.title):
+            if weight.is_meta:
+                raise RecipeError("its weight is on the meta device, without values. Load the weights first.")
+            if not (finite := weight.isfinite()).all():
+                raise RecipeError(f"{int((~finite).sum())} of its weights are NaN or infinite. Exclude the layer.")
             pattern.validate(weight.shape)
         return pattern
 
     @torch.no_grad()
     def write_(self, matrix: Weight) -> None:
-        """Set the weight from ``[out, in]``, in the parameter's own dtype."""
+        """Copy a matrix ``[out, in]`` into the weight, which keeps its dtype."""
         write_whole_(self.parameter, self.from_matrix(matrix))
 
 
@@ -108,12 +109,16 @@ def select_layers(
 
     Args:
         model: any module.
-        include: glob patterns on qualified names. Given, exactly the layers they match are pruned and nothing is
-            excluded by default; empty, all prunable layers but output heads and those tied to an embedding.
-        exclude: glob patterns that win over ``include``.
+        include: glob patterns on qualified names. If there are any, exactly the prunable layers that match one are
+            selected. If there is none, all prunable layers are, except output heads and layers tied to an embedding.
+        exclude: glob patterns on qualified names. What matches is not selected, even if it matches ``include``.
+
+    Returns:
+        The layers, and the other modules that own parameters, each with the reason why it is skipped.
 
     Raises:
-        RecipeError: a glob that matches no module with parameters, or no layer left to prune.
+        RecipeError: a glob matches no module with parameters, or no layer is left to prune.
+        TypeError: a glob that is not a str.
     """
     include, exclude = globs("include", include), globs("exclude", exclude)
     owners = [(name, module) for name, module in model.named_modules() if _own_parameters(module)]
@@ -121,7 +126,7 @@ def select_layers(
         if not any(fnmatchcase(name, glob) for name, _ in owners):
             raise RecipeError(
                 f"{glob!r} matches none of the {len(owners)} modules with parameters.\n"
-                f"Globs are compared with whole qualified names, such as {owners[0][0]!r}."
+                f"A glob must match a whole qualified name, such as {owners[0][0]!r}."
                 if owners
                 else f"{glob!r} matches nothing: the model has no parameters."
             )
@@ -132,7 +137,8 @@ def select_layers(
         name: _why_not_possible(name, module, attention) or _why_not_chosen(name, module, include, exclude, head)
         for name, module in owners
     }
-    # A shared weight is left alone as soon as one module that uses it is; naming a layer frees it from an embedding.
+    # A shared weight is left unchanged if any module that uses it is: pruning it would change that module, too. Only an
+    # embedding does not count where `include` is given, because then the user named the layer.
     left_alone: dict[int, tuple[str, nn.Module]] = {}
     for name, module in owners:
         if reasons[name] and not (include and isinstance(module, _EMBEDDINGS)):
@@ -171,21 +177,21 @@ def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _why_not_possible(name: str, module: nn.Module, attention: set[str]) -> str | None:
-    """The reason that a module cannot be pruned, or None."""
+    """The reason why a module cannot be pruned, or None."""
     kind = kind_of(module)
     if kind is None:
         if isinstance(module, _EMBEDDINGS):
             return "embedding"
         if all(parameter.ndim < 2 for parameter in _own_parameters(module).values()):
             return "no weight matrix"
-        return f"{type(module).__name__} is no known kind of layer; see secateur.register_layer"
+        return f"{type(module).__name__} is not a known kind of layer; see secateur.register_layer"
     weight = getattr(module, kind.parameter, None)
     if not isinstance(weight, nn.Parameter):
         return f"its {kind.parameter} is computed from other parameters (parametrized or pruned by torch.nn.utils)"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet; run the model once"
     if not weight.is_floating_point() or weight.element_size() == 1:
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point matrix"
+        return f"its weight is {dtype_name(weight.dtype)}, and not of 16 or more floating-point bits"
     if name.rpartition(".")[0] in attention:
         return reads_without_calling("nn.MultiheadAttention")
     return None
@@ -194,7 +200,7 @@ def _why_not_possible(name: str, module: nn.Module, attention: set[str]) -> str 
 def _why_not_chosen(
     name: str, module: nn.Module, include: tuple[str, ...], exclude: tuple[str, ...], head: nn.Module | None
 ) -> str | None:
-    """The reason that a module was not asked to be pruned, or None."""
+    """The reason why a module that can be pruned is not selected, or None."""
     if any(fnmatchcase(name, glob) for glob in exclude):
         return "excluded"
     if include:

@@ -1,4 +1,4 @@
-"""Which packed layer stands for which module, and back: the one place that knows both."""
+"""Which packed layer replaces which module."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from secateur.nn._packed import PackedConv2d, PackedLinear
 
 @dataclass(frozen=True)
 class PackedAs:
-    """What a packed layer is besides its weight: the class of the module that it stands for.
+    """The class of the module that a packed layer replaces.
 
     Args:
-        transposed: transformers' ``Conv1D``, a linear layer that keeps its weight as ``[in, out]``.
-        stride: of a convolution with a 1x1 kernel; None for a linear layer.
+        transposed: whether it is transformers' ``Conv1D``, a linear layer whose weight is ``[in, out]``.
+        stride: stride of a convolution with a 1x1 kernel; None for a linear layer.
     """
 
     transposed: bool = False
@@ -27,7 +27,7 @@ class PackedAs:
 
     @classmethod
     def of(cls, module: nn.Module) -> PackedAs | None:
-        """Return what a module, dense or packed, would be packed as; None where it has no packed counterpart."""
+        """Return what a module, dense or packed, is packed as; None if no packed layer can replace it."""
         if isinstance(module, PackedConv2d):
             return cls(stride=module.stride)
         if isinstance(module, PackedLinear):
@@ -46,8 +46,8 @@ class PackedAs:
         Args:
             packed: the weight.
             bias: ``[out]``, or None.
-            plan: which route to take for how many input rows; None for what the format was made for.
-            dtype: of the dense weight to go back to.
+            plan: which route to take for how many input rows; None for the route that the format was made for.
+            dtype: dtype of the dense weight.
         """
         linear = PackedLinear(packed, bias, plan, dtype)
         linear.transposed = self.transposed
@@ -55,16 +55,16 @@ class PackedAs:
 
 
 def why_no_counterpart(module: nn.Module) -> str | None:
-    """Return the reason that no packed layer stands for exactly such a module, or None if one does."""
+    """Return the reason why no packed layer can replace a module, or None."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and PackedAs.of(module) is None:
-        return "a convolution with kernel, padding or groups: unfolding its input costs what the zeros save"
+        return "a convolution with a kernel above 1x1, padding or groups: unfolding its input costs what the zeros save"
     if type(module) in (nn.Linear, nn.Conv2d) or is_transposed_linear(module):
         return None
-    return f"only nn.Linear and 1x1 convolutions have a packed counterpart, not {type(module).__name__}"
+    return f"a packed layer can replace only nn.Linear and 1x1 convolutions, not {type(module).__name__}"
 
 
 def shape_as_matrix(module: nn.Module) -> tuple[int, int] | None:
-    """Return ``(out, in)`` of a module, dense or packed, that has a packed counterpart; None of any other."""
+    """Return ``(out, in)`` of a module that is packed or that a packed layer can replace; None of any other."""
     if isinstance(module, PackedLinear | PackedConv2d):
         return module.packed.shape
     kind = kind_of(module)
@@ -75,12 +75,12 @@ def shape_as_matrix(module: nn.Module) -> tuple[int, int] | None:
 
 
 def linear_of(module: PackedLinear | PackedConv2d) -> PackedLinear:
-    """Return the linear layer of a packed one: that of a convolution, or the layer itself."""
+    """Return the linear layer inside a packed convolution, or a packed linear layer itself."""
     return module.linear if isinstance(module, PackedConv2d) else module
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
-    """Return a model's packed layers by qualified name, every name of those that hang in several places."""
+    """Return the packed layers of a model by qualified name. A layer with several names is there under each."""
     found: dict[str, PackedLinear | PackedConv2d] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Layers that run packed: a linear layer, and the convolution that is one on every pixel."""
+"""Layers that run packed: a linear layer, and a 1x1 convolution, which is a linear layer on every pixel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import FormatError, SparsityError
+from secateur._checks import instance
+from secateur._errors import KernelError, SparsityError
 from secateur._types import Weight, dtype_name
 from secateur.formats import VALUE_DTYPES, Format, pack
 from secateur.kernels import (
@@ -26,26 +27,28 @@ from secateur.patterns import SparsityPattern, as_pattern
 class PackedLinear(nn.Module):
     """A linear layer whose weight is stored without its zeros: ``y = x Wᵀ + bias``.
 
-    The buffers are the tensors of the storage format and the bias, so that ``deepcopy``, ``state_dict`` and ``.to`` do
-    what they do for any module. What the kernels want in another order is made at the first call, kept beside the
-    buffers, and made anew after they change. The layer is frozen: the gradient goes to its input only, so that it can
-    lie anywhere below or above what is trained. ``torch.compile(fullgraph=True)`` and ``torch.export`` see one
-    operator. Sums are float32, and the output has the input's dtype.
+    The buffers are the tensors of the storage format and the bias, so that ``deepcopy``, ``state_dict`` and ``.to``
+    work as for any module. Kernels need the weight in another order. It is made at the first call, kept outside of the
+    buffers, and made again after they change. The layer is frozen: only its input gets a gradient. Layers before and
+    after it can be trained. ``torch.compile(fullgraph=True)`` and ``torch.export`` see one operator. Sums are float32,
+    and the output has the dtype of the input.
 
-    A weight pruned by rows gives the bias alone where a row is gone, one pruned by columns does not read the inputs
-    that are gone: shapes outside stay as they were.
+    The shapes of inputs and outputs are those of the dense layer. Where a weight lacks a row, the output is the bias
+    alone. Where it lacks a column, the input is not read.
 
-    Zeros are not multiplied: an infinite or NaN input reaches only the outputs whose weight stores its column.
+    Zeros that are not stored are not multiplied: an infinity or NaN in the input affects only outputs that store a
+    weight for it.
 
     Args:
-        packed: the weight, from :func:`pack_` or one of the formats of ``docs/format.md``.
+        packed: the weight, in one of the formats of ``docs/format.md``.
         bias: ``[out]``, or None.
-        plan: which kernel to use at which batch; None for what the format was made for. :func:`pack_` measures.
-        dtype: of the dense weight to go back to; None for that of the values, or float32 where they are int8.
+        plan: which route to take for how many input rows; None for the route that the format was made for.
+            :func:`pack_` measures which is best.
+        dtype: dtype of the dense weight that this layer replaces; None for that of the values, or float32 for int8.
 
     Raises:
-        KernelError: a plan that is none.
-        FormatError: a bias of another size.
+        KernelError: a text that is not a plan, or a bias of another size.
+        TypeError: ``packed`` is not a storage format.
 
     Example:
         >>> import torch, secateur
@@ -71,12 +74,11 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(packed, Format):
-            raise TypeError(f"packed must be a storage format such as Bitmask, got {type(packed).__name__}")
+        instance("packed", packed, Format, "a storage format such as Bitmask")  # type: ignore[type-abstract]
         if bias is not None and tuple(bias.shape) != packed.shape[:1]:
-            raise FormatError(
-                f"the bias has shape {tuple(bias.shape)}, but the weight has {packed.shape[0]} outputs. "
-                "Give one number for each."
+            raise KernelError(
+                f"the bias has shape {tuple(bias.shape)}, but the packed weight has {packed.shape[0]} outputs; the "
+                f"bias should be [{packed.shape[0]}]. Check that it belongs to this layer."
             )
         self.out_features, self.in_features = packed.shape
         self._format_type, self.pattern = type(packed), packed.pattern
@@ -85,10 +87,11 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         if dtype is None:
             dtype = packed.dense_dtype
-        # Whatever .to(dtype) does to a dense layer it does to this.
+        # An empty tensor with the dtype of the dense weight, which .to(dtype) changes as it does for a dense layer. The
+        # values cannot have it: they may be int8, and no format has float64.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=packed.values.device), persistent=False)
-        self.transposed = False  # whether the dense layer was transformers' Conv1D, which keeps [in, out]
-        self.plan = default_plan(packed) if plan is None else RoutePlan.parse(plan) if isinstance(plan, str) else plan
+        self.transposed = False  # whether the dense layer was transformers' Conv1D, whose weight is [in, out]
+        self.plan = default_plan(packed) if plan is None else plan
 
     @classmethod
     def from_linear(
@@ -98,32 +101,34 @@ class PackedLinear(nn.Module):
         value_dtype: torch.dtype | None = None,
         plan: RoutePlan | str | None = None,
     ) -> Self:
-        """Return the packed counterpart of an ``nn.Linear``: what is not zero in its weight is stored.
+        """Return the packed layer for an ``nn.Linear``. It stores the weights that are not zero.
 
         Args:
-            linear: the layer; it is not changed.
-            pattern: that the zeros follow; None finds the one with the smallest format.
-            value_dtype: of the stored values: float32, bfloat16, float16 or int8; None for the weight's own.
+            linear: the layer, which is not changed.
+            pattern: the pattern that the zeros follow; None for the one with the smallest format.
+            value_dtype: dtype of the stored values: float32, bfloat16, float16 or int8; None for that of the weight.
             plan: as for the class.
 
         Raises:
             PatternError: the zeros do not follow the pattern.
-            FormatError: a value that ``value_dtype`` cannot hold.
+            RecipeError: values cannot be stored in ``value_dtype``.
+            FormatError: a weight that ``value_dtype`` cannot hold.
+            TypeError: ``linear`` is not an ``nn.Linear``.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        instance("linear", linear, nn.Linear, "an nn.Linear")
+        assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach()
         packed = pack(weight, value_dtype, None if pattern is None else (as_pattern(pattern),))
         return cls(packed, linear.bias, plan, weight.dtype)
 
     @property
     def plan(self) -> RoutePlan:
-        """Which kernel to use at which batch."""
+        """Which route to take for how many input rows."""
         return self._plan
 
     @plan.setter
-    def plan(self, plan: RoutePlan) -> None:
-        self._plan = RoutePlan.parse(str(plan))
+    def plan(self, plan: RoutePlan | str) -> None:
+        self._plan = RoutePlan.parse(plan) if isinstance(plan, str) else plan
         self._describe_()
 
     def _describe_(self) -> None:
@@ -138,22 +143,22 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, with_spare_values(tensor) if name == "values" else tensor.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x Wᵀ + bias`` for x ``[..., in]``, in x's dtype, or in that of autocast where it is on."""
+        """Return ``x Wᵀ + bias`` for x ``[..., in]``, in the dtype of x, or in that of autocast where it is on."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        buffers: dict[str, Any] = self._buffers  # attributes of a module take ten times as long to look up
+        buffers: dict[str, Any] = self._buffers  # looking up an attribute of a module takes ten times as long
         weight = [buffers[name] for name in self.names]
         return packed_linear(x, weight, buffers["bias"], self._spec)
 
     @property
     def packed(self) -> Format:
-        """The weight in its storage format, on the module's own tensors."""
+        """The weight in its storage format. It shares the tensors of this module."""
         tensors: dict[str, Any] = {name: getattr(self, name) for name in self.names}
         return self._format_type.assemble(tensors, (self.out_features, self.in_features), self.pattern)
 
     @property
     def weight(self) -> Weight:
-        """The dense weight, ``[out, in]``: computed anew each time, for code that looks at it."""
+        """The dense weight, ``[out, in]``, computed at each access. For code that only reads it."""
         return self.packed.to_dense().to(self._like.dtype)
 
     @property
@@ -163,17 +168,18 @@ class PackedLinear(nn.Module):
 
     @property
     def runtime_nbytes(self) -> int:
-        """Bytes of memory that kernels took beside the stored weight, so far."""
+        """Bytes of memory that kernels have taken so far, besides the stored weight."""
         return runtime_nbytes(self.values)
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of the dense weight that the layer stands for."""
+        """The dtype of the dense weight that this layer replaces."""
         return self._like.dtype
 
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the same weight and bias, new tensors: exact but for int8 values, which are
-        multiplied by their scales.
+        """Return an ``nn.Linear`` with the same weight and bias, in new tensors.
+
+        The weight is exact. int8 values are multiplied by their scales.
         """
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight)
@@ -193,7 +199,7 @@ class PackedLinear(nn.Module):
         return made.train(self.training)
 
     def share_(self, other: PackedLinear) -> None:
-        """Use the tensors of another layer with the same packed weight, so that it is in memory once."""
+        """Use the tensors of another layer with the same packed weight, so that it is in memory only once."""
         for name in self.names:
             self._buffers[name] = other._buffers[name]
 
@@ -203,7 +209,7 @@ class PackedLinear(nn.Module):
         for name, old in before.items():
             new = getattr(self, name)
             allowed = VALUE_DTYPES if name in self._format_type.value_names else (old.dtype,)
-            if new.dtype not in allowed:  # scales stay float32, and no format holds float64
+            if new.dtype not in allowed:  # scales stay float32, and no format has float64 values
                 new = old.to(new.device)
             self._buffers[name] = (
                 with_spare_values(new) if name == "values" and new is not old and not new.is_meta else new
@@ -220,7 +226,7 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take tensors of other sizes, as another mask has, after checking them: kernels trust what they index."""
+        """Load tensors that may have other sizes, of another mask. They are checked: kernels trust their indices."""
         names = self._format_type.names
         given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         if "values" in given:
@@ -245,12 +251,12 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv2d(nn.Module):
-    """A convolution with a 1x1 kernel and a packed weight: :class:`PackedLinear` on every pixel.
+    """A convolution with a 1x1 kernel and a packed weight: a :class:`PackedLinear` on every pixel.
 
-    An input in channels-last order is read and written as it is; any other is copied into that order and back.
+    An input in channels-last order is not copied. Any other is copied into that order, and the output back.
 
     Args:
-        linear: weight and bias.
+        linear: the weight and the bias.
         stride: pixels from one output to the next, down and across.
 
     Example:
@@ -289,20 +295,20 @@ class PackedConv2d(nn.Module):
 
     @property
     def plan(self) -> RoutePlan:
-        """Which kernel to use at which number of pixels."""
+        """Which route to take for how many pixels."""
         return self.linear.plan
 
     @plan.setter
-    def plan(self, plan: RoutePlan) -> None:
+    def plan(self, plan: RoutePlan | str) -> None:
         self.linear.plan = plan
 
     @property
     def runtime_nbytes(self) -> int:
-        """Bytes of memory that kernels took beside the stored weight, so far."""
+        """Bytes of memory that kernels have taken so far, besides the stored weight."""
         return self.linear.runtime_nbytes
 
     def to_dense(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the same weight and bias, new tensors."""
+        """Return an ``nn.Conv2d`` with the same weight and bias, in new tensors."""
         inner = self.linear
         sizes = inner.in_features, inner.out_features
         bias = inner.bias is not None

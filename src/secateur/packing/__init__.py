@@ -1,4 +1,4 @@
-"""Which layers gain by running packed, and how is a packed model kept?"""
+"""Which layers are faster packed, and how is a packed model stored?"""
 
 from secateur.packing._bench import BENCH_UNIT as BENCH_UNIT
 from secateur.packing._bench import bench_dict as bench_dict

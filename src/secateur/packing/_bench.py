@@ -1,4 +1,4 @@
-"""How fast this machine runs a pruned layer by every means there is."""
+"""How fast this machine runs a pruned layer, with secateur and with its alternatives."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own documentation uses
 
-from secateur._errors import KernelError, SparsityError
-from secateur._types import Weight
+from secateur._errors import KernelError, RecipeError
+from secateur._types import Progress, Weight
 from secateur.files import ModelDirectory
-from secateur.formats import encode, pack, stored_share
+from secateur.formats import Format, encode, pack, stored_share
 from secateur.huggingface import load_model
 from secateur.kernels import DenseRoute, PrepackedRoute, Route, RoutePlan, available, can_run, candidates
 from secateur.layers import select_layers
@@ -36,12 +36,12 @@ BENCH_UNIT = (
     "and the route that was fastest."
 )
 
-_TOLERANCE = {"ours bfloat16": 2e-2, "ours int8": 4e-2, "int8 dynamic dense": 8e-2}  # of the largest output
-_EXACT = 1e-4
-_CACHED = 64 << 20  # bytes; smaller weights would stay in a cache from call to call
+_TOLERANCE = {"ours bfloat16": 2e-2, "ours int8": 4e-2}  # errors that fewer bits may cause, over the largest output
+_EXACT = 1e-4  # the same for float32
+# In a large model a layer finds its weight in memory, not in a cache. So a weight of fewer bytes than _CACHED is
+# removed from the caches before each call, by reading _EVICTED bytes of something else.
+_CACHED = 64 << 20
 _EVICTED = 48 << 20
-
-Progress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class Result:
     """One contender on one layer at one batch.
 
     Args:
-        layer: what it is, as text.
-        rows: of the input.
+        layer: a description of the layer.
+        rows: input rows.
         contender: one of ``CONTENDERS``.
-        route: that won, for ours.
-        ratio: time of eager ``F.linear`` in float32 over its own, median of pairs measured in turn; None where it
-            cannot run.
-        low: lower quartile of the pairs.
-        high: upper quartile.
+        route: the fastest route, for contenders of secateur.
+        ratio: time of eager ``F.linear`` in float32 over the contender's time: the median over rounds. None where the
+            contender cannot run.
+        low: lower quartile of the ratios.
+        high: upper quartile of the ratios.
         seconds: median time of a call.
-        dense_seconds: the same of ``F.linear``.
-        error: largest difference from float32 outputs, over the largest of those.
-        note: why it cannot run.
+        dense_seconds: median time of ``F.linear``.
+        error: largest difference from the float32 outputs, over the largest of these.
+        note: why the contender cannot run.
     """
 
     layer: str
@@ -77,10 +77,10 @@ class Result:
 
 
 def made_weight(shape: tuple[int, int], pattern: SparsityPattern, sparsity: float | None, seed: int = 0) -> Weight:
-    """Return a random weight with the pattern's zeros.
+    """Return a random weight that is pruned to a pattern.
 
     Raises:
-        PatternError: the pattern does not fit the shape, or the sparsity the pattern.
+        PatternError: the pattern does not fit the shape, or the sparsity does not fit the pattern.
     """
     pattern.validate(shape)
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -90,28 +90,25 @@ def made_weight(shape: tuple[int, int], pattern: SparsityPattern, sparsity: floa
 def bench_directory(
     path: str | Path, batches: Sequence[int], timer: Timer = time.perf_counter, progress: Progress = lambda *_: None
 ) -> list[Result]:
-    """Bench every kind of layer with zeros in a model directory: one for each shape, pattern and density.
+    """Measure the pruned layers of a model directory: one layer for each shape, pattern and density.
 
     Raises:
-        FormatError: it is no safetensors model directory.
+        FormatError: not a model directory with safetensors files.
         RecipeError: no layer has zeros.
     """
     model, _ = load_model(ModelDirectory.open(path), "cpu", with_head=True)
     layers, _ = select_layers(model)
-    kinds: dict[str, tuple[str, Weight]] = {}
+    examples: dict[str, tuple[str, Weight]] = {}  # the first layer of each shape, pattern and density
     for layer in layers:
         weight = layer.matrix().float()
         if bool((weight == 0).any()):
-            packed = pack(weight)
-            kinds.setdefault(
-                f"{_size(weight.shape)} {packed.pattern} {1 - stored_share(packed):.0%}", (layer.title, weight)
-            )
-    if not kinds:
-        raise SparsityError(f"{path}: no layer has zeros. Prune it first: secateur prune MODEL_DIR --output OUT.")
+            examples.setdefault(_description(pack(weight)), (layer.title, weight))
+    if not examples:
+        raise RecipeError(f"{path}: no layer has zeros. Prune it first: secateur prune MODEL_DIR --output OUT.")
     found = []
-    for number, (kind, (name, weight)) in enumerate(kinds.items()):
-        progress(f"{name}, {kind}", number, len(kinds))
-        found += bench_weight(weight, batches, f"{kind} ({name})", timer)
+    for number, (description, (name, weight)) in enumerate(examples.items()):
+        progress(f"{name}, {description}", number, len(examples))
+        found += bench_weight(weight, batches, f"{description} ({name})", timer)
     return found
 
 
@@ -119,21 +116,20 @@ def bench_directory(
 def bench_weight(
     weight: Weight, batches: Sequence[int], layer: str | None = None, timer: Timer = time.perf_counter
 ) -> list[Result]:
-    """Bench one weight with every contender, after comparing what each computes with float32.
+    """Measure one weight with every contender, after comparing the outputs of each with those of float32.
 
     Args:
         weight: ``[out, in]``, float32, with zeros.
-        batches: input rows.
-        layer: what to call it.
-        timer: seconds from any origin.
+        batches: input rows at which to measure.
+        layer: a description of the layer; None to make one.
+        timer: returns seconds since any fixed time.
 
     Raises:
-        KernelError: a contender of ours computes something else.
+        KernelError: a contender of secateur has wrong outputs.
     """
-    packed = pack(weight)
-    title = layer or f"{_size(weight.shape)} {packed.pattern} {1 - stored_share(packed):.0%}"
+    title = layer or _description(pack(weight))
     notes: dict[str, str] = {}
-    makers: dict[str | _Ours, Callable[[Tensor], Callable[[], Any]]] = {}
+    makers: dict[str | _ByRoute, Callable[[Tensor], Callable[[], Any]]] = {}
     for name, make in (("prepacked dense", _prepacked), ("torch CSR", _csr), ("int8 dynamic dense", _int8_dynamic)):
         try:
             makers[name] = make(weight)
@@ -144,12 +140,12 @@ def bench_weight(
         for route in candidates(made, satisfied(weight == 0)):
             if route not in (DenseRoute(), PrepackedRoute()) and can_run(made, route, weight):
                 packed_layer = PackedLinear(made, None, RoutePlan((route,)), torch.float32)
-                makers[_Ours(name, route)] = partial(partial, packed_layer)
+                makers[_ByRoute(name, route)] = partial(partial, packed_layer)
     evicting = torch.zeros(_EVICTED // 4) if weight.nbytes < _CACHED else None
     found = []
     for rows in sorted(set(batches)):
         x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
-        calls: dict[str | _Ours, Callable[[], Any]] = {
+        calls: dict[str | _ByRoute, Callable[[], Any]] = {
             "dense": partial(F.linear, x, weight),
             **{name: make(x) for name, make in makers.items()},
         }
@@ -159,34 +155,37 @@ def bench_weight(
         for contender in CONTENDERS:
             own = [name for name in seconds if _contender(name) == contender]
             if not own:
-                found.append(Result(title, rows, contender, note=notes.get(contender, "no kernel runs here")))
+                note = notes.get(contender, "no kernel runs on this machine")
+                found.append(Result(title, rows, contender, note=note))
                 continue
             best = min(own, key=lambda name, of=seconds: median(of[name]))  # type: ignore[misc]
             low, ratio, high = ratios(seconds, "dense", best)
             taken = median(seconds[best]), median(seconds["dense"])
-            by_route = str(best.route) if isinstance(best, _Ours) else ""
+            by_route = str(best.route) if isinstance(best, _ByRoute) else ""
             found.append(Result(title, rows, contender, by_route, ratio, low, high, *taken, errors[best]))
     return found
 
 
 @dataclass(frozen=True)
-class _Ours:
-    """One of our value types by one route."""
+class _ByRoute:
+    """A contender of secateur by one route."""
 
     contender: str
     route: Route
 
 
-def _contender(name: str | _Ours) -> str:
-    return name.contender if isinstance(name, _Ours) else name
+def _contender(name: str | _ByRoute) -> str:
+    return name.contender if isinstance(name, _ByRoute) else name
 
 
-def _compare(name: str | _Ours, y: Tensor, expected: Tensor) -> float:
+def _compare(name: str | _ByRoute, y: Tensor, expected: Tensor) -> float:
+    """The largest error over the largest output. Raise if it is too large for a contender of secateur."""
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     error = float((y - expected).abs().max()) / largest if largest else 0.0
-    if isinstance(name, _Ours) and error > _TOLERANCE.get(name.contender, _EXACT):
+    if isinstance(name, _ByRoute) and error > (limit := _TOLERANCE.get(name.contender, _EXACT)):
         raise KernelError(
-            f"{name.contender} by {name.route} is off by {error:.2g} of the largest output. Please report this."
+            f"{name.contender} by the route {name.route} has an error of {error:.2g} of the largest output; expected "
+            f"up to {limit:g}. This is a defect of secateur: please report it."
         )
     return error
 
@@ -200,7 +199,7 @@ def _prepacked(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
 
 def _csr(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that CSR is in beta
+        warnings.simplefilter("ignore", UserWarning)  # says that CSR is in beta
         sparse = weight.to_sparse_csr()
     return lambda x: lambda: (sparse @ x.T).T
 
@@ -210,18 +209,21 @@ def _int8_dynamic(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
     assert scales is not None
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that PyTorch will drop it: until then it is what others have
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # says that PyTorch will remove it; there is no other int8 layer in PyTorch
         codes = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(codes, None)
     return lambda x: lambda: torch.ops.quantized.linear_dynamic(x, packed, True)
 
 
-def _size(shape: Sequence[int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
+def _description(packed: Format) -> str:
+    rows, columns = packed.shape
+    return f"{rows}x{columns} {packed.pattern} {1 - stored_share(packed):.0%}"
 
 
 def bench_dict(results: Sequence[Result]) -> dict[str, Any]:
-    """Return results as JSON-ready dicts, with the machine."""
+    """Return results and the machine as JSON can hold them."""
     return {"machine": machine(), "results": [asdict(result) for result in results]}
 
 
@@ -250,14 +252,14 @@ def bench_tables(results: Sequence[Result]) -> list[Table]:
 
 
 def _speed(result: Result) -> str:
-    """The ratio, the quartiles around it and, for ours, the route that won."""
+    """The ratio, its quartiles, and the fastest route for contenders of secateur."""
     if result.ratio is None:
         return ""
     return f"{result.ratio:.2f} ({result.low:.2f}-{result.high:.2f})\n{result.route}".rstrip()
 
 
 def bench_page(results: Sequence[Result]) -> str:
-    """Return results as one HTML page, which loads nothing and needs no further library."""
+    """Return results as one HTML page that loads no other file."""
     where = ", ".join(f"{key} {value}" for key, value in machine().items())
     lead = (f"{BENCH_UNIT} Longer bars are faster.", f"Measured on: {where}.")
     return tables_page("secateur bench", lead, (), bench_tables(results))

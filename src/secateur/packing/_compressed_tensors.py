@@ -1,4 +1,4 @@
-"""Sparse checkpoints of compressed-tensors (up to 0.14), which its current versions no longer read."""
+"""Sparse checkpoints of compressed-tensors up to 0.14. Its later versions no longer read them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur._errors import FormatError
+from secateur._errors import FormatError, naming
+from secateur._types import dtype_name
 from secateur.files import find_shards, open_safetensors, read_header
 from secateur.formats import (
     UNSCALED_DTYPES,
@@ -26,16 +27,16 @@ from secateur.patterns import NM
 def read_compressed_tensors(path: str | Path) -> PackedFile:
     """Read a checkpoint that compressed-tensors (up to 0.14) wrote as ``sparse-bitmask`` or ``sparse-24-bitmask``.
 
-    Both ways of naming are understood: ``up.weight.compressed`` of early versions, ``up.compressed`` of later ones.
-    Matrices become :class:`Bitmask` or :class:`NMPacked` layers, other compressed tensors are expanded. int8 values
-    with a ``weight_scale`` for each row or tensor stay int8; float8 values are multiplied with theirs and take its
-    dtype.
+    Names of early versions (``up.weight.compressed``) and of later ones (``up.compressed``) are read. A matrix becomes
+    a :class:`Bitmask` or :class:`NMPacked` layer, and any other compressed tensor a dense one. int8 values with a
+    ``weight_scale`` for each row or tensor stay int8. float8 values are multiplied by their scale and get its dtype.
 
     Args:
         path: a safetensors file, or a model directory.
 
     Raises:
-        FormatError: nothing compressed in it, further quantisation, or anything that cannot be, by name.
+        FormatError: no tensor is compressed, values are quantised in another form, or a tensor is invalid. The message
+            names the tensor.
 
     Reference:
         compressed-tensors, https://github.com/vllm-project/compressed-tensors, ``compressors/sparse_compressors``.
@@ -53,25 +54,23 @@ def read_compressed_tensors(path: str | Path) -> PackedFile:
     prefixes = sorted(name.removesuffix(".compressed") for name in stored if name.endswith(".compressed"))
     if not prefixes:
         other = next((name for name in stored if name.endswith((".weight_packed", ".meta"))), None)
-        what = f"{other!r} is of another format of compressed-tensors" if other else "no tensor is called *.compressed"
+        what = f"{other!r} has another format of compressed-tensors" if other else "no tensor is called *.compressed"
         raise FormatError(f"{path} has no sparse-bitmask weights: {what}.\nLoad it with transformers instead.")
     early = any(prefix.endswith(".weight") for prefix in prefixes)  # later versions drop that ending
     layers: dict[str, Format] = {}
     for prefix in prefixes:
         weight = prefix if early else f"{prefix}.weight"
         if weight in stored:
-            raise FormatError(f"{path}: {weight!r} is there both dense and compressed. {DAMAGED}")
-        try:
-            parts = {key: stored.pop(f"{prefix}.{key}", None) for key in _COMPRESSED}
+            raise FormatError(f"{path}: {weight!r} is both dense and compressed. {DAMAGED}")
+        parts = {key: stored.pop(f"{prefix}.{key}", None) for key in _COMPRESSED}
+        with naming(f"{path}: {prefix}", DAMAGED):
             packed, shape = _decompress(weight, parts, stored)
-        except FormatError as error:
-            raise FormatError(f"{path}: {prefix}: {error}\n{DAMAGED}") from None
         if len(shape) == 2 and weight.endswith(".weight"):
             layers[weight.removesuffix(".weight")] = packed
         else:
             stored[weight] = packed.to_dense().view(shape)
     if stray := next((name for name in stored if name.endswith((".bitmask", ".row_offsets"))), None):
-        raise FormatError(f"{path}: {stray!r} belongs to no compressed tensor. {DAMAGED}")
+        raise FormatError(f"{path}: {stray!r} has no compressed tensor. {DAMAGED}")
     return PackedFile(layers, stored)
 
 
@@ -81,21 +80,22 @@ _COMPRESSED = ("compressed", "bitmask", "shape", "row_offsets")
 def _decompress(
     weight: str, parts: Mapping[str, Tensor | None], stored: dict[str, Tensor]
 ) -> tuple[Format, tuple[int, ...]]:
-    """Pack one compressed tensor anew, as a matrix; takes its scale out of ``stored``. Returns its full shape too."""
+    """Return one compressed tensor as a packed matrix, and its shape. Its scale is removed from ``stored``."""
     values, bitmask, size, offsets = (parts[key] for key in _COMPRESSED)
     if values is None or bitmask is None or size is None:
-        raise FormatError(f"{[key for key in _COMPRESSED[:3] if parts[key] is None]} missing.")
+        raise FormatError(f"{[key for key in _COMPRESSED[:3] if parts[key] is None]} are missing.")
     if size.dtype not in (torch.int64, torch.int32) or not 1 <= size.numel() <= 8:
-        raise FormatError(f"shape should be a few int64 sizes, got {size.dtype} {list(size.shape)}.")
+        raise FormatError(f"shape should be 1 to 8 int64 sizes, got {dtype_name(size.dtype)} {list(size.shape)}.")
     shape = tuple(size.flatten().tolist())
     matrix = check_shape((math.prod(shape[:-1]) if min(shape) >= 0 else -1, shape[-1]))
     if bitmask.dtype != torch.uint8 or bitmask.numel() != matrix[0] * ((matrix[1] + 7) // 8):
-        raise FormatError(f"bitmask should be uint8 for the shape {shape}, got {bitmask.dtype} {list(bitmask.shape)}.")
+        found = f"{dtype_name(bitmask.dtype)} {list(bitmask.shape)}"
+        raise FormatError(f"bitmask should be uint8 and fit the shape {shape}, got {found}.")
     by_group = offsets is None
     if by_group and (values.ndim != 2 or len(shape) != 2 or values.shape != (shape[0], shape[1] // 2)):
         raise FormatError(f"compressed should hold half of each row of {shape}, got {list(values.shape)}.")
     bitmask = bitmask.view(matrix[0], (matrix[1] + 7) // 8)
-    if offsets is None or len(shape) > 2:  # of more than two dimensions its offsets mean nothing
+    if offsets is None or len(shape) > 2:  # the offsets of tensors with more dimensions are wrong
         counts = _bit_counts(bitmask)
         offsets = counts.cumsum(0) - counts
     values, scales = _scaled(weight, values.flatten(), bitmask, matrix[0], stored)
@@ -111,22 +111,22 @@ def _decompress(
 def _scaled(
     weight: str, values: Tensor, bitmask: Tensor, rows: int, stored: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Values that a format can hold, and for int8 the scale of each row."""
+    """Values that a format can hold, and the scale of each row for int8."""
     if values.dtype in UNSCALED_DTYPES:
         return values, None
     if values.dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise FormatError(f"compressed holds {values.dtype} values, which secateur cannot.")
+        raise FormatError(f"values are {dtype_name(values.dtype)}, which secateur cannot store.")
     scale, zero = (stored.pop(f"{weight}_{key}", None) for key in ("scale", "zero_point"))
     if zero is not None and bool((zero.float() != 0).any()):
         raise FormatError("weight_zero_point is not 0; only symmetric quantisation can be read.")
     if scale is None:
         if values.dtype == torch.int8:
-            raise FormatError("int8 values without weight_scale.")
+            raise FormatError("values are int8, but weight_scale is missing.")
         return values.to(torch.bfloat16), None  # exact
     if scale.numel() not in (1, rows) or scale.dtype not in UNSCALED_DTYPES:
         raise FormatError(
             f"weight_scale should be one float for the tensor or for each of {rows} rows, "
-            f"got {scale.dtype} {list(scale.shape)}."
+            f"got {dtype_name(scale.dtype)} {list(scale.shape)}."
         )
     by_row = scale.float().flatten().expand(rows).contiguous()
     if values.dtype == torch.int8:

@@ -1,4 +1,4 @@
-"""Everything in a packed model, as a file holds it: a model taken apart, and a file's metadata checked."""
+"""Everything in a packed model, as a file has it: taken from a model, or read from a file and checked."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from secateur.packing._history import History, patterns_in, patterns_of
 from secateur.packing._measure import machine
 from secateur.patterns import SparsityPattern
 
-# Of dense weights and of tensors that are not packed, by name.
+# The dtypes of dense weights and of tensors that are not packed, by name.
 _DTYPES = {dtype_name(dtype): dtype for dtype in (*UNSCALED_DTYPES, torch.float64)}
 
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """What a packed layer is besides its weight.
+    """All that a packed layer has besides its weight and its bias.
 
     Args:
-        dtype: of the dense weight.
-        packed_as: the module that it stands for.
+        dtype: dtype of the dense weight.
+        packed_as: the module that it replaces.
         plan: which route to take for how many input rows, as text.
     """
 
@@ -40,20 +40,21 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Contents:
-    """Everything in a model, as a file holds it.
+    """Everything in a packed model, as a file has it.
 
     Args:
         layers: packed weights by name.
-        entries: what each is besides.
-        tensors: all others by name, biases of packed layers among them.
-        modules: further names of packed layers that hang in several places, and the first name.
-        weights: packed layers that share their weight with another, and which.
-        tied: further names of tensors, and the first name.
-        machine: that the plans were measured on.
+        entries: what each packed layer has besides its weight.
+        tensors: all other tensors by name, biases of packed layers among them.
+        modules: for a packed layer with several names, each further name and the first name.
+        weights: for packed layers that share a weight, the name of each further one and that of the first.
+        tied: for a tensor with several names, each further name and the first name.
+        machine: the machine that the plans were measured on.
         model: name of the class, for transformers models.
-        absent: tensors that the checkpoint had no values for.
-        sparse: names among ``layers`` that are plain tensors, stored without their zeros, and their shapes. Read from a
-            file, a file of a few bytes may claim any shape; they are made whole where the model has one like it.
+        absent: names of tensors that the checkpoint had no values for.
+        sparse: names among ``layers`` of tensors that are not packed layers but are stored without their zeros, and
+            their shapes. They become dense only after the model was found to have a tensor of that shape, because a
+            file of a few bytes may claim any shape.
     """
 
     layers: Mapping[str, Format]
@@ -68,8 +69,8 @@ class Contents:
     sparse: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
-        """Return what is not a tensor."""
-        kinds = {
+        """Return everything but the tensors, as JSON can hold it."""
+        entries = {
             name: {
                 "dtype": dtype_name(entry.dtype),
                 "transposed": entry.packed_as.transposed,
@@ -80,14 +81,15 @@ class Contents:
         }
         same = {name: dict(getattr(self, name)) for name in ("modules", "weights", "tied", "machine")}
         sparse = {name: list(shape) for name, shape in self.sparse.items()}
-        return {"kinds": kinds, **same, "model": self.model, "absent": list(self.absent), "sparse": sparse}
+        # "kinds" is the key of version 1 of the file.
+        return {"kinds": entries, **same, "model": self.model, "absent": list(self.absent), "sparse": sparse}
 
     @classmethod
     def of(cls, file: PackedFile) -> Contents:
-        """Return what a file holds, after checking what its own reader does not know.
+        """Return the contents of a file, after checking its metadata.
 
         Raises:
-            FormatError: metadata that cannot be.
+            FormatError: the metadata is not that of a packed model.
         """
         table = file.metadata
         layers, tensors = dict(file.layers), dict(file.tensors)
@@ -95,44 +97,47 @@ class Contents:
             sparse = {name: tuple(shape) for name, shape in dict(table.get("sparse", {})).items()}
             for name, shape in sparse.items():
                 if name in tensors or any(type(side) is not int or side < 0 for side in shape):
-                    raise ValueError(f"a tensor {name} of shape {shape}")
+                    raise ValueError(f"the tensor {name} is there twice, or its shape {shape} is invalid")
                 if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != layers[name].shape:
-                    raise ValueError(f"a tensor {name} of shape {shape}, which is stored as {layers[name].shape}")
+                    raise ValueError(f"the tensor {name} has the shape {shape}, but is stored as {layers[name].shape}")
             texts = {key: dict(table.get(key, {})) for key in ("modules", "weights", "tied", "machine")}
             of = {**{name: name for name in layers if name not in sparse}, **texts["weights"]}
             entries = {n: _entry(table.get("kinds", {}).get(n), layers[first]) for n, first in of.items()}
             model, absent = table.get("model", ""), table.get("absent", [])
             if not all(isinstance(text, str) for named in texts.values() for text in named.values()):
-                raise TypeError("names should be texts")
+                raise TypeError("names should be str")
             if not isinstance(model, str) or not all(isinstance(name, str) for name in absent):
-                raise TypeError("names should be texts")
+                raise TypeError("names should be str")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FormatError(f"its metadata is not that of a packed model: {error}") from None
-        plain = {**tensors, **sparse}
-        for key, known in (("modules", entries), ("weights", layers.keys() - sparse), ("tied", plain)):
+            raise FormatError(f"the metadata is not that of a packed model: {error}.") from None
+        all_tensors = {**tensors, **sparse}
+        for key, known in (("modules", entries), ("weights", layers.keys() - sparse), ("tied", all_tensors)):
             for name, first in texts[key].items():
                 if first not in known or name in known:
-                    raise FormatError(f"its metadata says that {name!r} is {first!r}, but one of them is not so.")
+                    raise FormatError(
+                        f"the metadata says that {name!r} is another name of {first!r}, but {first!r} is missing or "
+                        f"{name!r} is stored, too."
+                    )
         return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse)
 
 
 def _entry(table: Any, packed: Format) -> LayerEntry:
-    if table is None:  # a file that was written without a model
+    if table is None:  # write_packed was called without a model
         return LayerEntry(packed.dense_dtype)
     stride, transposed, plan = table["stride"], table["transposed"], table["plan"]
     if stride is not None:
         stride = tuple(stride)
         if len(stride) != 2 or any(type(step) is not int or not 0 < step < 2**31 for step in stride):
-            raise ValueError(f"a stride of {stride}")
+            raise ValueError(f"the stride {stride} should be two numbers above 0")
     if not isinstance(transposed, bool) or not isinstance(plan, str):
-        raise TypeError("transposed should be a truth value and plan a text")
+        raise TypeError("transposed should be a bool and plan a str")
     return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride), plan)
 
 
 def take_apart(
     model: nn.Module, dtype: torch.dtype | None, absent: Iterable[str] = (), history: History = ()
 ) -> Contents:
-    """Return what is in a model: packed layers, other tensors, and how they belong together.
+    """Return the contents of a model: packed layers, other tensors, and which of them are shared.
 
     Args:
         model: with or without packed layers.
@@ -142,7 +147,7 @@ def take_apart(
 
     Raises:
         RecipeError: the model is itself a packed layer.
-        FormatError: state that is no tensor.
+        FormatError: a module has state that is not a tensor.
     """
     layers: dict[str, Format] = {}
     entries: dict[str, LayerEntry] = {}
@@ -151,7 +156,7 @@ def take_apart(
     weights: dict[str, str] = {}
     by_module: dict[int, str] = {}
     by_weight: dict[int, str] = {}
-    own: set[str] = set()  # keys of the model's state that packed layers account for
+    own: set[str] = set()  # keys of the state of packed layers
     for name, module in packed_layers(model).items():
         inner = linear_of(module)
         prefix = f"{name}." if name else ""
@@ -170,14 +175,18 @@ def take_apart(
         else:
             layers[name] = inner.packed
     if "" in entries:
-        raise RecipeError("a bare packed layer has no name to be stored under. Put it into a module.")
+        raise RecipeError(
+            "the model is a bare packed layer, which has no name to be stored under. Put it into a module."
+        )
     tied: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
         if name in own or name in absent:
             continue
         if not isinstance(tensor, Tensor):
-            raise FormatError(f"{name}: the module's extra state is no tensor, and cannot be stored. Remove it first.")
+            raise FormatError(
+                f"{name}: the extra state of a module is not a tensor and cannot be stored. Remove it first."
+            )
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         if (first := seen.setdefault(place, name)) != name:
             tied[name] = first
@@ -195,7 +204,7 @@ def take_apart(
 
 
 def _without_zeros(tensor: Tensor, pattern: SparsityPattern | None) -> Format | None:
-    """A weight that runs dense, packed for the file alone; None where that would not make it smaller."""
+    """A dense weight, packed only to be stored; None where this would not make it smaller."""
     if tensor.ndim < 2 or tensor.dtype not in UNSCALED_DTYPES or not tensor.numel():
         return None
     matrix = tensor.detach().cpu().flatten(1)

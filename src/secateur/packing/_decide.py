@@ -1,4 +1,4 @@
-"""Decide how a layer should run, given what was measured: never slower than dense, within a budget of memory."""
+"""Decide how a layer should run, given its measurement: never slower than dense, and within a limit of memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from secateur.packing._measure import DENSE, PREPACKED, Measurement
 from secateur.reports import Choice
 from secateur.timing import ratios
 
-GAIN = 1.05  # a packed layer must be faster than dense by this somewhere,
-LOSS = 0.97  # and nowhere slower than this: the noise of a quiet machine
-SLACK = 0.05  # a smaller gain in speed is not worth more memory
+GAIN = 1.05  # ratio that a packed layer must reach at one batch at least
+LOSS = 0.97  # ratio that it must reach at every batch: below 1 because of the noise of a quiet machine
+SLACK = 0.05  # a gain in speed that is smaller than this is not worth more memory
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Decision:
     """How a layer should run.
 
     Args:
-        plan: which route at which batch; None where the layer should stay dense.
-        reason: why it should; empty where it should not.
-        choices: what the plan gives at each batch, or the best there was within memory where dense stays.
-        nbytes: of memory besides the stored weight.
+        plan: which route to take at which batch; None if the layer should stay dense.
+        reason: why it should stay dense; empty if it should not.
+        choices: the times of the plan at each batch. If the layer should stay dense: those of the best plan there was.
+        nbytes: bytes of memory that the plan takes besides the stored weight.
     """
 
     plan: RoutePlan | None
@@ -36,12 +36,15 @@ class Decision:
 
 
 def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
-    """Choose the routes that gain most over all batches among those that fit in memory together and never lose.
+    """Choose the routes that are fastest over all batches.
+
+    Each route of a plan keeps its own layout of the weight. So all routes of the plan must fit into memory together.
+    Of plans that are nearly equally fast, the one that takes the least memory is chosen.
 
     Args:
         measured: from :func:`~secateur.packing.measure`.
-        dense_bytes: of the dense weight.
-        memory: how many times as many the routes may need together.
+        dense_bytes: bytes of the dense weight.
+        memory: limit for the bytes of all routes of a plan together, as a multiple of ``dense_bytes``.
     """
     rows = sorted(measured.seconds)
     gains = {
@@ -49,18 +52,18 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
     }
     routes = [route for route in measured.nbytes if all(route in gains[batch] for batch in rows)]
     routes = [route for route in routes if measured.nbytes[route] <= memory * dense_bytes]
-    plans: list[tuple[float, int, dict[int, Route]]] = []  # score, bytes, route by batch
+    plans: list[tuple[float, int, dict[int, Route]]] = []  # score, bytes, and route by batch
     for count in range(1, min(len(routes), len(rows)) + 1):
         for combined in combinations(routes, count):
             nbytes = sum(measured.nbytes[route] for route in combined)
             taken = {batch: max(combined, key=lambda route, of=gains[batch]: of[route][1]) for batch in rows}  # type: ignore[misc]
             if nbytes <= memory * dense_bytes and set(taken.values()) == set(combined) != {DENSE}:
                 reached = [gains[batch][route][1] for batch, route in taken.items()]
-                worst = min(reached)  # any plan that nowhere loses comes before any that does
+                worst = min(reached)  # a plan that is never slower than dense comes before any other
                 score = worst - 1000 if worst < LOSS else sum(map(math.log, reached)) / len(rows)
                 plans.append((score, nbytes, taken))
     if not plans:
-        return Decision(None, f"no route fits in {memory:g} times the bytes of the dense weight", (), 0)
+        return Decision(None, f"no route fits into {memory:g} times the bytes of the dense weight", (), 0)
     top = max(score for score, _, _ in plans)
     near = [plan for plan in plans if plan[0] >= top - SLACK]
     _, nbytes, taken = min(near, key=lambda plan: (plan[1], -plan[0]))
@@ -71,11 +74,13 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
     reason = ""
     if slowest.ratio < LOSS:
         reason = (
-            f"at batch {slowest.rows} the best within {memory:g} times the dense bytes ({slowest.route}) takes "
-            f"{1 / slowest.ratio:.2f} of the dense layer's time"
+            f"at batch {slowest.rows} the fastest route within {memory:g} times the dense bytes ({slowest.route}) "
+            f"takes {1 / slowest.ratio:.2f} of the dense layer's time"
         )
     elif not any(choice.ratio >= GAIN and choice.low > 1 for choice in choices):
-        reason = f"nothing is faster than dense beyond noise: at best {fastest.ratio:.2f} ({fastest.route})"
+        reason = (
+            f"no route is faster than dense by more than noise: the best ratio is {fastest.ratio:.2f} ({fastest.route})"
+        )
     return Decision(None if reason else RoutePlan.of(list(taken.items())), reason, choices, 0 if reason else nbytes)
 
 

@@ -1,4 +1,4 @@
-"""Model directories: a pruned one becomes a packed one, and a packed one a plain one again."""
+"""Model directories: a pruned one becomes a packed one, and a packed one becomes a dense one again."""
 
 from __future__ import annotations
 
@@ -40,20 +40,23 @@ def pack_directory(
 ) -> PackReport:
     """Pack a pruned Hugging Face model directory into another one that :func:`load` reads.
 
-    The patterns are those of the pruning report in the directory, if it has one; else they are found from the zeros.
+    The patterns are those of the pruning report in the directory. Without a report they are found from the zeros.
 
     Args:
         source: model directory with safetensors weights.
-        output: directory to write; it appears complete or not at all.
-        settings: how to pack; None for the defaults. Without a value dtype, values are stored in the checkpoint's own.
-            Layers are timed in float32, in which processors are fast.
-        cache: a JSON file of measurements.
+        output: directory to write. It appears complete or not at all.
+        settings: how to pack; None for the defaults. Without a value dtype, values are stored in the dtype of the
+            checkpoint. Layers are measured in float32, in which CPUs are fast.
+        cache: a JSON file of measurements, to read and to add to.
         overwrite: replace an existing output directory.
-        progress: called with a description, and how much of how much is done.
+        progress: called with a description, how much is done, and how much there is in total.
+
+    Returns:
+        The report of :func:`pack_`, which is also written to the directory.
 
     Raises:
-        FormatError: the source is not a safetensors model directory, or the output cannot be written.
-        SparsityError: its other children, for layers and dtypes that do not fit.
+        FormatError: the source is not a model directory with safetensors files, or the output cannot be written.
+        RecipeError: no layer to pack, or a glob that matches nothing.
         ImportError: transformers is missing.
     """
     directory = ModelDirectory.open(source)
@@ -86,28 +89,28 @@ def _history(path: Path, model: nn.Module) -> list[Report]:
     """The pruning report in a directory, with the names that the layers have in this model."""
     try:
         report = Report.from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or that of another tool
+    except (OSError, ValueError):  # there is none, or another tool wrote it
         return []
     names = {name for name, _ in model.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def name_here(name: str) -> str:
-        """Pruning may have seen the model without its head, packing sees it with."""
+        # Pruning may have loaded the model without its head, which names its layers without the prefix.
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in names), name)
 
     return [replace(report, layers=tuple(replace(layer, name=name_here(layer.name)) for layer in report.layers))]
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
-    """Write a packed model directory as a plain dense one, zeros included, that any tool reads.
+    """Write a packed model directory as a dense one, zeros included, that other tools read.
 
     Args:
-        source: what :func:`save` or :func:`pack_directory` wrote.
-        output: directory to write; it appears complete or not at all.
+        source: a directory that :func:`save` or :func:`pack_directory` wrote.
+        output: directory to write. It appears complete or not at all.
         overwrite: replace an existing output directory.
 
     Raises:
-        FormatError: the source is no packed model directory, or the output cannot be written.
+        FormatError: the source is not a packed model directory, or the output cannot be written.
         ImportError: transformers is missing.
     """
     source, output = Path(source), Path(output)
@@ -126,7 +129,7 @@ def export_directory(source: str | Path, output: str | Path, *, overwrite: bool 
             model.save_pretrained(weights, state_dict=state)  # type: ignore[operator]
         except (OSError, SafetensorError):
             raise
-        except Exception as error:  # whatever transformers makes of a config that it does not check
+        except Exception as error:  # transformers does not check the config, and fails with any exception
             raise FormatError(f"{source} cannot be written by transformers: {error}") from None
         found = [entry for entry in sorted(weights.iterdir()) if entry.name in (SINGLE, INDEX) or "-of-" in entry.name]
         for entry in found:

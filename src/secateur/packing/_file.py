@@ -1,4 +1,4 @@
-"""Packed weights in one safetensors file: written whole or not at all, and checked before anything uses them.
+"""Packed weights in one safetensors file: written whole or not at all, and checked before they are used.
 
 ``docs/format.md`` is the specification. Nothing is unpickled.
 """
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur._errors import FormatError, PatternError
+from secateur._errors import FormatError, PatternError, naming
+from secateur._types import dtype_name
 from secateur.files import check_place, open_safetensors, parse_header, read_header, write_safetensors
 from secateur.formats import FORMATS, Format, check_shape
 from secateur.patterns import SparsityPattern
@@ -25,7 +26,8 @@ from secateur.patterns import SparsityPattern
 VERSION = 1
 ENTRY = "secateur"  # the one entry of the safetensors metadata
 
-# Loaders that find a file of such a name fill in what they miss at random, and say so only in a log.
+# Other libraries take a file with such a name for a dense model. They use random weights for those that they do not
+# find there, and say so only in a log.
 _DENSE_NAMES = re.compile(
     r"(model|pytorch_model|adapter_model|diffusion_pytorch_model|open_clip_model|consolidated)"
     r"([.-]\d+(-of-\d+)?)?\.safetensors",
@@ -36,18 +38,18 @@ _DTYPES = frozenset(
     | {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool}
     | {torch.complex64}
 )
-DAMAGED = "The file is damaged, or was changed: copy it again, or make it again from the dense model."
+DAMAGED = "The file is damaged or was changed. Copy it again, or make it again from the dense model."
 _KEYS = {"version", "layers", "metadata", "checksum"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PackedFile:
-    """What a file of packed weights holds.
+    """The contents of a file of packed weights.
 
     Args:
         layers: packed weights by the name of their layer.
         tensors: all other tensors by name, such as biases and norms.
-        metadata: whatever was given when the file was written; any JSON.
+        metadata: the JSON object that was given when the file was written.
     """
 
     layers: Mapping[str, Format]
@@ -64,16 +66,17 @@ def write_packed(
     """Write packed layers and other tensors to one safetensors file. An old file stays until the new one is complete.
 
     Args:
-        path: ends in ``.safetensors``; not ``model.safetensors`` and its like, which would be taken for a dense model.
-        layers: packed weights by the name of their layer; the tensor ``values`` of layer ``a.b`` is stored as
+        path: ends in ``.safetensors``. ``model.safetensors`` and similar names are refused, because other libraries
+            would take the file for a dense model.
+        layers: packed weights by the name of their layer. The tensor ``values`` of layer ``a.b`` is stored as
             ``a.b.values``.
-        tensors: other tensors by name. Tensors that share memory are stored once each.
-        metadata: any JSON, stored with the file.
+        tensors: other tensors by name. Each is stored, even if it shares memory with another.
+        metadata: a JSON object to store in the file.
 
     Raises:
-        FormatError: a name that cannot be, two tensors of one name, a dtype that safetensors lacks, a place that cannot
-            be written, a full disk.
-        TypeError: metadata that is no JSON.
+        FormatError: a name that is not allowed, two tensors with one name, a dtype that safetensors lacks, a place that
+            cannot be written, or a full disk.
+        TypeError: metadata that JSON cannot hold, or a tensor that is none.
 
     Example:
         >>> import os, tempfile, torch
@@ -106,7 +109,7 @@ def write_packed(
     try:
         header = json.loads(_canonical(header))
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"metadata must be what JSON can hold, got {error}") from None
+        raise TypeError(f"metadata must be a JSON object: {error}") from None
     header["checksum"] = _checksum(header, stored)
     free = shutil.disk_usage(check_place(path)).free
     if free < (size := sum(tensor.nbytes for tensor in stored.values())):
@@ -117,12 +120,12 @@ def write_packed(
 def read_packed(path: str | Path) -> PackedFile:
     """Read a file of :func:`write_packed`, after checking all of it.
 
-    Nothing larger than the file itself is allocated before the checks are done, and its tensors are copies: a later
-    change of the file does not reach them.
+    No more memory than the size of the file is allocated before the checks are done. The tensors are copies, so that a
+    later change of the file does not change them.
 
     Raises:
-        FormatError: naming what is wrong: no such file, not of secateur, of a later version, truncated, overlapping
-            tensors, a checksum that differs, or a layer whose tensors cannot be (see :meth:`Format.from_tensors`).
+        FormatError: the file is missing, not of secateur, of a later version, or truncated; tensors overlap; the
+            checksum differs; or the tensors of a layer are invalid (see :meth:`Format.from_tensors`).
     """
     path = Path(path)
     names, entries = read_header(path)
@@ -134,26 +137,24 @@ def read_packed(path: str | Path) -> PackedFile:
     header = parse_header(path, entries[ENTRY])
     layers = _check_header(path, header)
     with open_safetensors(path) as file:
-        stored = {name: file.get_tensor(name).clone() for name in sorted(names)}  # else a view into the file
+        stored = {name: file.get_tensor(name).clone() for name in sorted(names)}  # a copy, not a view of the file
     if header["checksum"] != (found := _checksum(header, stored)):
-        raise FormatError(f"{path} has the checksum {found}, but {header['checksum']!r} was written. {DAMAGED}")
+        raise FormatError(f"{path} has the checksum {found}, but its header says {header['checksum']!r}. {DAMAGED}")
     packed = {}
-    for layer, (kind, shape, pattern) in layers.items():
-        own = {name.removeprefix(f"{layer}."): stored.pop(name) for name in _own_names(layer, kind) & names}
-        try:
-            packed[layer] = kind.from_tensors(own, shape, pattern)
-        except FormatError as error:
-            raise FormatError(f"{path}: layer {layer}: {error}\n{DAMAGED}") from None
+    for layer, (format_type, shape, pattern) in layers.items():
+        own = {name.removeprefix(f"{layer}."): stored.pop(name) for name in _own_names(layer, format_type) & names}
+        with naming(f"{path}: layer {layer}", DAMAGED):
+            packed[layer] = format_type.from_tensors(own, shape, pattern)
     return PackedFile(packed, stored, header["metadata"])
 
 
-def _own_names(layer: str, kind: Format | type[Format]) -> set[str]:
-    """All names that the tensors of a layer may have, the absent ones too."""
-    return {f"{layer}.{name}" for name in kind.names}
+def _own_names(layer: str, format_type: Format | type[Format]) -> set[str]:
+    """All names that the tensors of a layer in this format may have."""
+    return {f"{layer}.{name}" for name in format_type.names}
 
 
 def _add(stored: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Add tensors in the form in which safetensors takes them."""
+    """Add tensors to those that are stored, in the form that safetensors takes."""
     seen = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
     for name, given in tensors.items():
         if not isinstance(name, str) or not name or name == "__metadata__":
@@ -161,7 +162,8 @@ def _add(stored: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         if not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(given).__name__}")
         if given.layout != torch.strided or given.is_meta or given.dtype not in _DTYPES:
-            raise FormatError(f"{name}: safetensors holds no {given.layout} tensor of {given.dtype} on {given.device}.")
+            what = f"{given.layout} tensor of {dtype_name(given.dtype)} on {given.device}"
+            raise FormatError(f"{name}: safetensors cannot store a {what}. Convert it or leave it out.")
         tensor = given.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in seen:
             tensor = tensor.clone()  # safetensors refuses shared memory
@@ -179,8 +181,8 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest.update(_canonical({key: value for key, value in header.items() if key != "checksum"}).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(_canonical([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode())
-        if tensor.numel():  # torch views no empty tensor as bytes
+        digest.update(_canonical([name, dtype_name(tensor.dtype), list(tensor.shape)]).encode())
+        if tensor.numel():  # PyTorch cannot view an empty tensor as bytes
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -188,42 +190,44 @@ def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _check_header(
     path: Path, header: Mapping[str, Any]
 ) -> dict[str, tuple[type[Format], tuple[int, int], SparsityPattern]]:
-    """Format, shape and pattern of each layer, from our entry of the header."""
+    """Format, shape and pattern of each layer, from the entry of secateur in the header."""
     version = header.get("version")
     if type(version) is not int or version < 1:
-        raise FormatError(f"{path} has the format version {version!r}; it should be a whole number. {DAMAGED}")
+        raise FormatError(f"{path} has the format version {version!r}; it should be a number above 0. {DAMAGED}")
     if version > VERSION:
         raise FormatError(
-            f"{path} is of format version {version}, but this secateur reads up to {VERSION}.\n"
+            f"{path} has the format version {version}, but this secateur reads up to {VERSION}.\n"
             "Update it: pip install --upgrade secateur."
         )
     if header.keys() != _KEYS or not all(isinstance(header[key], dict) for key in ("layers", "metadata")):
         raise FormatError(f"{path} has the header entries {sorted(header)}; expected {sorted(_KEYS)}. {DAMAGED}")
     found = {}
     for layer, entry in header["layers"].items():
-        if not isinstance(entry, dict) or entry.keys() != {"format", "pattern", "shape"}:
-            raise FormatError(f"{path}: layer {layer}: needs format, pattern and shape, nothing else. {DAMAGED}")
-        if not isinstance(entry["format"], str) or entry["format"] not in FORMATS:
-            known = ", ".join(FORMATS)
-            raise FormatError(
-                f"{path}: layer {layer}: there is no format {entry['format']!r:.40}, only {known}. {DAMAGED}"
-            )
-        try:
-            shape, text = entry["shape"], entry["pattern"]
-            if not isinstance(shape, list) or not isinstance(text, str) or len(text) > 100:
-                raise FormatError("the shape should be two integers (out, in), and the pattern a short text.")
-            found[layer] = FORMATS[entry["format"]], check_shape(shape), SparsityPattern.parse(text)
-        except (FormatError, PatternError) as error:
-            raise FormatError(f"{path}: layer {layer}: {error}\n{DAMAGED}") from None
+        with naming(f"{path}: layer {layer}", DAMAGED):
+            found[layer] = _check_entry(entry)
     return found
 
 
+def _check_entry(entry: Any) -> tuple[type[Format], tuple[int, int], SparsityPattern]:
+    if not isinstance(entry, dict) or entry.keys() != {"format", "pattern", "shape"}:
+        raise FormatError("its entry should have format, pattern and shape, and nothing else.")
+    name, shape, text = entry["format"], entry["shape"], entry["pattern"]
+    if not isinstance(name, str) or name not in FORMATS:
+        raise FormatError(f"there is no format {name!r:.40}; valid are {', '.join(FORMATS)}.")
+    if not isinstance(shape, list) or not isinstance(text, str) or len(text) > 100:
+        raise FormatError("the shape should be two integers (out, in), and the pattern a str of up to 100 characters.")
+    try:
+        return FORMATS[name], check_shape(shape), SparsityPattern.parse(text)
+    except PatternError as error:
+        raise FormatError(str(error)) from None
+
+
 def _check_name(path: Path) -> None:
-    for name in {path.name, path.resolve().name}:  # what a link points to is replaced, not the link
+    for name in {path.name, path.resolve().name}:  # if the path is a link, the file that it points to is replaced
         if _DENSE_NAMES.fullmatch(name):
             raise FormatError(
-                f"{path}: other libraries take a file called {name} for a dense model, and fill in random weights "
-                f"where they find none.\nCall it {Path(name).stem}.sparse.safetensors, for example."
+                f"{path}: other libraries take a file called {name} for a dense model, and use random weights where "
+                f"they find none.\nCall it {Path(name).stem}.sparse.safetensors, for example."
             )
     if path.suffix != ".safetensors":
-        raise FormatError(f"{path} should end in .safetensors, because it is written as a safetensors file.")
+        raise FormatError(f"{path} should end in .safetensors, because it is a safetensors file.")

@@ -1,4 +1,4 @@
-"""Put the contents of a packed file into a model: all of it, or nothing if it does not belong there."""
+"""Put the contents of a packed file into a model: all of them, or nothing if they do not fit the model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,25 @@ from secateur.packing._pack import unpack_
 
 
 def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype | None, path: Path) -> None:
-    """Put layers and tensors into a model, after checking that they are its own."""
-    # Another number of threads, or version, leaves a measured plan a better guess than none.
+    """Put layers and tensors into a model, after checking that they fit.
+
+    Args:
+        model: changed in place.
+        contents: of the file.
+        dense: make all layers dense.
+        dtype: floating-point dtype of all tensors that are not packed weights; None for their own.
+        path: of the file, for messages.
+
+    Raises:
+        FormatError: the contents do not fit the model.
+    """
+    # With other threads or versions a plan that was measured is still better than the default one.
     here = machine()
     same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
     tensors = dict(contents.tensors)
-    whole: dict[int, tuple[Format, torch.dtype]] = {}  # by the stand-in, which has only the shape
+    whole: dict[
+        int, tuple[Format, torch.dtype]
+    ] = {}  # by the id of a tensor on the meta device, which has only its shape
 
     def stand_in(packed: Format, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device="meta")
@@ -42,19 +55,22 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
         packed = contents.layers[contents.weights.get(name, name)]
         module = _module(model, name, path)
         own = PackedAs.of(module)
-        if own is None and f"{name}.weight" in state:  # such as an embedding, which others compress too
+        if own is None and f"{name}.weight" in state:  # such as an embedding: compressed-tensors compresses them, too
             tensors[f"{name}.weight"] = stand_in(packed, packed.shape, dtype or entry.dtype)
             continue
         if own != entry.packed_as or shape_as_matrix(module) != packed.shape:
             raise FormatError(
                 f"{path}: layer {name} is a {'convolution' if entry.packed_as.stride else 'linear layer'} of "
-                f"{packed.shape[0]}x{packed.shape[1]}, but the model has there {module!r:.200}.\n"
+                f"{packed.shape[0]}x{packed.shape[1]}, but in the model it is {module!r:.200}.\n"
                 "Give the model that was saved."
             )
         bias = tensors.pop(f"{name}.bias", None)
         held = linear_of(module) if isinstance(module, PackedLinear | PackedConv2d) else module
         if (bias is None) != (held.bias is None):
-            raise FormatError(f"{path}: layer {name} has {'no' if bias is None else 'a'} bias, unlike the model's.")
+            raise FormatError(
+                f"{path}: layer {name} has {'no' if bias is None else 'a'} bias, unlike the layer of the model.\n"
+                "Give the model that was saved."
+            )
         plan = usable_plan(packed, entry.plan) if same_machine else None
         made[name] = entry.packed_as.build(packed, bias, plan, dtype or entry.dtype)
         if name in contents.weights and (first := made.get(contents.weights[name])) is not None:
@@ -76,13 +92,14 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
     if missing or extra:
         what = f"lacks {missing[:5]}" if missing else f"has {extra[:5]}"
         raise FormatError(
-            f"{path} {what}, {'which the model needs' if missing else 'for which the model has no place'} "
-            f"({len(missing)} missing, {len(extra)} too many).\nGive the model that was saved."
+            f"{path} {what}, which the model {'has' if missing else 'has not'} "
+            f"({len(missing)} missing, {len(extra)} unknown).\nGive the model that was saved."
         )
     for name in wanted.keys() & tensors.keys():
         if wanted[name].shape != tensors[name].shape:
             raise FormatError(
-                f"{path}: {name} has the shape {list(tensors[name].shape)}, in the model {list(wanted[name].shape)}."
+                f"{path}: {name} has the shape {list(tensors[name].shape)}, but in the model it has "
+                f"{list(wanted[name].shape)}.\nGive the model that was saved."
             )
     for module, new in swaps:
         first_tensor = next(iter(module.state_dict().values()), None)
@@ -103,7 +120,7 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
 
 
 def _tie(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Give what the model has tied the tensor of whatever it is tied to."""
+    """Add the tensors that are missing but that the model ties to one that is not."""
     first: dict[int, str] = {}
     for name, tensor in wanted.items():
         if name in tensors and tensor.numel():
@@ -114,7 +131,7 @@ def _tie(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor, put: dict[int, nn.Parameter]) -> None:
-    """Replace a parameter or buffer; the same tensor twice becomes the same parameter."""
+    """Replace a parameter or buffer. A tensor that is put under two names becomes one parameter."""
     where, _, key = name.rpartition(".")
     owner = model.get_submodule(where)
     old = owner._parameters.get(key)
@@ -127,7 +144,7 @@ def _put(model: nn.Module, name: str, tensor: Tensor, put: dict[int, nn.Paramete
 
 
 def _device(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.is_meta else tensor.device  # a skeleton without values gets them here
+    return torch.device("cpu") if tensor.is_meta else tensor.device  # a model without values gets them on the CPU
 
 
 def _module(model: nn.Module, name: str, path: Path) -> nn.Module:
@@ -135,5 +152,5 @@ def _module(model: nn.Module, name: str, path: Path) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise FormatError(
-            f"{path} has the layer {name}, but the model has not. Give the model that was saved."
+            f"{path} has the layer {name}, but the model has not.\nGive the model that was saved."
         ) from None

@@ -1,4 +1,4 @@
-"""The weights of a model that could run packed, each with what it would be packed as."""
+"""The weights of a model that could run packed, and their packed layers."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
 
-PIXELS = (49, 196, 784, 3136)  # of 7 x 7 to 56 x 56 feature maps, at which convolutions are measured
+PIXELS = (49, 196, 784, 3136)  # at which convolutions are measured: feature maps of 7 x 7 to 56 x 56
 
 
 @dataclass(frozen=True)
 class Job:
-    """One weight with zeros, and what it would be packed.
+    """One weight with zeros, dense and packed.
 
     Args:
-        name: of the first module.
-        modules: that use the weight; packed ones where the model has some already.
-        dense: the first of them, dense.
+        name: name of the first module.
+        modules: the modules that use the weight. They are packed if the model was packed before.
+        dense: the first module, dense.
         weight: ``[out, in]``.
-        packed: the same, packed.
-        patterns: that its zeros satisfy.
+        packed: the same weight, packed.
+        patterns: the patterns that its zeros satisfy.
         tied_to: names of the other modules.
-        pattern_was_found: from the zeros, rather than told by the history.
+        pattern_was_found: whether the pattern was found from the zeros, and not taken from the history.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Job:
 
     @property
     def title(self) -> str:
-        """The name, or words for the model itself, which has none."""
+        """The name for messages: the model itself has an empty name."""
         return self.name or "(the model itself)"
 
     @property
     def dense_bytes(self) -> int:
-        """Of the dense weight."""
+        """Bytes of the dense weight."""
         return self.weight.nbytes
 
     def decide(
@@ -67,7 +67,7 @@ class Job:
         known: MeasurementCache[Measurement],
         timer: Timer,
     ) -> Decision:
-        """Return how the layer should run, from what is known of layers like it, or else measured now."""
+        """Return how the layer should run, by a known measurement of a layer that runs alike, or else a new one."""
         rows = PIXELS if isinstance(self.dense, nn.Conv2d) else settings.batch_sizes
         key = key_of(self.weight, self.packed, type(self.dense).__name__, rows, cold)
         measured = known.get(key)
@@ -106,7 +106,8 @@ class Job:
     def packed_modules(self, plan: RoutePlan) -> list[tuple[nn.Module, nn.Module]]:
         """Return each module with its replacement.
 
-        Those that share the weight share its tensors, and those that share the bias too are one module.
+        Modules that share the weight get layers that share its tensors. If they also share the bias, they get the same
+        layer.
         """
         made: dict[int, PackedLinear | PackedConv2d] = {}
         swaps: list[tuple[nn.Module, nn.Module]] = []
@@ -125,7 +126,7 @@ class Job:
         return swaps
 
     def report(self, decision: Decision) -> PackedLayer:
-        """Return what the report says of the layer."""
+        """Return the entry of the layer in the report."""
         return PackedLayer(
             name=self.name,
             shape=self.packed.shape,
@@ -149,12 +150,15 @@ def find_jobs(
     settings: PackSettings,
     known: Mapping[str, SparsityPattern],
 ) -> tuple[list[Job], list[SkippedLayer]]:
-    """Return what to measure, and what to leave alone and why.
+    """Return the weights to measure, and the modules that are skipped, each with the reason.
 
     Args:
-        model: to pack.
-        settings: given an ``include``, layers that are packed already are not measured again.
-        known: patterns that layers were pruned to, by name.
+        model: the model to pack.
+        settings: how to pack. With an ``include``, layers that are already packed are not measured again.
+        known: the patterns that layers were pruned to, by name.
+
+    Raises:
+        RecipeError: no layer to pack, or a glob that matches nothing.
     """
     include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
     jobs = [] if include else _packed_jobs(model, exclude, dtype)
@@ -185,9 +189,9 @@ def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: Sparsit
 
 
 def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None) -> list[Job]:
-    """Layers that are packed already, to be measured again as they are."""
+    """The layers that are already packed, which are measured again."""
     if isinstance(model, PackedLinear | PackedConv2d):
-        raise RecipeError("a bare layer cannot be replaced in place; put it into a module.")
+        raise RecipeError("the model is a bare layer, which cannot be replaced in place. Put it into a module.")
     jobs: dict[int, Job] = {}
     for name, module in packed_layers(model).items():
         if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
@@ -201,7 +205,7 @@ def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype 
 
 
 def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> str | None:
-    """The reason that a layer cannot be packed, or None."""
+    """The reason why a layer cannot be packed, or None."""
     for module in layer.modules:
         reason = replaceability.why_not(module) or why_no_counterpart(module)
         if reason is not None:
@@ -209,7 +213,7 @@ def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> st
     if weight.is_meta:
         return "its weight is on the meta device, without values"
     if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}; kernels run on the processor"
+        return f"its weight is on {weight.device}; kernels run on the CPU"
     if not bool((weight == 0).any()):
         return "no zeros"
     return None

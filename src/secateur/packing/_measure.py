@@ -1,4 +1,4 @@
-"""Measure every route of a layer against the dense layer, as it would run in the model."""
+"""Measure a packed layer by every route, and the dense layer, as they would run in the model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from secateur.patterns import SparsityPattern
 from secateur.timing import MeasurementCache, Timer, describe_machine, is_noisy, time_in_turn
 
 DENSE, PREPACKED = DenseRoute(), PrepackedRoute()
-_EVICTED = 32 << 20  # bytes read between calls where a layer finds its weight in no cache
+# Bytes that are read between calls to remove a weight from the caches, as the other layers of a large model do.
+_EVICTED = 32 << 20
 
 Seconds = dict[int, dict[Route, list[float]]]  # rows -> route -> seconds in each round; dropped routes have fewer
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of layers that run alike.
+    """The measurement of layers that run alike.
 
     Args:
-        seconds: by rows and route, one number for each round; rounds of different routes with the same index ran in
-            turn. ``DenseRoute()`` is the dense layer itself.
-        nbytes: of memory that each route needs besides the stored weight.
+        seconds: by input rows and route, one number for each round. In each round the routes ran in turn.
+            ``DenseRoute()`` is the dense layer itself.
+        nbytes: bytes of memory that each route needs besides the stored weight.
     """
 
     seconds: Seconds
@@ -43,7 +44,7 @@ class Measurement:
         return any(len(routes[DENSE]) > 1 and is_noisy(routes[DENSE]) for routes in self.seconds.values())
 
     def to_table(self) -> dict[str, Any]:
-        """Return the measurement as JSON holds it, routes as text."""
+        """Return the measurement as JSON can hold it, with routes as text."""
         return {
             "seconds": {
                 str(rows): {str(route): times for route, times in routes.items()}
@@ -54,10 +55,10 @@ class Measurement:
 
     @classmethod
     def from_table(cls, table: Any) -> Measurement:
-        """Return the measurement that :meth:`to_table` wrote, in any version.
+        """Return the measurement for a table that :meth:`to_table` of this or an earlier version returned.
 
         Raises:
-            ValueError: it cannot be one; or ``TypeError``, ``KeyError``, ``AttributeError``, ``OverflowError``.
+            ValueError: not such a table. Also ``TypeError``, ``KeyError``, ``AttributeError`` or ``OverflowError``.
         """
         seconds = {
             int(rows): {_route(text): [float(s) for s in times] for text, times in routes.items()}
@@ -65,12 +66,12 @@ class Measurement:
         }
         nbytes = {_route(text): int(n) for text, n in table["nbytes"].items()}
         if not seconds or min(seconds) < 1 or DENSE not in nbytes or any(n < 0 for n in nbytes.values()):
-            raise ValueError("rows, bytes or the dense layer's times are not what they should be")
+            raise ValueError("rows should be above 0, bytes not negative, and the dense layer should be there")
         for routes in seconds.values():
             if routes.keys() != nbytes.keys() or not all(routes.values()):
-                raise ValueError("some routes lack times or bytes")
+                raise ValueError("every route should have times and bytes")
             if not all(0 < s < math.inf for times in routes.values() for s in times):
-                raise ValueError("times should be positive")
+                raise ValueError("times should be above 0 and finite")
         return cls(seconds, nbytes)
 
 
@@ -80,12 +81,15 @@ def _route(text: str) -> Route:
 
 
 def machine() -> dict[str, str]:
-    """Return what measurements of packed layers hold for."""
+    """Return the machine that measurements of packed layers are made on."""
     return describe_machine(kernels.isas()[0] if kernels.available()["native"] == "ok" else "none")
 
 
 def cache_at(path: str | Path | None) -> MeasurementCache[Measurement]:
     """Return the measurements in a JSON file and in this process.
+
+    Args:
+        path: of the file, which need not exist; None for the process only.
 
     Raises:
         FormatError: the file is not an autotune cache, or its contents are invalid.
@@ -103,16 +107,16 @@ def measure(
     cold: bool,
     timer: Timer,
 ) -> Measurement:
-    """Time every route in turn with the dense layer, on modules as they would run in the model.
+    """Measure every route in turn with the dense layer, on modules as they would run in the model.
 
     Args:
-        dense: the layer.
-        packed_as: its packed counterpart with a plan.
-        packed: the weight.
-        inputs: rows, and an input with as many.
-        patterns: that the zeros satisfy.
-        cold: whether the layer will find its weight in memory rather than in a cache, as in a model of many layers.
-        timer: seconds from any origin.
+        dense: the dense layer.
+        packed_as: returns the packed layer, given its plan.
+        packed: the packed weight.
+        inputs: numbers of input rows, each with an input that has them.
+        patterns: the patterns that the zeros satisfy.
+        cold: whether the layer will find its weight in memory and not in a cache, as in a model of many layers.
+        timer: returns seconds since any fixed time.
     """
     x = inputs[0][1]
     routes = [r for r in kernels.candidates(packed, patterns) if r != DENSE and kernels.can_run(packed, r, x)]
@@ -128,7 +132,7 @@ def measure(
 
 
 def key_of(weight: Weight, packed: Format, layer_class: str, rows: Iterable[int], cold: bool) -> str:
-    """Return the text under which layers that run alike share their measurement."""
+    """Return the key of a measurement, which is the same for all layers that run alike."""
     parts = (
         layer_class,
         f"{packed.shape[0]}x{packed.shape[1]}",

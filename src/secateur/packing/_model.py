@@ -38,27 +38,27 @@ def save(
     overwrite: bool = False,
     history: History = (),
 ) -> None:
-    """Write a packed model: as small as its zeros allow, in one file that is checked when it is read.
+    """Write a packed model without its zeros, in one file that is checked when it is read.
 
-    A transformers model becomes a directory that :func:`load` gives back: ``model.sparse.safetensors``, the config, and
-    the tokenizer if there is one. The weights file bears no name that other libraries look for; they would fill in
-    random weights. Any other module becomes one ``.safetensors`` file. Nothing is pickled. Tensors that are the same in
-    memory are stored once and come back so.
+    A transformers model becomes a directory that :func:`load` reads: ``model.sparse.safetensors``, the config, and the
+    tokenizer if there is one. Any other module becomes one ``.safetensors`` file. The file has no name that other
+    libraries look for, because they would use random weights for those that they do not find. Nothing is pickled. A
+    tensor that is shared in the model is stored once, and is shared again after :func:`load`.
 
     Args:
-        model: pruned, with or without layers that :func:`pack_` replaced. Weights that run dense are stored without
-            their zeros too, where that is smaller, and come back dense; zeros lose their sign.
-        path: ends in ``.safetensors`` for one file, an existing one is replaced; else a directory to make.
-        source: a model directory whose files, weights excepted, are copied along: config, tokenizer and all others.
-        tokenizer: anything with ``save_pretrained``; not needed with ``source``.
-        dtype: store tensors of packed layers' biases and all that is not packed in this floating-point dtype.
+        model: pruned, with or without layers that :func:`pack_` replaced. Dense weights are also stored without their
+            zeros, where this is smaller. They are dense again after :func:`load`, but their zeros lose their sign.
+        path: a file, which is replaced if it exists, if it ends in ``.safetensors``; else a directory to make.
+        source: a model directory whose files, except weights, are copied: config, tokenizer and all others.
+        tokenizer: any object with ``save_pretrained``; not needed with ``source``.
+        dtype: a floating-point dtype in which to store all tensors that are not packed weights; None for their own.
         overwrite: replace an existing directory. It stays in place until the new one is complete.
         history: reports of how layers were pruned, whose patterns are used for weights that run dense. Patterns of
             others are found from their zeros.
 
     Raises:
-        FormatError: the place cannot be written, or a name that other libraries would take for a dense model.
-        RecipeError: a directory is asked for, but the model is none of transformers.
+        FormatError: the place cannot be written, or other libraries would take the file's name for a dense model.
+        RecipeError: ``path`` is a directory, but the model is not one of transformers.
 
     Example:
         >>> import os, tempfile, torch, secateur
@@ -86,18 +86,12 @@ def save_with(
     absent: Iterable[str] = (),
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a packed model as :func:`save` does, with more to say.
+    """Write a packed model as :func:`save` does, with two more options.
 
     Args:
-        model: see :func:`save`, like all up to ``history``.
-        path: see there.
-        source: see there.
-        tokenizer: see there.
-        dtype: see there.
-        overwrite: see there.
-        history: see there.
-        absent: tensors that the checkpoint had no values for; they are not stored.
-        extra: further text files of a directory, by name.
+        model, path, source, tokenizer, dtype, overwrite, history: see :func:`save`.
+        absent: names of tensors that the checkpoint had no values for. They are not stored.
+        extra: further text files of the directory, by name.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -106,8 +100,8 @@ def save_with(
         return
     if source is None and not hasattr(model, "save_pretrained"):
         raise RecipeError(
-            f"{path}: only a transformers model has the config that a directory needs, not {type(model).__name__}.\n"
-            "Give a path that ends in .safetensors."
+            f"{path}: only a transformers model can be written as a directory, because that needs a config; got "
+            f"{type(model).__name__}.\nGive a path that ends in .safetensors."
         )
     contents = take_apart(model, dtype, absent, history)
     size = sum(packed.nbytes for packed in contents.layers.values())
@@ -132,24 +126,26 @@ def save_with(
 def load(
     path: str | Path, *, dense: bool = False, into: nn.Module | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Return a model that :func:`save` or ``secateur pack`` wrote, packed, with its tensors checked.
+    """Return a model that :func:`save` or ``secateur pack`` wrote, packed. All tensors are checked first.
 
-    A directory gives the transformers model, in evaluation mode; its class comes from transformers' own tables, and no
-    code in the directory is run. A file of tensors needs the module to put them ``into``. Kernels run as they were
-    measured, if that was on a machine like this; else as each format was made for, until :func:`pack_` measures anew.
+    A directory becomes a transformers model in evaluation mode. Its class comes from the tables of transformers, and
+    no code in the directory is run. For a file, give the module to put its tensors ``into``. If the routes were
+    measured on a machine like this one, they are used. Otherwise each layer takes the route that its format was made
+    for, until :func:`pack_` measures again.
 
-    Directories that compressed-tensors (up to 0.14) wrote as ``sparse-bitmask`` or ``sparse-24-bitmask`` load too.
+    Directories that compressed-tensors up to 0.14 wrote as ``sparse-bitmask`` or ``sparse-24-bitmask`` are read, too.
 
     Args:
         path: a directory, or a ``.safetensors`` file.
-        dense: give plain layers with all their zeros instead of packed ones.
-        into: the dense module (or the packed one) that was saved; its layers and tensors are replaced, all or none.
-        dtype: make all floating-point tensors but packed weights of this dtype; None leaves them as they were stored.
+        dense: return dense layers, with all their zeros, instead of packed ones.
+        into: the module that was saved, dense or packed. Its layers and tensors are replaced: all of them, or none if
+            an error is raised.
+        dtype: floating-point dtype of all tensors that are not packed weights; None for those that were stored.
 
     Raises:
-        FormatError: naming what is wrong with the file, or which tensors the module and the file do not share.
-        RecipeError: a file, but no module to put it into.
-        ImportError: a directory, but no transformers.
+        FormatError: the file is missing or invalid, or has other tensors than the module.
+        RecipeError: a file, but no module to put its tensors into.
+        ImportError: a directory, but transformers is missing.
 
     Example:
         See :func:`save`.
@@ -164,8 +160,10 @@ def load(
         return load_directory(path, dense, into, dtype)[0]
     if into is None:
         if path.suffix != ".safetensors" and not path.exists():
-            raise FormatError(f"{path} does not exist. Give a directory or a .safetensors file that save wrote.")
-        raise RecipeError(f"{path} holds tensors, not the module they belong to. Give that one with into=.")
+            raise FormatError(
+                f"{path} does not exist. Give a directory or a .safetensors file that secateur.save wrote."
+            )
+        raise RecipeError(f"{path} has only tensors. Give the module that they belong to with into=.")
     contents = _contents_of(path, read_packed(path))
     fill_(into, contents, dense, dtype, path)
     return into
@@ -179,16 +177,17 @@ def _contents_of(path: Path, file: PackedFile) -> Contents:
 def load_directory(
     path: Path, dense: bool, into: nn.Module | None, dtype: torch.dtype | None
 ) -> tuple[nn.Module, Contents]:
+    """Return the model in a directory, and the contents of its file. For the arguments see :func:`load`."""
     if (path / FILE).is_file():
         contents = _contents_of(path / FILE, read_packed(path / FILE))
     elif any(name.endswith(".compressed") for shard in find_shards(path) for name in read_header(path / shard)[0]):
         contents = Contents.of(read_compressed_tensors(path))
     else:
         raise FormatError(
-            f"{path} holds a dense model, not a packed one ({FILE}).\nLoad it with transformers, or pack it first: "
+            f"{path} has a dense model, and no packed one ({FILE}).\nLoad it with transformers, or pack it first: "
             "secateur pack MODEL_DIR --output OUT."
         )
-    # What the checkpoint lacks gets the values that transformers would give it.
+    # Tensors that the checkpoint lacks get the values that transformers would give them.
     model = model_without_weights(path, contents.model, initialise=bool(contents.absent)) if into is None else into
     fill_(model, contents, dense, dtype, path)
     return model if into is not None else model.eval(), contents

@@ -1,4 +1,4 @@
-"""Pack the layers of a model that gain by it, and unpack them."""
+"""Pack the layers of a model that get faster, and unpack them again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur._checks import settings as settings_from
 from secateur._errors import RecipeError
+from secateur._types import Progress
 from secateur.layers import swap_modules_
 from secateur.nn import PackedConv2d, PackedLinear, linear_of, packed_layers
 from secateur.packing._history import History, patterns_in
@@ -20,9 +21,7 @@ from secateur.packing._measure import cache_at, machine
 from secateur.packing._settings import PackSettings
 from secateur.reports import PackedLayer, PackReport
 
-_COLD = 32 << 20  # bytes of weights beyond which a model's layers do not stay in a cache from call to call
-
-Progress = Callable[[str, float, float], None]
+_COLD = 32 << 20  # bytes of all weights; with more, no weight stays in a cache until the next call of its layer
 
 
 def pack_(
@@ -41,30 +40,31 @@ def pack_(
 ) -> PackReport:
     """Replace the layers of a pruned model, in place, by packed ones that are smaller and faster on this machine.
 
-    Each kind of layer (shape, pattern, density, value dtype) is measured with every kernel that can run it, against the
-    dense layer as it is, at every batch size. A layer is packed only if it gets faster somewhere and slower nowhere,
-    beyond noise; else it stays dense, and the report says why. Output heads and
-    layers that share their weight with an embedding are left alone unless ``include`` names them. Packed layers in the
-    model are measured again, and packed anew where ``value_dtype`` differs.
+    Every route that can run a layer is measured at every batch size, and compared with the dense layer. Layers of the
+    same shape, pattern, density and value dtype are measured once. A layer is packed only if it gets faster at one
+    batch size and slower at none, by more than noise. Otherwise it stays dense, and the report says why. Output
+    heads, and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers
+    that are already packed are measured again, and packed again if ``value_dtype`` differs.
 
-    It takes about a second for each kind of layer. Values are exact unless ``value_dtype`` asks for fewer bits.
+    A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits.
 
     Args:
-        model: any module but a bare layer; on the CPU.
-        settings: all of the following settings as one value, in their place.
+        model: any module on the CPU, except a bare layer.
+        settings: all settings as one value, instead of the following ones.
         batch_sizes, value_dtype, include, exclude, memory: see :class:`PackSettings`.
-        cache: a JSON file of measurements, by machine, to read and to add to; None measures anew in each process.
-        history: reports of how the layers were pruned, whose patterns are used. Patterns of other layers are found
+        cache: a JSON file of measurements, to read and to add to; None keeps them only while the process runs.
+        history: reports of how the layers were pruned, whose patterns are used. The patterns of other layers are found
             from their zeros.
-        timer: seconds from any origin.
-        progress: called with a description, and how much of how much is done.
+        timer: returns seconds since any fixed time.
+        progress: called with a description, how much is done, and how much there is in total.
 
     Returns:
-        A frozen report: for each layer the winners, ratios with their spread, bytes, errors, and reasons.
+        A frozen report: for each layer its routes, ratios with their spread, bytes and error, or why it stays dense.
 
     Raises:
-        RecipeError: no layer to pack, batch sizes that are none, or a glob that matches nothing.
-        FormatError: no such value dtype, or a cache that is none.
+        RecipeError: no layer to pack, a setting that is out of range, or a glob that matches nothing.
+        FormatError: the cache is not an autotune cache, or its contents are invalid.
+        TypeError: a setting of another type.
 
     Example:
         >>> import torch, secateur
@@ -113,15 +113,15 @@ def pack_(
 
 
 def unpack_(model: nn.Module) -> list[str]:
-    """Replace a model's packed layers, in place, by plain ones with the same weight, zeros included.
+    """Replace the packed layers of a model, in place, by dense ones with the same weight, zeros included.
 
-    Exact, but for int8 values, which are multiplied by their scales and stay rounded.
+    The weights are exact. int8 values are multiplied by their scales, and stay rounded.
 
     Returns:
         The qualified names of the layers that were replaced.
 
     Raises:
-        RecipeError: the model is itself a packed layer; use its ``to_dense``.
+        RecipeError: the model is itself a packed layer.
 
     Example:
         >>> import torch, secateur
@@ -131,17 +131,17 @@ def unpack_(model: nn.Module) -> list[str]:
         (['0'], True)
     """
     if isinstance(model, PackedLinear | PackedConv2d):
-        raise RecipeError("a bare layer cannot be replaced in place; use its to_dense.")
+        raise RecipeError("the model is a bare layer, which cannot be replaced in place. Call its to_dense().")
     found = packed_layers(model)
-    plain: dict[int, nn.Module] = {}
+    dense: dict[int, nn.Module] = {}
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
     for module in found.values():
-        if id(module) in plain:
+        if id(module) in dense:
             continue
         made: Any = module.to_dense()
         inner = linear_of(module)
         key = id(inner.values), inner.weight_dtype
-        made.weight = weights.setdefault(key, made.weight)  # tied ones stay tied
-        plain[id(module)] = made
-    swap_modules_(model, [(module, plain[id(module)]) for module in found.values()])
+        made.weight = weights.setdefault(key, made.weight)  # shared ones stay shared
+        dense[id(module)] = made
+    swap_modules_(model, [(module, dense[id(module)]) for module in found.values()])
     return list(found)

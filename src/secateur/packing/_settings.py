@@ -14,19 +14,20 @@ from secateur.formats import as_value_dtype
 
 @dataclass(frozen=True)
 class PackSettings:
-    """Everything that decides how a model is packed, apart from the model and the machine.
+    """All settings of how a model is packed.
 
     Args:
-        batch_sizes: input rows (tokens, samples) at which to measure; what lies between takes the nearest.
-        value_dtype: float32, bfloat16, float16 or int8 (one scale for each output row), or its name; None for the
-            weights' own.
-        include: glob patterns on qualified names; given, exactly these layers are considered.
-        exclude: glob patterns that win over ``include``.
-        memory: how many times its dense bytes the layouts that a layer's kernels keep may take together, besides the
-            stored weight. 2 or more also admits dense weights in oneDNN's own order, faster at large batches.
+        batch_sizes: input rows (tokens, samples) at which to measure. Any other number takes the route of the nearest.
+        value_dtype: dtype of stored values, or its name: float32, bfloat16, float16 or int8 (with one scale for each
+            output row). None for that of the weights.
+        include: glob patterns on qualified names. If there are any, exactly the layers that match one are considered.
+        exclude: glob patterns on qualified names. A layer that matches is not packed, even if it matches ``include``.
+        memory: limit for the bytes that a layer's routes take together, besides the stored weight, as a multiple of the
+            bytes of the dense weight. Each route keeps the weight in its own order. With 2 or more, this may be the
+            dense weight in oneDNN's order, which is fast at large batches.
 
     Raises:
-        RecipeError: batch sizes below 1 or none, no such value dtype, or a memory that is not positive.
+        RecipeError: no batch sizes, one below 1, an unknown value dtype, or a memory that is not above 0.
         TypeError: a setting of another type.
 
     Example:
@@ -46,7 +47,7 @@ class PackSettings:
             raise TypeError(f"batch_sizes must be several ints, got {type(self.batch_sizes).__name__}")
         sizes = tuple(sorted({integer("a batch size", rows, 1) for rows in self.batch_sizes}))
         if not sizes:
-            raise RecipeError("batch_sizes is empty: there is nothing to measure at.")
+            raise RecipeError("batch_sizes is empty. Give at least one number of input rows to measure at.")
         object.__setattr__(self, "batch_sizes", sizes)
         object.__setattr__(self, "value_dtype", as_value_dtype(self.value_dtype))
         object.__setattr__(self, "include", globs("include", self.include))

@@ -1,16 +1,16 @@
-"""Which weights may be pruned together, and which masks does that allow?"""
+"""Which weights are pruned together, and which masks does that allow?"""
 
+from secateur.patterns._classes import NM as NM
+from secateur.patterns._classes import Block as Block
+from secateur.patterns._classes import Column as Column
+from secateur.patterns._classes import Row as Row
+from secateur.patterns._classes import Unstructured as Unstructured
+from secateur.patterns._classes import as_pattern as as_pattern
+from secateur.patterns._classes import at_partial_sparsity as at_partial_sparsity
+from secateur.patterns._classes import with_channel_width as with_channel_width
+from secateur.patterns._classes import with_scope as with_scope
 from secateur.patterns._find import may_come_from as may_come_from
 from secateur.patterns._find import satisfied as satisfied
-from secateur.patterns._kinds import NM as NM
-from secateur.patterns._kinds import Block as Block
-from secateur.patterns._kinds import Column as Column
-from secateur.patterns._kinds import Row as Row
-from secateur.patterns._kinds import Unstructured as Unstructured
-from secateur.patterns._kinds import as_pattern as as_pattern
-from secateur.patterns._kinds import at_partial_sparsity as at_partial_sparsity
-from secateur.patterns._kinds import with_channel_width as with_channel_width
-from secateur.patterns._kinds import with_scope as with_scope
 from secateur.patterns._pattern import Remainder as Remainder
 from secateur.patterns._pattern import Scope as Scope
 from secateur.patterns._pattern import SparsityPattern as SparsityPattern

@@ -1,4 +1,4 @@
-"""Find the patterns that zeros satisfy, for weights whose pattern nobody remembers."""
+"""Find the patterns that the zeros of a weight satisfy, where its pattern is not known."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from secateur._errors import PatternError
-from secateur.patterns._kinds import NM, Block, Column, Row
+from secateur.patterns._classes import NM, Block, Column, Row
 from secateur.patterns._pattern import SparsityPattern
 
+# The sizes that hardware and kernels use. Any other size would cost time, and random zeros would match more of them.
 _GROUPS = (2, 4, 8, 16)
-_WIDTHS = (2, 4, 8, 16, 32)
+_WIDTHS = (2, 4, 8, 16, 32)  # of groups and tiles
 _TILES = ((32, 32), (16, 16), (8, 8), (4, 4), (1, 16), (16, 1), (1, 8), (8, 1), (1, 4), (4, 1))
 
 
@@ -20,7 +21,8 @@ def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
     zeros, (rows, columns) = int(zero.count_nonzero()), zero.shape
     if not zeros:
         return ()
-    counts = {1: zero.view(torch.uint8)}  # zeros in groups of so many columns
+    # Zeros in each group of 1, 2, 4, ... columns. Each count is the sum of two of the one before.
+    counts = {1: zero.view(torch.uint8)}
     for m in _WIDTHS:
         if columns % m == 0:
             pairs = counts[m // 2].unflatten(1, (-1, 2))
@@ -28,7 +30,7 @@ def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
     for m in _GROUPS:
         if m in counts:
             n = m - int(counts[m].min())
-            # 4:8 says nothing new where 2:4 holds already.
+            # 2:4 implies 4:8, so 4:8 is left out where 2:4 was found.
             implied = any(isinstance(p, NM) and m % p.m == 0 and p.n * (m // p.m) <= n for p in found)
             if n < m and not implied:
                 found.append(NM(n, m))
@@ -46,10 +48,14 @@ def satisfied(zero: Tensor) -> tuple[SparsityPattern, ...]:
 
 
 def may_come_from(zero: Tensor, pattern: SparsityPattern) -> bool:
-    """Return whether the zeros of a matrix (``[out, in]`` bool, True = zero) may be those of a pattern, and some more.
+    """Return whether a matrix that was pruned to a pattern may have these zeros.
 
-    A weight that was pruned to a pattern keeps its zeros, and may have had others of its own. Only N:M says how many
-    zeros there must be.
+    A weight that was pruned to a pattern has all zeros of the pattern, and may have further ones. Only N:M fixes how
+    many zeros there are at least.
+
+    Args:
+        zero: ``[out, in]`` bool, True = zero.
+        pattern: to compare with.
     """
     try:
         core = pattern.units(zero.shape).crop(zero)

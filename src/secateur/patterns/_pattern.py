@@ -1,4 +1,4 @@
-"""What every sparsity pattern can do: make masks with an exact count, check them, be written and read as text."""
+"""The base of the patterns: a pattern makes masks with an exact count, checks masks, and has a text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from secateur._errors import PatternError
-from secateur._types import Mask, Scores
+from secateur._checks import instance, number
+from secateur._errors import PatternError, RecipeError
+from secateur._types import Mask, Scores, dtype_name
 from secateur.patterns._select import keep_top, units_to_prune
 from secateur.patterns._units import Units
 
@@ -24,17 +25,17 @@ Remainder: TypeAlias = Literal["error", "dense"]
 class SparsityPattern(ABC):
     """A structural constraint on which weights of an ``[out, in]`` matrix may be pruned.
 
-    A pattern is a value: it compares, hashes, prints and copies. It cuts a matrix into *units* (elements, tiles, rows
-    or columns) that are kept or pruned whole, and lets units compete for survival: all units of the layer, those of
-    one row, or those of one N:M group. In each competition exactly ``round(sparsity * units)`` units are pruned, the
-    ones of lowest score; of equal scores the lower index is kept.
+    A pattern is a value: it can be compared, hashed, printed and copied. It cuts a matrix into *units* (elements,
+    tiles, rows or columns). A unit is kept or pruned whole. Units compete: all units of the layer, those of one row, or
+    those of one N:M group. In each competition exactly ``round(sparsity * units)`` units are pruned, those with the
+    lowest scores. Of units with equal scores, the one with the lower index is kept.
 
-    A unit larger than one element is scored by the sum of the squares of its elements' scores (squares keep their sign,
-    for scores that have one). For ``|w_ij| * ||x_j||`` that is the exact cost of dropping the unit under a diagonal
-    Hessian; the sum of absolute values is not.
+    The score of a unit with several elements is the sum of the squares of the elements' scores. A square keeps the sign
+    of its score. For ``|w_ij| * ||x_j||`` this is the exact cost of pruning the unit under a diagonal Hessian. The sum
+    of absolute values is not.
 
-    The five patterns are :class:`Unstructured`, :class:`NM`, :class:`Block`, :class:`Row` and :class:`Column`, also
-    reachable as ``SparsityPattern.NM`` and so on.
+    The five patterns are :class:`Unstructured`, :class:`NM`, :class:`Block`, :class:`Row` and :class:`Column`. They are
+    also attributes of this class, such as ``SparsityPattern.NM``.
 
     Example:
         >>> import torch, secateur
@@ -53,54 +54,55 @@ class SparsityPattern(ABC):
     Row: ClassVar[Any]
     Column: ClassVar[Any]
 
-    if TYPE_CHECKING:  # a dataclass field named `width` fulfils this, which a run-time abstract property would forbid
+    # Only for type checkers: an abstract property at run time would keep Block and Column from having a field `width`.
+    if TYPE_CHECKING:
 
         @property
         def width(self) -> int | None:
-            """How many neighbouring columns must be decided together; None: all of them.
+            """How many adjacent columns must be decided together; None means all of them.
 
-            The one fact that lets a solver which sweeps over columns serve every pattern.
+            A solver that sweeps over columns needs no other fact about a pattern.
             """
 
     @property
     @abstractmethod
     def sparsity(self) -> float | None:
-        """The sparsity that the structure itself fixes (``1 - n/m``), or None when it is free."""
+        """The sparsity that the pattern fixes (``1 - n/m``), or None where any sparsity fits."""
 
     @abstractmethod
     def _tile(self) -> tuple[int, int]:
-        """Height and width that the matrix must divide into, or has a remainder of."""
+        """Height and width of a tile; a size of the matrix that is not a multiple leaves a remainder."""
 
+    @abstractmethod
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
-        """Height and width of a unit of a matrix of this size, without remainder."""
-        return 1, 1
+        """Height and width of a unit in a matrix of this size that has no remainder."""
 
+    @abstractmethod
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
-        """Number of competitions in a matrix of this size, without remainder, and of units in each."""
-        return 1, units
+        """Number of competitions in a matrix of this size that has no remainder, and of units in each."""
 
     @abstractmethod
     def _violation(self, mask: Mask) -> str | None:
-        """Name the first group of a matrix without remainder in which the mask is illegal."""
+        """Say which group is the first that breaks the pattern, for a mask without remainder; None where none does."""
 
     @staticmethod
     def parse(text: str) -> SparsityPattern:
-        """Return the pattern that ``text`` names; the inverse of ``str(pattern)``.
+        """Return the pattern that ``text`` names. This is the inverse of ``str(pattern)``.
 
         Args:
             text: ``"unstructured"``, ``"2:4"``, ``"block:16x16"``, ``"row"`` or ``"column"``. Options follow a comma:
                 ``"unstructured,scope=row"``, ``"2:4,remainder=dense"``, ``"column:9"`` (9 adjacent columns a channel).
 
         Raises:
-            PatternError: the text names no pattern.
+            PatternError: the text names no pattern, or sizes that are out of range.
+            TypeError: not a str.
 
         Example:
             >>> import secateur
             >>> secateur.SparsityPattern.parse("block:4x8,remainder=dense")
             Block(4, 8, remainder='dense')
         """
-        if not isinstance(text, str):
-            raise TypeError(f"a pattern's name must be a str, got {type(text).__name__}")
+        instance("the text of a pattern", text, str)
         head, *options = (part.strip() for part in text.strip().lower().split(","))
         keywords: dict[str, str] = {}
         for option in options:
@@ -108,12 +110,13 @@ class SparsityPattern(ABC):
             if not separator or not value or key in keywords:
                 raise PatternError(_unknown_pattern(text))
             keywords[key] = value
-        for grammar, kind in SparsityPattern._grammar:
+        for grammar, pattern_type in SparsityPattern._grammar:
             if match := re.fullmatch(grammar, head):
                 numbers = [int(group) for group in match.groups() if group is not None]
-                if not keywords.keys() <= {f.name for f in fields(kind) if f.type != "int"}:  # type: ignore[arg-type]
+                options_of = {f.name for f in fields(pattern_type) if f.type != "int"}  # type: ignore[arg-type]
+                if not keywords.keys() <= options_of:
                     raise PatternError(_unknown_pattern(text))
-                return kind(*numbers, **keywords)
+                return pattern_type(*numbers, **keywords)
         raise PatternError(_unknown_pattern(text))
 
     def __repr__(self) -> str:
@@ -122,7 +125,7 @@ class SparsityPattern(ABC):
         return f"{type(self).__name__}({', '.join(required + options)})"
 
     def _options(self) -> list[tuple[str, object]]:
-        """Fields that differ from their default."""
+        """Names and values of the fields that differ from their default."""
         pairs = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]  # type: ignore[arg-type]
         return [(name, value) for name, value, default in pairs if default is not MISSING and value != default]
 
@@ -133,7 +136,8 @@ class SparsityPattern(ABC):
         """Raise unless the pattern fits a matrix of ``shape = (out, in)``.
 
         Raises:
-            PatternError: the shape is not two-dimensional, or does not divide and ``remainder`` is ``"error"``.
+            PatternError: the shape is not two-dimensional, or is not a multiple of the tile and ``remainder`` is
+                ``"error"``.
 
         Example:
             >>> import secateur
@@ -156,30 +160,39 @@ class SparsityPattern(ABC):
                 )
 
     def resolve(self, sparsity: float | None) -> float:
-        """Return the sparsity to use, given what was asked (None: nothing) and what the structure fixes.
+        """Return the sparsity to prune at: the one that was asked for, or the one that the pattern fixes.
+
+        Args:
+            sparsity: fraction of units to prune, in [0, 1]; None for the one that the pattern fixes.
 
         Raises:
-            PatternError: the sparsity is missing, outside [0, 1] or not the pattern's own.
+            PatternError: the sparsity is missing, outside [0, 1] or not the one that the pattern fixes.
             TypeError: the sparsity is not a number.
         """
         fixed = self.sparsity
         if sparsity is None:
             if fixed is None:
-                raise PatternError(f"{self} fits any sparsity: say which, for example sparsity=0.5.")
+                raise PatternError(f"{self} fits any sparsity and none was given. Give one, for example sparsity=0.5.")
             return fixed
         check_sparsity(sparsity)
         if fixed is not None and not math.isclose(sparsity, fixed, abs_tol=1e-9):
             raise PatternError(
-                f"{self} fixes the sparsity at {fixed:g}, but {sparsity:g} was asked. "
-                "Leave the sparsity out, or choose another pattern."
+                f"{self} fixes the sparsity at {fixed:g}, but {sparsity:g} was asked for. "
+                "Leave the sparsity out, or use another pattern."
             )
         return float(sparsity)
 
     def num_pruned(self, shape: Sequence[int], sparsity: float | None = None) -> int:
-        """Return how many weights of a ``(out, in)`` matrix are pruned at ``sparsity``: exact, never an estimate.
+        """Return how many weights of a matrix are pruned at a sparsity. The number is exact.
+
+        Args:
+            shape: ``(out, in)`` of the matrix.
+            sparsity: fraction of units to prune; see :meth:`resolve`.
 
         Raises:
-            PatternError: the shape does not fit, or the sparsity is missing, outside [0, 1] or not the pattern's own.
+            PatternError: the shape does not fit, or the sparsity is missing, outside [0, 1] or not the one that the
+                pattern fixes.
+            TypeError: the sparsity is not a number.
 
         Example:
             >>> import secateur
@@ -190,11 +203,11 @@ class SparsityPattern(ABC):
         return units_to_prune(units.count, self.resolve(sparsity)) * units.competitions * units.size
 
     def num_units(self, shape: Sequence[int]) -> int:
-        """Return how many units compete with one another in a ``(out, in)`` matrix."""
+        """Return how many units each competition has in an ``(out, in)`` matrix."""
         return self.units(shape).count
 
     def units(self, shape: Sequence[int]) -> Units:
-        """Return the units of a ``(out, in)`` matrix: what is kept or pruned together, and what competes.
+        """Return the units of an ``(out, in)`` matrix: what is kept or pruned together, and what competes.
 
         Raises:
             PatternError: the shape does not fit.
@@ -215,19 +228,19 @@ class SparsityPattern(ABC):
 
     @torch.no_grad()
     def mask(self, scores: Scores, sparsity: float | None = None) -> Mask:
-        """Return the mask that keeps the best-scored units at exactly the asked sparsity.
+        """Return the mask that keeps the units with the highest scores, at exactly the given sparsity.
 
         Args:
-            scores: ``[out, in]``, any floating dtype, strides and device; higher = keep. ``+inf`` always outranks
-                finite scores.
-            sparsity: fraction of units to prune, in [0, 1]. May be left out for a pattern that fixes its own (N:M).
+            scores: ``[out, in]``, of any floating dtype, strides and device; higher = keep. ``+inf`` is above every
+                finite score.
+            sparsity: fraction of units to prune, in [0, 1]. N:M fixes its own, so that it may be left out there.
 
         Returns:
             A contiguous bool tensor of the scores' shape, True = kept.
 
         Raises:
-            PatternError: NaN or -inf among the scores, a shape that does not fit, or an impossible sparsity.
-            TypeError: scores that are not a floating-point tensor.
+            PatternError: NaN or -inf among the scores, a shape that does not fit, or a sparsity that does not.
+            TypeError: scores that are not a floating-point tensor, or a sparsity that is not a number.
 
         Example:
             >>> import torch, secateur
@@ -235,15 +248,18 @@ class SparsityPattern(ABC):
             [[True, False], [False, True]]
         """
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
-            kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(f"scores must be a floating-point tensor, got {kind}")
+            found = dtype_name(scores.dtype) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(f"scores must be a floating-point tensor, got {found}")
         self.validate(scores.shape)
         sparsity = self.resolve(sparsity)
         if scores.numel() and not scores.min() > -math.inf:  # min() propagates NaN, and NaN > -inf is False
             bad = int((~(scores > -math.inf)).sum())
-            raise PatternError(f"{bad} of {scores.numel()} scores are NaN or -inf; scores must say what to keep.")
+            raise PatternError(
+                f"{bad} of {scores.numel()} scores are NaN or -inf, which say nothing about what to keep. "
+                "Give finite scores, or +inf for what must be kept."
+            )
         if scores.dtype in (torch.float16, torch.bfloat16):
-            scores = scores.float()  # exact, and CPU selection in half precision is an order of magnitude slower
+            scores = scores.float()  # exact; selection in half precision takes ten times as long on a CPU
         units = self.units(scores.shape)
         return units.mask(keep_top(units.scores(scores), units.count - units_to_prune(units.count, sparsity)))
 
@@ -251,7 +267,7 @@ class SparsityPattern(ABC):
         """Raise unless ``mask`` (``[out, in]``, bool, True = kept) is legal under this pattern.
 
         Raises:
-            PatternError: naming the first group that breaks the pattern.
+            PatternError: the mask breaks the pattern. The message names the first group that does, or the shape.
             TypeError: a mask that is not a bool tensor.
 
         Example:
@@ -261,28 +277,35 @@ class SparsityPattern(ABC):
             secateur._errors.PatternError: row 0, columns 2 to 3 keep 2 weights, but 1:2 keeps exactly 1.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            found = dtype_name(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"a mask must be a bool tensor, got {found}")
         rows, columns = self.units(mask.shape).core
         if not (mask[rows:].all() and mask[:, columns:].all()):
             raise PatternError(
-                f"the remainder beyond {rows} rows and {columns} columns must stay dense under {self!r}."
+                f"the mask prunes weights beyond {rows} rows and {columns} columns, the whole tiles of {self!r}. "
+                "This remainder must stay dense."
             )
         if rows * columns and (violation := self._violation(mask[:rows, :columns])):
             raise PatternError(violation)
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
-    """Raise unless ``sparsity``, an argument of that name, is a number in [0, 1]."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-        raise TypeError(f"{name} must be a number, got {type(sparsity).__name__}")
-    if not 0 <= sparsity <= 1:
+    """Raise unless ``sparsity``, an argument of that name, is a number in [0, 1].
+
+    Raises:
+        PatternError: outside [0, 1].
+        TypeError: not a number.
+    """
+    try:
+        number(name, sparsity, 0, 1)
+    except RecipeError:  # also of a mask that is asked for without a recipe, so that the class is that of patterns
         hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
-        raise PatternError(f"{name} is the fraction of zeros, between 0 and 1, got {sparsity:g}.{hint}")
+        raise PatternError(f"{name} is the fraction of zeros, between 0 and 1, got {sparsity:g}.{hint}") from None
 
 
 def _unknown_pattern(text: str) -> str:
     return (
         f"{text!r} names no pattern. Patterns are 'unstructured', 'N:M' such as '2:4', 'block:HxW' such as "
-        "'block:16x16', 'row' and 'column'; options follow a comma: ',scope=row' or ',scope=layer' for unstructured, "
+        "'block:16x16', 'row' and 'column'. Options follow a comma: ',scope=row' or ',scope=layer' for unstructured, "
         "',remainder=dense' for N:M and block."
     )

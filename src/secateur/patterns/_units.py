@@ -1,4 +1,4 @@
-"""What is kept or pruned together in a matrix of one shape, and which of these units compete with one another."""
+"""Units: what is kept or pruned together in a matrix of one shape, and which units compete."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from secateur._types import Mask, Scores
 class Units:
     """The units of a pattern in a matrix of one shape.
 
-    The core of the matrix is what divides into the pattern's tiles; the remainder beyond it, to the right and below,
-    stays dense. The core is cut into units of ``height x width`` elements, counted row by row. Consecutive units, the
-    same number each time, compete with one another.
+    The core of the matrix consists of whole tiles of the pattern. The remainder to the right of it and below stays
+    dense. The core is cut into units of ``height x width`` elements, numbered row by row. Each competition has the same
+    number of consecutive units.
 
     Args:
         shape: ``(out, in)`` of the matrix.
         core: rows and columns of the part that is cut into units.
         height: rows of a unit.
         width: columns of a unit.
-        competitions: groups of units that compete among themselves.
+        competitions: how many there are.
         count: units in each competition.
 
     Example:
@@ -56,7 +56,7 @@ class Units:
         return self.competitions * self.count
 
     def crop(self, matrix: Tensor) -> Tensor:
-        """Return the core of a matrix of this shape, a view; the matrix itself where nothing remains beyond it."""
+        """Return the core of a matrix of this shape: a view, or the matrix itself where there is no remainder."""
         return matrix if self.core == self.shape else matrix[: self.core[0], : self.core[1]]
 
     def elements(self, core: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Units:
     def scores(self, scores: Scores) -> Tensor:
         """Return the scores of the units, ``[competitions, count]``, given those of all elements, ``[out, in]``.
 
-        A unit of one element has its score. A larger one has the sum of the squares, which keep their sign.
+        A unit of one element has its score. A larger one has the sum of the squares, each with the sign of its score.
         """
         elements = self.elements(self.crop(scores))
         return elements[..., 0] if self.size == 1 else _sum_of_squares(elements)
@@ -94,18 +94,18 @@ class Units:
         return mask
 
     def _grid(self) -> tuple[int, int]:
-        """Units down and across the core. A unit without elements, of an empty matrix, counts once each way."""
+        """Units down and across the core. A side without elements, in an empty matrix, has one unit."""
         return self.core[0] // self.height if self.height else 1, self.core[1] // self.width if self.width else 1
 
 
 def _sum_of_squares(elements: Tensor) -> Tensor:
-    """Scores of units from those of their elements, in the last dimension: the sum of signed squares.
+    """The score of each unit: the sum of its elements' squares, with their signs, over the last dimension.
 
-    In float64, so that no float32 score over- or underflows, and summed along contiguous rows, so that the order of
-    additions is the same for every unit and equal units tie exactly.
+    Squares are float64, in which those of float32 scores neither overflow nor vanish. The elements of a unit are
+    contiguous, so that all units are added up in the same order and equal units have exactly equal scores.
     """
     wide = elements.double().contiguous()
     sums = (wide * wide.abs()).sum(-1)
     if not sums.is_meta and sums.isnan().any():  # squares of opposite sign, each beyond the largest float64
-        raise PatternError("the scores are too large: their squares overflow. Scale them down.")
+        raise PatternError("the scores are too large: their squares overflow float64. Scale them down.")
     return sums

@@ -1,4 +1,4 @@
-"""How long does something take on this machine, beside its alternatives? The only home of milliseconds."""
+"""How long does something take on this machine, compared with its alternatives? Only this room measures time."""
 
 from secateur.timing._cache import MeasurementCache as MeasurementCache
 from secateur.timing._in_turn import Timer as Timer

@@ -1,4 +1,4 @@
-"""Measurements kept by machine: in memory for the process, and in a JSON file if one is named."""
+"""Measurements by machine: kept in memory by the process, and in a JSON file if one is given."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class MeasurementCache(Generic[Value]):
     """Measurements by machine and key.
 
     Args:
-        path: of the file; it need not exist yet. None keeps them for this process only.
-        machine: what measurements hold for.
-        read: from what JSON holds of a measurement; raises any of ``TypeError``, ``ValueError``, ``KeyError``,
-            ``AttributeError`` and ``OverflowError`` if it cannot be one.
-        write: to what JSON can hold.
+        path: of the file, which need not exist yet. None keeps measurements only while the process runs.
+        machine: the machine that is measured, from :func:`~secateur.timing.describe_machine`.
+        read: returns the measurement for a JSON value. It raises ``TypeError``, ``ValueError``, ``KeyError``,
+            ``AttributeError`` or ``OverflowError`` if the value is not one.
+        write: returns the JSON value for a measurement.
 
     Raises:
         FormatError: the file is not an autotune cache, or its contents are invalid.
     """
 
-    _memory: ClassVar[dict[tuple[str, str], Any]] = {}  # shared on purpose, by all of the process
+    _memory: ClassVar[dict[tuple[str, str], Any]] = {}  # of the class, so that all caches of a process share it
 
     def __init__(
         self,
@@ -49,17 +49,20 @@ class MeasurementCache(Generic[Value]):
             self._own = {key: _read_entry(self._path, key, entry, read) for key, entry in own.items()}
 
     def get(self, key: str) -> Value | None:
-        """Return what is known under a key on this machine."""
+        """Return the measurement under a key on this machine, or None."""
         return self._own.get(key) or self._memory.get((self._machine, key))
 
     def put(self, key: str, measured: Value, *, lasting: bool = True) -> None:
-        """Remember a measurement: in the file only if it is worth keeping, as from a quiet machine."""
+        """Keep a measurement in memory, and if it is ``lasting`` also in the file.
+
+        A measurement of a busy machine should not be lasting.
+        """
         self._memory[self._machine, key] = measured
         if lasting:
             self._own[key] = measured
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, if there is one. It is written whole or not at all."""
         if self._path is None:
             return
         own = {key: self._write(measured) for key, measured in self._own.items()}
@@ -72,12 +75,12 @@ def _read_file(path: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
         version, machines = table["secateur autotune"], table["machines"]
         if version != _VERSION:
-            return {}  # of another version: measured anew, and replaced
+            return {}  # of another version: everything is measured again, and the file is replaced
         if not isinstance(machines, dict) or not all(isinstance(entry, dict) for entry in machines.values()):
             raise TypeError("machines should be a table of tables")
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise FormatError(
-            f"{path} is not a file of autotune measurements: {error!r:.200}.\nGive another path, or delete it."
+            f"{path} is not an autotune cache, or cannot be read: {error!r:.200}.\nGive another path, or delete it."
         ) from None
     return dict(machines)
 
@@ -87,5 +90,5 @@ def _read_entry(path: Path, key: str, entry: Any, read: Callable[[Any], Value]) 
         return read(entry)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise FormatError(
-            f"{path}: the measurement {key!r:.200} is invalid.\nDelete the file to measure anew."
+            f"{path}: the measurement {key!r:.200} is invalid.\nDelete the file to measure again."
         ) from None

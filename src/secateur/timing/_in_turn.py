@@ -1,4 +1,4 @@
-"""Alternatives timed in turn, so that what disturbs one disturbs all, and their ratios."""
+"""Alternatives are timed in turn, so that a disturbance affects all of them, and compared by ratios."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from statistics import quantiles
 from typing import TypeVar
 
 Name = TypeVar("Name")
-Timer = Callable[[], float]  # seconds from any origin
+Timer = Callable[[], float]  # returns seconds since any fixed time
 
-_BUDGET = 0.25  # seconds for one set of alternatives, beyond the fewest rounds
-_PATIENCE = 4  # times the budget, while the machine is busy with something else
-_NOISY = 1.25  # upper over lower quartile of the same call's times; a quiet machine stays below
+_BUDGET = 0.25  # seconds for one set of alternatives, after the fewest rounds
+_PATIENCE = 4  # how many times the budget, while the machine is busy
+_NOISY = 1.25  # upper over lower quartile of the times of one call; on a quiet machine the ratio is lower
 _FEWEST, _MOST = 7, 31  # rounds
-_HOPELESS = 2.0  # times slower than the fastest after two rounds: no longer called
-_SHORT = 2e-4  # seconds; shorter calls are repeated within a round
+_HOPELESS = 2.0  # a call that takes this many times the fastest one after two rounds is dropped
+_SHORT = 2e-4  # seconds; a shorter call is repeated within a round, because a timer is not exact enough for it
 
 
 def time_in_turn(
@@ -29,16 +29,20 @@ def time_in_turn(
     """Call each in turn, round after round, and return the seconds of each round.
 
     Args:
-        calls: by name.
-        against: the name of the one that all others are compared with. It is called to the end, and its own times say
-            whether the machine is busy, and more rounds are needed.
-        timer: seconds from any origin.
-        before: run before each call, outside of its time.
-        keep: others that are called to the end. The rest are dropped after two rounds if they are hopelessly slow.
+        calls: the alternatives by name.
+        against: the name of the one that all others are compared with. It is never dropped. Its times show whether the
+            machine is busy, so that more rounds are needed.
+        timer: returns seconds since any fixed time.
+        before: called before each call; its time does not count.
+        keep: names of further alternatives that are never dropped. Any other is dropped after two rounds if it takes
+            more than twice the time of the fastest.
+
+    Returns:
+        Seconds by name, one number for each round. Alternatives that were dropped have fewer.
     """
     repeats = {}
     for name, call in calls.items():
-        call()  # makes ready what is made at the first call
+        call()  # the first call may do work that later ones do not
         began = timer()
         call()
         taken = timer() - began
@@ -64,13 +68,23 @@ def time_in_turn(
 
 
 def is_noisy(times: Sequence[float]) -> bool:
-    """Return whether times of the same call say that the machine was busy with something else."""
+    """Return whether the times of one call show that the machine was busy with something else."""
     low, _, high = quantiles(times, n=4, method="inclusive")
     return high > _NOISY * low
 
 
 def ratios(times: Mapping[Name, Sequence[float]], against: Name, name: Name) -> tuple[float, float, float]:
-    """Return how many times as fast one is as another: lower quartile, median and upper quartile of common rounds."""
+    """Return how many times as fast one alternative is as another.
+
+    Args:
+        times: seconds by name, from :func:`time_in_turn`.
+        against: the name of the other.
+        name: the name of the one.
+
+    Returns:
+        Lower quartile, median and upper quartile of the ratios within each round. A disturbance in a round affects
+        both, so that their ratio is steadier than either time.
+    """
     pairs = [other / own for other, own in zip(times[against], times[name], strict=False) if own > 0] or [1.0]
     if len(pairs) == 1:
         return pairs[0], pairs[0], pairs[0]

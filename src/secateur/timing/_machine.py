@@ -1,4 +1,4 @@
-"""What timings depend on besides what is timed."""
+"""The machine that times were measured on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from secateur.reports import versions
 
 
 def describe_machine(kernels: str) -> dict[str, str]:
-    """Return what timings hold for: processor, instruction set of the kernels, threads, versions.
+    """Return what times depend on besides the code: processor, instruction set, threads and versions.
 
     Args:
-        kernels: instruction set of the native kernels, or "none".
+        kernels: the instruction set of the native kernels, or "none".
     """
     known = versions()
     return {

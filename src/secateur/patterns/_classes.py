@@ -1,4 +1,4 @@
-"""The five patterns."""
+"""The five patterns, and what is derived from one of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from secateur._checks import instance, integer
 from secateur._errors import PatternError
 from secateur._types import Mask
 from secateur.patterns._pattern import Remainder, Scope, SparsityPattern
@@ -15,12 +16,15 @@ from secateur.patterns._select import units_to_prune
 
 @dataclass(frozen=True, repr=False)
 class Unstructured(SparsityPattern):
-    """Any weight may be pruned, each for itself.
+    """Any single weight may be pruned.
 
     Args:
-        scope: what competes with what: ``"layer"`` (all weights), ``"row"`` (the weights of one output neuron, each
-            row losing the same number) or None, the default: the scope that the importance was made for, the row for
-            Wanda and RIA, else the layer. A bare ``mask`` call with None compares within the layer.
+        scope: which weights compete: ``"layer"`` (all weights), ``"row"`` (the weights of one output neuron, so that
+            each row loses the same number) or None. None, the default, takes the scope that the importance was made
+            for: the row for Wanda and RIA, else the layer. ``mask`` itself takes None as the layer.
+
+    Raises:
+        PatternError: another scope.
 
     Example:
         >>> import secateur
@@ -48,6 +52,9 @@ class Unstructured(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, 1
 
+    def _unit(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, 1
+
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         return (rows, columns) if self.scope == "row" else (1, units)
 
@@ -59,23 +66,25 @@ class Unstructured(SparsityPattern):
         if found is None:
             return None
         counts = f"row {found[0]} keeps {int(kept[found])} weights and row 0 keeps {int(kept[0])}"
-        return f"{counts}, but {self} keeps as many in each row."
+        return f"{counts}, but {self} keeps the same number in each row."
 
 
 @dataclass(frozen=True, repr=False)
 class NM(SparsityPattern):
-    """In every ``m`` consecutive inputs of a row exactly ``n`` weights are kept; groups never cross rows.
+    """Exactly ``n`` weights are kept in every group of ``m`` consecutive inputs of a row.
 
-    ``n`` counts what is *kept*, as in PyTorch, NVIDIA's 2:4 and most papers; Wanda's, SparseGPT's and RIA's code count
-    zeros, so their ``1:4`` is ``NM(3, 4)``.
+    A group never crosses rows. ``n`` counts what is *kept*, as in PyTorch, NVIDIA's 2:4 and most papers. The code of
+    Wanda, SparseGPT and RIA counts zeros: their ``1:4`` is ``NM(3, 4)``.
 
     Args:
         n: weights kept in each group, 0 to m.
         m: consecutive columns in a group, at least 1.
-        remainder: ``"error"`` raises when the input size is not a multiple of m; ``"dense"`` leaves the tail dense.
+        remainder: for an input size that is not a multiple of m, ``"error"`` raises and ``"dense"`` leaves the columns
+            beyond the last whole group dense.
 
     Raises:
-        PatternError: n or m out of range.
+        PatternError: n or m is out of range, or another remainder.
+        TypeError: n or m is not an int.
 
     Example:
         >>> import secateur
@@ -111,6 +120,9 @@ class NM(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, self.m
 
+    def _unit(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, 1
+
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         return units // self.m, self.m
 
@@ -128,15 +140,19 @@ class NM(SparsityPattern):
 
 @dataclass(frozen=True, repr=False)
 class Block(SparsityPattern):
-    """Tiles of ``height`` outputs by ``width`` inputs are kept or pruned whole. ``Block(1, 1)`` masks as Unstructured.
+    """Tiles of ``height`` outputs by ``width`` inputs are kept or pruned whole.
+
+    ``Block(1, 1)`` gives the same masks as ``Unstructured("layer")``.
 
     Args:
         height: rows (outputs) in a tile, at least 1.
         width: columns (inputs) in a tile, at least 1.
-        remainder: ``"error"`` raises when a side does not divide; ``"dense"`` leaves the incomplete tiles dense.
+        remainder: for a size that is not a multiple of the tile's, ``"error"`` raises and ``"dense"`` leaves the
+            incomplete tiles dense.
 
     Raises:
-        PatternError: a size below 1.
+        PatternError: a size below 1, or another remainder.
+        TypeError: a size that is not an int.
 
     Example:
         >>> import torch, secateur
@@ -151,7 +167,7 @@ class Block(SparsityPattern):
     def __post_init__(self) -> None:
         _check_sizes(self)
         if self.height < 1 or self.width < 1:
-            raise PatternError(f"a block needs at least one row and one column, got {self.height}x{self.width}.")
+            raise PatternError(f"a tile needs at least one row and one column, got {self.height}x{self.width}.")
 
     def __str__(self) -> str:
         return f"block:{self.height}x{self.width}{self._suffix()}"
@@ -165,6 +181,9 @@ class Block(SparsityPattern):
 
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         return self._tile()
+
+    def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
+        return 1, units
 
     def _violation(self, mask: Mask) -> str | None:
         tiles = mask.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
@@ -181,7 +200,7 @@ class Block(SparsityPattern):
 
 @dataclass(frozen=True, repr=False)
 class Row(SparsityPattern):
-    """Whole rows, the weights of one output channel, are kept or pruned.
+    """Rows are kept or pruned whole. A row holds the weights of one output channel.
 
     Example:
         >>> import torch, secateur
@@ -206,21 +225,25 @@ class Row(SparsityPattern):
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         return 1, columns
 
+    def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
+        return 1, units
+
     def _violation(self, mask: Mask) -> str | None:
         found = _first(mask.any(1) & ~mask.all(1))
-        return None if found is None else f"row {found[0]} is kept in part, but {self} keeps all or none of it."
+        return None if found is None else f"row {found[0]} is kept in part, but {self} keeps all or none of a row."
 
 
 @dataclass(frozen=True, repr=False)
 class Column(SparsityPattern):
-    """Whole columns, the weights that read one input channel, are kept or pruned.
+    """Columns are kept or pruned whole. They hold the weights that read one input channel.
 
     Args:
-        width: adjacent columns that make one channel. 1, the default, for linear layers; when a convolution is pruned
-            it is set to the number of kernel positions, so that an input channel goes as a whole.
+        width: adjacent columns of one channel. 1, the default, is for linear layers. Pruning a convolution sets it to
+            the number of kernel positions, so that an input channel is kept or pruned whole.
 
     Raises:
         PatternError: a width below 1.
+        TypeError: a width that is not an int.
 
     Example:
         >>> import torch, secateur
@@ -248,21 +271,25 @@ class Column(SparsityPattern):
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         return rows, self.width
 
+    def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
+        return 1, units
+
     def _violation(self, mask: Mask) -> str | None:
         channels = mask.unflatten(1, (-1, self.width))
         found = _first(channels.any(2).any(0) & ~channels.all(2).all(0))
         if found is None:
             return None
-        return f"input channel {found[0]} is kept in part, but {self} keeps all or none of it."
+        return f"input channel {found[0]} is kept in part, but {self} keeps all or none of a channel."
 
 
+# Set here and not in the class, which must exist before the classes that derive from it.
 SparsityPattern.Unstructured = Unstructured
 SparsityPattern.NM = NM
 SparsityPattern.Block = Block
 SparsityPattern.Row = Row
 SparsityPattern.Column = Column
 
-# The one table of patterns by their text; whole numbers in it are the fields in their order.
+# The one table of the patterns' texts. Each number in a text is a field, in the order of the fields.
 SparsityPattern._grammar = (
     (r"unstructured", Unstructured),
     (r"(\d{1,9}):(\d{1,9})", NM),
@@ -281,25 +308,23 @@ def as_pattern(pattern: SparsityPattern | str) -> SparsityPattern:
     """
     if isinstance(pattern, str):
         return SparsityPattern.parse(pattern)
-    if not isinstance(pattern, SparsityPattern):
-        raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
-    return pattern
+    return instance("pattern", pattern, SparsityPattern, "a SparsityPattern or its text")  # type: ignore[type-abstract]
 
 
 def with_scope(pattern: SparsityPattern, scope: Scope) -> SparsityPattern:
-    """Fill in the scope of an ``Unstructured()`` that left it to the importance; other patterns are returned as is."""
+    """Return ``Unstructured(scope)`` for ``Unstructured()``, whose scope is open; else the pattern itself."""
     return Unstructured(scope) if pattern == Unstructured() else pattern
 
 
 def with_channel_width(pattern: SparsityPattern, width: int) -> SparsityPattern:
-    """Let ``Column()`` mean whole input channels of ``width`` adjacent columns; any other pattern is returned as is."""
+    """Return ``Column(width)`` for ``Column()``, which means whole input channels; else the pattern itself."""
     return Column(width) if pattern == Column() else pattern
 
 
 def at_partial_sparsity(pattern: SparsityPattern, sparsity: float) -> tuple[SparsityPattern, float]:
-    """The pattern and sparsity to prune with while a schedule has only come to ``sparsity``.
+    """Return the pattern and the sparsity to prune with while a schedule is at ``sparsity``.
 
-    N:M has no sparsity but its own: on the way each group of m keeps more than n.
+    N:M fixes its own sparsity. Before the schedule reaches it, each group of m keeps more than n.
     """
     if isinstance(pattern, NM):
         pattern = replace(pattern, n=max(pattern.n, pattern.m - units_to_prune(pattern.m, sparsity)))
@@ -313,12 +338,12 @@ def _check_sizes(pattern: SparsityPattern) -> None:
         if field.name == "remainder":
             if value not in ("error", "dense"):
                 raise PatternError(f"remainder must be 'error' or 'dense', got {value!r}.")
-        elif isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{type(pattern).__name__}: {field.name} must be an int, got {type(value).__name__}")
+        else:
+            integer(f"{type(pattern).__name__}: {field.name}", value)
 
 
 def _first(violations: Tensor) -> tuple[int, ...] | None:
-    """Index of the first True, or None."""
+    """The index of the first True, or None."""
     if not violations.any():
         return None
     flat = int(violations.reshape(-1).to(torch.uint8).argmax())
