@@ -125,8 +125,8 @@ def load(
 
     A directory becomes a transformers model in evaluation mode. Its class comes from the tables of transformers, and
     no code in the directory is run. For a file, give the module to put its tensors ``into``. If the routes were
-    measured on a machine like this one, they are used. Otherwise each layer takes the route that its format was made for, until
-    :func:`pack_` measures again.
+    measured on a machine like this one, they are used. Otherwise each layer takes the route that its format was made
+    for, until :func:`pack_` measures again.
 
     Directories that compressed-tensors up to 0.14 wrote as ``sparse-bitmask`` or ``sparse-24-bitmask`` are read, too.
 

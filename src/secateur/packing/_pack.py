@@ -42,9 +42,9 @@ def pack_(
     """Replace the layers of a pruned model, in place, by packed ones that are smaller and faster on this machine.
 
     Every route that can run a layer is measured at every batch size, and compared with the dense layer. Layers of the
-    same shape, pattern, density and value dtype are measured once. A layer is packed only if it gets faster at one batch
-    size and slower at none, by more than noise. Otherwise it stays dense, and the report says why. Output heads, and
-    layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers that are
+    same shape, pattern, density and value dtype are measured once. A layer is packed only if it gets faster at one
+    batch size and slower at none, by more than noise. Otherwise it stays dense, and the report says why. Output heads,
+    and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers that are
     already packed are measured again, and packed again if ``value_dtype`` differs.
 
     A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits.
