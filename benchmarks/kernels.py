@@ -90,8 +90,8 @@ class Prepared:
     @staticmethod
     def _run(layout: Layout) -> Callable[..., Tensor]:
         """As a packed layer calls it."""
-        backend = backend_for(layout, layout.route, CPU, FLOAT)
-        return backend.prepare(layout, layout.route, FLOAT).run
+        backend = backend_for(layout, None, CPU, FLOAT)
+        return backend.prepare(layout, None, FLOAT).run
 
 
 def prepare(case: Case, rows: int, columns: int) -> Prepared:

@@ -1,4 +1,4 @@
-"""Which way of sparse training loses least? Six methods, seven targets, two small networks on scikit-learn's digits.
+"""Which method of sparse training loses least? Six methods, seven targets, two small networks on scikit-learn's digits.
 
 `--tune` chooses for each method, network and target, on the validation split and with seeds of its own, the learning
 rate out of three and then the method's main setting out of three, and writes them to training_settings.json. Without

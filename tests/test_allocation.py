@@ -35,7 +35,7 @@ def test_every_layer_gets_a_share_and_the_budget_is_kept(allocation, pattern):
     layers = candidates_of(pattern, (6, 20), (12, 40), (24, 20))
     for sparsity in (0.0, 0.29, 0.5, 1.0):
         recipe = recipe_of(allocation, pattern, sparsity)
-        shares = allocate(layers, recipe)
+        shares = allocate(layers, recipe.allocation, recipe.sparsity)
         assert list(shares) == ["0", "1", "2"]
         assert all(0 <= share <= 1 for share in shares.values())
         shapes = dict(zip(shares, ((6, 20), (12, 40), (24, 20)), strict=True))
@@ -47,14 +47,18 @@ def test_every_layer_gets_a_share_and_the_budget_is_kept(allocation, pattern):
 def test_a_share_is_what_the_layer_is_pruned_to(allocation):
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
     recipe = Recipe(sparsity=0.4, allocation=allocation)
-    shares = allocate([Candidate(layer, layer.fit(recipe.pattern)) for layer in select_layers(model)[0]], recipe)
+    shares = allocate(
+        [Candidate(layer, layer.fit(recipe.pattern)) for layer in select_layers(model)[0]],
+        recipe.allocation,
+        recipe.sparsity,
+    )
     report = prune_(model, [torch.randn(20, 8)], recipe)
     assert {layer.name: layer.asked for layer in report.layers} == shares
 
 
 def test_uniform_gives_every_layer_the_sparsity_of_the_recipe_or_of_the_pattern():
-    assert allocate(candidates_of(Unstructured(), (3, 7), (5, 2)), Recipe(sparsity=0.3)) == {"0": 0.3, "1": 0.3}
-    assert allocate(candidates_of(NM(1, 4), (3, 8)), Recipe(NM(1, 4))) == {"0": 0.75}
+    assert allocate(candidates_of(Unstructured(), (3, 7), (5, 2)), "uniform", 0.3) == {"0": 0.3, "1": 0.3}
+    assert allocate(candidates_of(NM(1, 4), (3, 8)), "uniform", None) == {"0": 0.75}
 
 
 # An allocation of one's own.

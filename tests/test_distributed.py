@@ -117,6 +117,7 @@ def _ddp(rank):
             assert not layer.threshold.any()
 
 
+@pytest.mark.slow
 def test_ddp_keeps_weights_thresholds_and_zeros_alike(tmp_path):
     on_two_processes(_ddp, tmp_path)
 
@@ -181,6 +182,7 @@ def _fsdp(rank):
         secateur.sparsify_(dense)
 
 
+@pytest.mark.slow
 def test_fsdp_keeps_zeros_and_matches_one_process(tmp_path):
     on_two_processes(_fsdp, tmp_path)
 
@@ -244,6 +246,7 @@ def _train_ddp(rank):
         assert [type(module) for module in parallel.module] == [type(module) for module in a_larger_model()]
 
 
+@pytest.mark.slow
 def test_masks_are_alike_at_every_step_under_ddp(tmp_path):
     on_two_processes(_train_ddp, tmp_path)
 
@@ -305,5 +308,6 @@ def _train_fsdp(rank):
             SparseTraining(model, optimizer_of(model), method=method, pattern="2:4", steps=4)
 
 
+@pytest.mark.slow
 def test_zeros_stay_zero_while_fsdp_trains(tmp_path):
     on_two_processes(_train_fsdp, tmp_path)

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secateur import NM, SparseConv2d, SparseLinear, Unstructured, kernels
-from secateur.nn import _gate
+from secateur.nn import _gate, _gate_formula
 
 EVERY_ISA = pytest.mark.parametrize("isa", kernels.isas())
 NEEDS_NATIVE = pytest.mark.skipif(not kernels.isas(), reason="no native module")
@@ -118,8 +118,8 @@ def test_extremes_are_those_of_torch(isa, value, units, hard):
                         temperature,
                         (NM(1, units) if solved else Unstructured("row")).units(w.shape),
                     )
-                    forward = _gate._forward(*arguments, solved=solved, hard=hard)
-                    results.append((forward, *_gate._backward(grads, *arguments, solved=solved, hard=hard)))
+                    forward = _gate_formula.effective_weight(*arguments, solved=solved, hard=hard)
+                    results.append((forward, *_gate_formula.gradients(grads, *arguments, solved=solved, hard=hard)))
             (expected, *by_torch), (ours, *by_native) = results
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-37, equal_nan=True)
             torch.testing.assert_close(by_native, by_torch, rtol=1e-4, atol=1e-6, equal_nan=True)

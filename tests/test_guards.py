@@ -103,9 +103,6 @@ def imports_of(path: Path) -> list[tuple[str, list[str]]]:
     """Every module of the package that a file imports, lazily or not, with the names it takes."""
     found = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for block in [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
-        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
-            block.body = []  # names for annotations, which are never imported
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "secateur":
             found.append((node.module or "", [alias.name for alias in node.names]))

@@ -1,5 +1,6 @@
 """The callbacks for other people's Trainers."""
 
+import dataclasses
 import importlib
 import math
 import shutil
@@ -21,6 +22,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from secateur.integrations import lightning as for_lightning  # noqa: E402
 from secateur.integrations import read_state, write_state  # noqa: E402
 from secateur.integrations import transformers as for_transformers  # noqa: E402
+from secateur.integrations._shared import begin  # noqa: E402
 
 STATE = "sparse_training.safetensors"
 STEPS, ACCUMULATE, BATCH = 12, 2, 4  # of 32 examples: 4 steps an epoch
@@ -512,8 +514,9 @@ def test_spoilt_states_are_refused(tmp_path, how):
     model, path = Net(), tmp_path / STATE
     callback = for_transformers.SparseTrainingCallback(**SETTINGS["magnitude"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    write_state(path, callback._settings.begin(model, optimizer, steps=STEPS).state_dict())
-    callback._settings.begin(model, optimizer, steps=STEPS, state=read_state(path))  # unspoilt
+    settings = dataclasses.replace(callback._settings, steps=STEPS)
+    write_state(path, begin(model, optimizer, settings).state_dict())
+    begin(model, optimizer, settings, state=read_state(path))  # unspoilt
     spoil(path, how)
     with pytest.raises(secateur.FormatError, match=SPOILT[how]):
-        callback._settings.begin(model, optimizer, steps=STEPS, state=read_state(path), source=str(path))
+        begin(model, optimizer, settings, state=read_state(path), source=str(path))

@@ -11,7 +11,7 @@ import secateur
 from secateur import FormatError, PackedLinear, RecipeError
 from secateur.kernels import RoutePlan, available
 from secateur.nn import PackedConv2d
-from secateur.packing import Measurement, _decide, _jobs, _measure, decide
+from secateur.packing import Measurement, _decide, _jobs, _measure, decide, read_packed
 from secateur.reports import PackReport
 from secateur.timing import MeasurementCache
 
@@ -551,3 +551,16 @@ def test_settings_as_one_value(monkeypatch):
     assert report.layers[0].value_dtype == "bfloat16"
     with pytest.raises(RecipeError, match="not both"):
         secateur.pack_(model, settings, memory=2.0)
+
+
+def test_weights_that_run_dense_are_stored_by_the_pattern_in_the_history(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[:, 1::2] = 0
+    history = secateur.prune_(model, pattern="2:4", method="magnitude")
+    path = tmp_path / "a.sparse.safetensors"
+    for given, pattern in ((history, "2:4"), ((), "column")):
+        secateur.save(model, path, history=given)
+        assert str(read_packed(path).layers["0.weight"].pattern) == pattern
+        again = secateur.load(path, into=nn.Sequential(nn.Linear(64, 64)))
+        assert torch.equal(again[0].weight, model[0].weight)

@@ -112,7 +112,7 @@ def test_a_default_plan_takes_candidates(pattern):
 def test_a_backend_runs_every_route_or_says_why_not(pattern):
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     weights = [packed(pattern, dtype) for dtype in VALUE_DTYPES]
-    for weight, route in [(weight, route) for weight in weights for route in candidates(weight)]:
+    for weight, route in ((made, route) for made in weights for route in candidates(made)):
         expected = x.double() @ weight.to_dense().double().T
         found = explain_route(weight, route, CPU, torch.float32)
         assert [backend for backend, _ in found] == list(BACKENDS)

@@ -25,7 +25,7 @@ constexpr int kVectors = kPanelRows / kWidth;
 // One vector of a panel's rows times B rows of x. N is n, or 0 for any.
 template <class T, int Bits, int N, int B>
 SECATEUR_INLINE void groups_panel(const Groups& args, const uint32_t* words, const T* values, int64_t groups,
-                                 const float* x, int64_t stride, int vector, F<kWidth>* out) {
+                                  const float* x, int64_t stride, int vector, F<kWidth>* out) {
     constexpr int kSlots = 32 / Bits;
     const int n = N ? N : args.n;
     const int group_words = n > kSlots ? (n + kSlots - 1) / kSlots : 1, word_groups = n > kSlots ? 1 : kSlots / n;

@@ -41,17 +41,25 @@ def integer(name: str, value: object, least: int | None = None) -> int:
 
 
 def number(
-    name: str, value: object, least: float = -math.inf, most: float = math.inf, *, above: float | None = None
+    name: str,
+    value: object,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float | None = None,
+    finite: bool = False,
 ) -> float:
     """Return the value as a float if it is a number in ``[least, most]``, and above ``above``. NaN is refused.
 
-    An infinite value is in the range only if a limit is that infinity.
+    An infinite value is in the range only if a limit is that infinity, and never if ``finite``.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         hint = f"; pass float({name})" if hasattr(value, "item") else ""
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
     if math.isnan(value):
         raise RecipeError(f"{name} must be a number, got NaN.")
+    if finite and math.isinf(value):
+        raise RecipeError(f"{name} must be finite, got {value:g}.")
     if above is not None and not above < value <= most:
         raise RecipeError(f"{name} must be {_range(above, most, 'above')}, got {value:g}.")
     if not least <= value <= most:

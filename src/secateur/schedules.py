@@ -1,7 +1,7 @@
 """Schedules: how sparse a model should be at a step of its training.
 
 A schedule is a function from the step, counted from 0, to a sparsity. It is a value: it compares, prints and copies,
-and holds no counter. Its end points are exact. *When* a mask is updated is up to the trainer.
+and holds no counter. Its end points are exact. The training decides at which steps a mask is updated.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from secateur._errors import RecipeError
+from secateur._checks import integer
+from secateur.patterns import check_sparsity
 
 
 class Schedule(ABC):
@@ -22,23 +23,10 @@ class Schedule(ABC):
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
 
-    def _check(self, initial: float, **steps: int) -> None:
-        for name, value in (("final", self.final), ("initial", initial)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, a sparsity, got {type(value).__name__}")
-            if not 0 <= value <= 1:
-                raise RecipeError(f"{name} is a sparsity, the fraction of zeros, between 0 and 1; got {value:g}.")
-        for name, step in steps.items():
-            if isinstance(step, bool) or not isinstance(step, int):
-                raise TypeError(f"{name} must be an int, a step of training, got {type(step).__name__}")
-        first, *_, last = *steps.values(), *steps.values()
-        if first < 0 or last < first:
-            raise RecipeError(f"a schedule must not end before it begins, nor begin before 0; got {first} to {last}.")
-
 
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """All at once: ``initial`` before step ``at``, ``final`` from then on.
+    """One jump: ``initial`` before step ``at``, ``final`` from then on.
 
     Args:
         final: sparsity from step ``at`` on, in [0, 1].
@@ -46,8 +34,9 @@ class OneShot(Schedule):
         initial: sparsity before, in [0, 1].
 
     Raises:
-        RecipeError: a sparsity outside [0, 1] or a negative step.
-        TypeError: a sparsity that is no number or a step that is no int.
+        PatternError: a sparsity outside [0, 1].
+        RecipeError: a negative step.
+        TypeError: a sparsity that is not a number, or a step that is not an int.
 
     Example:
         >>> from secateur.schedules import OneShot
@@ -61,7 +50,8 @@ class OneShot(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check(self.initial, at=self.at)
+        _check_sparsities(self.final, self.initial)
+        integer("at", self.at, 0)
 
     @property
     def end(self) -> int:  # type: ignore[override]
@@ -84,8 +74,9 @@ class Linear(Schedule):
         initial: sparsity up to ``begin``, in [0, 1].
 
     Raises:
-        RecipeError: a sparsity outside [0, 1], a negative step or an end before the beginning.
-        TypeError: a sparsity that is no number or a step that is no int.
+        PatternError: a sparsity outside [0, 1].
+        RecipeError: a negative step, or an end before the beginning.
+        TypeError: a sparsity that is not a number, or a step that is not an int.
 
     Example:
         >>> from secateur.schedules import Linear
@@ -100,16 +91,18 @@ class Linear(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check(self.initial, begin=self.begin, end=self.end)
+        _check_sparsities(self.final, self.initial)
+        integer("begin", self.begin, 0)
+        integer("end", self.end, self.begin)
 
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
-        return _travel(self, _progress(step, self.begin, self.end))
+        return _between(self, _progress(step, self.begin, self.end))
 
 
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """Fast at first, while there is much that can go, then slower: ``1 - (1 - progress)^3`` of the way.
+    """Fast at first, when many weights can be spared, then slower: ``1 - (1 - progress)^3`` of the change.
 
     Args:
         final: sparsity from step ``end`` on, in [0, 1].
@@ -118,8 +111,9 @@ class Cubic(Schedule):
         initial: sparsity up to ``begin``, in [0, 1].
 
     Raises:
-        RecipeError: a sparsity outside [0, 1], a negative step or an end before the beginning.
-        TypeError: a sparsity that is no number or a step that is no int.
+        PatternError: a sparsity outside [0, 1].
+        RecipeError: a negative step, or an end before the beginning.
+        TypeError: a sparsity that is not a number, or a step that is not an int.
 
     Example:
         >>> from secateur.schedules import Cubic
@@ -138,11 +132,18 @@ class Cubic(Schedule):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check(self.initial, begin=self.begin, end=self.end)
+        _check_sparsities(self.final, self.initial)
+        integer("begin", self.begin, 0)
+        integer("end", self.end, self.begin)
 
     def __call__(self, step: int) -> float:
         """Return the sparsity at ``step``."""
-        return _travel(self, 1 - (1 - _progress(step, self.begin, self.end)) ** 3)
+        return _between(self, 1 - (1 - _progress(step, self.begin, self.end)) ** 3)
+
+
+def _check_sparsities(final: float, initial: float) -> None:
+    check_sparsity(final, "final")
+    check_sparsity(initial, "initial")
 
 
 def _progress(step: int, begin: int, end: int) -> float:
@@ -151,8 +152,8 @@ def _progress(step: int, begin: int, end: int) -> float:
     return 0.0 if step <= begin else (step - begin) / (end - begin)
 
 
-def _travel(schedule: Linear | Cubic, part: float) -> float:
-    """The sparsity after a part of the way, with both ends exact."""
+def _between(schedule: Linear | Cubic, part: float) -> float:
+    """The sparsity after a part of the steps from begin to end, exact at both."""
     if part == 1.0:
         return float(schedule.final)
     return float(schedule.initial + (schedule.final - schedule.initial) * part)

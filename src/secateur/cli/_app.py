@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import rich.table
@@ -25,7 +26,7 @@ from rich.text import Text
 
 import secateur
 from secateur._errors import SparsityError
-from secateur.reports import SkippedLayer, Table
+from secateur.reports import PackReport, Report, SkippedLayer, Table
 
 app = typer.Typer(
     help="Make PyTorch models sparse and get the benefit.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -163,3 +164,14 @@ def show_progress() -> Iterator[Callable[[str, float, float], None]]:
             )
 
     yield line
+
+
+def written_or_printed(report: Report | PackReport, html: Path | None, as_json: bool) -> bool:
+    """Write a report as a page and print it as JSON, where these are asked for; return whether it was printed."""
+    from secateur.files import write_text
+
+    if html is not None:
+        write_text(html, report.to_html())
+    if as_json:
+        print(report.to_json())
+    return as_json

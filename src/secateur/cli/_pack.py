@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli._app import say, show, show_progress, use_threads, user_errors, worth_saying
+from secateur.cli._app import say, show, show_progress, use_threads, user_errors, worth_saying, written_or_printed
 from secateur.cli._options import DEFAULT_BATCHES, AsJson, Batch, Exclude, Html, Include, Output, Overwrite, Threads
 
 
@@ -31,7 +31,7 @@ def pack(
 ) -> None:
     """Pack the layers that get smaller and faster by it. secateur.load reads the output."""
     with user_errors(), use_threads(threads):
-        from secateur.files import check_place, write_text
+        from secateur.files import check_place
         from secateur.packing import PackSettings, pack_directory
         from secateur.reports import packed_table, skipped_table
 
@@ -52,10 +52,7 @@ def pack(
                 overwrite=overwrite,
                 progress=progress,
             )
-        if html is not None:
-            write_text(html, report.to_html())
-        if as_json:
-            print(report.to_json())
+        if written_or_printed(report, html, as_json):
             return
         show(packed_table(report.layers), skipped_table(worth_saying(report.skipped)))
         for remark in filter(None, (report.warning, *report.notes)):

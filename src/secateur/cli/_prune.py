@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from secateur.cli._app import say, show, show_progress, user_errors, worth_saying
+from secateur.cli._app import say, show, show_progress, user_errors, worth_saying, written_or_printed
 from secateur.cli._options import AsJson, Exclude, Html, Include, Output, Overwrite
 from secateur.pruning import Recipe
 from secateur.solvers import METHODS
@@ -42,7 +42,7 @@ def prune(
 ) -> None:
     """Prune a model directory. The output loads with from_pretrained, unchanged."""
     with user_errors():
-        from secateur.files import check_place, write_text
+        from secateur.files import check_place
         from secateur.huggingface import CalibrationText
         from secateur.pruning import prune_directory
         from secateur.reports import evaluation_table, pruned_table, skipped_table
@@ -63,10 +63,7 @@ def prune(
                 overwrite=overwrite,
                 progress=progress,
             )
-        if html is not None:
-            write_text(html, report.to_html())
-        if as_json:
-            print(report.to_json())
+        if written_or_printed(report, html, as_json):
             return
         show(pruned_table(report.layers), skipped_table(worth_saying(report.skipped)))
         if report.evaluation is not None:

@@ -14,7 +14,7 @@ from secateur._errors import FormatError, PatternError
 from secateur._types import Mask, Weight, dtype_name
 from secateur.formats._arrays import expect
 from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
-from secateur.patterns import SparsityPattern
+from secateur.patterns import NM, SparsityPattern
 
 MAX_SIDE = 2**31 - 1  # indices are int32
 MAX_WEIGHTS = (
@@ -46,6 +46,8 @@ class Format(ABC):
     value_names: ClassVar[frozenset[str]] = frozenset({"values", "right", "bottom"})  # the tensors of the value dtype
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]]  # the ones that it can hold
     _default: ClassVar[SparsityPattern | None] = None  # of a weight whose pattern is not known
+    _scaled_rows: ClassVar[str | None] = None  # the tensor that lists the rows that have a scale; None: all rows have
+    _largest_group: ClassVar[int | None] = None  # the largest m of the N:M patterns that it can hold
 
     shape: tuple[int, int]
     pattern: SparsityPattern
@@ -272,19 +274,20 @@ class Format(ABC):
     def _count(cls, mask: Mask, pattern: SparsityPattern) -> tuple[int, int, int] | None:
         """How many values, bytes of indices and scales a mask needs; None where the format cannot hold it."""
 
-    @classmethod
-    def _why_not(cls, pattern: SparsityPattern) -> str | None:
-        """The reason why the format cannot hold a pattern of the right class, or None."""
-        return None
-
+    @final
     def _num_scales(self) -> int:
-        """How many scales the format has for int8 values: one for each row of the weight, or for each stored row."""
-        return self.shape[0]
+        """How many scales the format has for int8 values."""
+        return self.shape[0] if self._scaled_rows is None else len(getattr(self, self._scaled_rows))
 
+    @final
     def _row_scales(self) -> Tensor:
-        """The scale of every row, ``[out]``."""
+        """The scale of every row, ``[out]``; 1 for a row that is not stored."""
         assert self.scales is not None
-        return self.scales
+        if self._scaled_rows is None:
+            return self.scales
+        scales = torch.ones(self.shape[0], device=self.values.device)
+        scales[getattr(self, self._scaled_rows).long()] = self.scales
+        return scales
 
     @classmethod
     @final
@@ -294,8 +297,10 @@ class Format(ABC):
         if pattern is None or not isinstance(pattern, cls._patterns):
             wanted = " or ".join(known.__name__ for known in cls._patterns)
             raise PatternError(f"{cls.__name__} holds weights pruned to the pattern {wanted}, got {pattern!r}.")
-        if (reason := cls._why_not(pattern)) is not None:
-            raise PatternError(reason)
+        if cls._largest_group is not None and isinstance(pattern, NM) and pattern.m > cls._largest_group:
+            raise PatternError(
+                f"{cls.__name__} holds groups of up to {cls._largest_group} weights, got {pattern}. Use Bitmask."
+            )
         return pattern
 
 

@@ -17,8 +17,6 @@ from secateur.formats._arrays import as_array, as_tensor, expect
 from secateur.formats._format import Format
 from secateur.patterns import NM, SparsityPattern
 
-_LARGEST_M = 16  # a position takes 4 bits at most
-
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,18 +37,10 @@ class NMPacked(Format):
     name: ClassVar[str] = "nm"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (NM,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "indices", "right")
+    _largest_group: ClassVar[int | None] = 16  # a position takes 4 bits at most
 
     indices: Tensor
     right: Tensor | None
-
-    @classmethod
-    def _why_not(cls, pattern: SparsityPattern) -> str | None:
-        m = _nm(pattern)[1]
-        return (
-            f"NMPacked holds groups of up to {_LARGEST_M} weights, got {pattern}. Use Bitmask."
-            if m > _LARGEST_M
-            else None
-        )
 
     def positions(self) -> Tensor:
         """Return the position of each value in its group, uint8 ``[out, groups, n]``."""

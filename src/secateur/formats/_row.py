@@ -30,6 +30,7 @@ class RowPacked(Format):
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Row,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "rows")
     _default: ClassVar[SparsityPattern | None] = Row()
+    _scaled_rows: ClassVar[str | None] = "rows"
 
     rows: Tensor
 
@@ -48,14 +49,6 @@ class RowPacked(Format):
         dense = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
         dense[self.rows.long()] = self.values
         return dense
-
-    def _num_scales(self) -> int:
-        return self.values.shape[0]
-
-    def _row_scales(self) -> Tensor:
-        scales = torch.ones(self.shape[0], device=self.values.device)
-        scales[self.rows.long()] = super()._row_scales()
-        return scales
 
     def _check(self) -> None:
         expect("values", self.values, self.values.dtype, (None, self.shape[1]))

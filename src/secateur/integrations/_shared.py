@@ -1,11 +1,11 @@
-"""What the callbacks share: settings of a sparse training whose optimizer is still to come, and its state on disk."""
+"""What the callbacks share: a sparse training that begins or goes on from a checkpoint, and its state on disk."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,127 +14,53 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur.files import open_safetensors, write_safetensors
-from secateur.nn import sparse_layers, sparsify_
-from secateur.patterns import SparsityPattern, check_sparsity
-from secateur.schedules import Schedule
-from secateur.training import MaskedWeight, Method, SparseTraining, parse_method
+from secateur.nn import MaskSettings, sparse_layers, sparsify_
+from secateur.patterns import Unstructured
+from secateur.training import SparseTraining, TrainingSettings
 
 STATE_FILE = "sparse_training.safetensors"
 _METADATA = "secateur.SparseTraining"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of ``SparseTraining`` but for the model and the optimizer, checked as far as they can be without.
+def swap_(model: nn.Module, settings: TrainingSettings) -> None:
+    """Swap in the layers of a method that learns its mask, before the model is wrapped or a checkpoint is loaded.
+
+    Until the training begins they compute what the plain layers did. A model that has sparse layers is left as it is.
+    """
+    if settings.method.learns and not sparse_layers(model):
+        masks = MaskSettings(pattern=settings.pattern or Unstructured(), sparsity=settings.sparsity)
+        for layer in sparsify_(model, settings=masks, include=settings.include, exclude=settings.exclude).values():
+            layer.solve_threshold(0.0)
+
+
+def begin(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    *,
+    state: Mapping[str, Any] | None = None,
+    source: str = "",
+) -> SparseTraining:
+    """Return the training, at its first step or where ``state`` left it.
+
+    Args:
+        model: with its sparse layers if the method needs them, and with its trained weights if there is a state.
+        optimizer: of the weights, as PyTorch made it.
+        settings: with the number of steps.
+        state: what ``SparseTraining.state_dict`` returned.
+        source: where the state comes from, for errors. Given, the weights are checked against the state.
 
     Raises:
-        RecipeError: an unknown method, or steps below one.
-        PatternError: a text that names no pattern, or a sparsity outside [0, 1].
-        TypeError: an argument of the wrong type.
+        RecipeError: as for :class:`SparseTraining`, or the state is of another recipe or of other weights.
+        FormatError: the state lacks something.
     """
-
-    method: Method | str
-    pattern: SparsityPattern | str | None
-    sparsity: float | None
-    steps: int | None
-    schedule: Schedule | str | None
-    update_every: int | None
-    include: Iterable[str]
-    exclude: Iterable[str]
-    seed: int
-
-    def __post_init__(self) -> None:
-        method = parse_method(self.method) if isinstance(self.method, str) else self.method
-        if not isinstance(method, Method):
-            raise TypeError(f"method must be a Method or its name, got {type(method).__name__}")
-        pattern = SparsityPattern.parse(self.pattern) if isinstance(self.pattern, str) else self.pattern
-        if not isinstance(pattern, SparsityPattern | None):
-            raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
-        sparsity = self.sparsity
-        if sparsity is None and isinstance(self.schedule, Schedule):
-            sparsity = self.schedule.final
-        if sparsity is not None:
-            check_sparsity(sparsity)
-        if self.steps is not None:
-            if isinstance(self.steps, bool) or not isinstance(self.steps, int):
-                raise TypeError(f"steps must be an int, got {type(self.steps).__name__}")
-            if self.steps < 1:
-                raise RecipeError(f"steps must be at least 1, got {self.steps}.")
-        for name, value in {
-            "method": method,
-            "pattern": pattern,
-            "sparsity": sparsity,
-            "include": tuple(self.include),
-            "exclude": tuple(self.exclude),
-        }.items():
-            object.__setattr__(self, name, value)
-
-    def swap_(self, model: nn.Module) -> None:
-        """Swap in the layers of a method that learns its mask, before anybody wraps the model or loads a checkpoint.
-
-        Until the training begins they compute what the plain layers did. A model that has sparse layers is left alone.
-        """
-        assert isinstance(self.method, Method)
-        if self.method.learns and not sparse_layers(model):
-            pattern = self.pattern or "unstructured"
-            made = sparsify_(model, pattern=pattern, sparsity=self.sparsity, include=self.include, exclude=self.exclude)
-            for layer in made.values():
-                layer.solve_threshold(0.0)
-
-    def begin(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        steps: int,
-        state: Mapping[str, Any] | None = None,
-        source: str = "",
-    ) -> SparseTraining:
-        """Return the training, at its first step or where ``state`` left it.
-
-        Args:
-            model: with its sparse layers if the method needs them, and with its trained weights if there is a state.
-            optimizer: of the weights, as PyTorch made it.
-            steps: optimizer steps in all.
-            state: what ``SparseTraining.state_dict`` returned.
-            source: where the state comes from, for errors. Given, the weights are checked against the state.
-
-        Raises:
-            RecipeError: as for :class:`SparseTraining`, or the state is of another recipe or of other weights.
-            FormatError: the state lacks something.
-        """
-        assert isinstance(self.method, Method)
-        has_layers = self.method.learns and bool(sparse_layers(model))
-        training = (SparseTraining if state is None else _Resumed)(
-            model,
-            optimizer,
-            method=self.method,
-            pattern=self.pattern,
-            sparsity=self.sparsity,
-            steps=steps,
-            schedule=self.schedule,
-            update_every=self.update_every,
-            include=() if has_layers else self.include,
-            exclude=() if has_layers else self.exclude,
-            seed=self.seed,
-        )
-        if state is not None:
-            restore(training, state, source=source, learned_are_loaded=has_layers)
-        return training
-
-
-class _Resumed(SparseTraining):
-    """A training made on weights that are trained already.
-
-    Made, a training puts the model and the optimizer at their first masks, which would be wrong here. So it waits until
-    it has its state.
-    """
-
-    resumed = False
-
-    def _update(self) -> None:
-        if self.resumed:
-            super()._update()
+    has_layers = settings.method.learns and bool(sparse_layers(model))
+    if has_layers:  # made for these settings: include and exclude have done their work
+        settings = replace(settings, include=(), exclude=())
+    training = SparseTraining.from_settings(model, optimizer, settings, to_resume=state is not None)
+    if state is not None:
+        restore(training, state, source=source, learned_are_loaded=has_layers)
+    return training
 
 
 def restore(
@@ -145,8 +71,12 @@ def restore(
     Args:
         training: made with the same settings.
         state: what ``state_dict`` returned.
-        source: see :meth:`Settings.begin`.
+        source: see :func:`begin`.
         learned_are_loaded: the sparse layers have been loaded from the same checkpoint, their buffers included.
+
+    Raises:
+        RecipeError: the state is of another recipe or of other weights; nothing has changed.
+        FormatError: the state lacks something; nothing has changed.
     """
     where = source or "the checkpoint"
     own = training.state_dict()
@@ -160,29 +90,13 @@ def restore(
         mask = entry["mask"]
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
             raise FormatError(f"{where}: the mask of layer {name!r} is not a bool tensor. Restore the checkpoint.")
+    if source and (learned_are_loaded or not training.method.learns):
+        for name in training.layers_unlike(state):
+            raise RecipeError(
+                f"{name}: the masks in {source} are not those of the weights that were loaded.\n"
+                "Resume from a checkpoint directory whose files were all written by the same run."
+            )
     training.load_state_dict(state)
-    if isinstance(training, _Resumed):
-        training.resumed = True
-    if source:
-        for name, weight in training._weights.items():
-            if isinstance(weight, MaskedWeight):
-                mask = weight.mask
-                belongs = mask is None or not weight.matrix().masked_select(~mask).count_nonzero()
-            else:
-                before, after = own["weights"][name], weights[name]
-                belongs = not learned_are_loaded or all(_same(before[key], after[key]) for key in ("mask", "threshold"))
-            if not belongs:
-                raise RecipeError(
-                    f"{name}: the masks in {source} are not those of the weights that were loaded.\n"
-                    "Resume from a checkpoint directory whose files were all written by the same run."
-                )
-
-
-def abandon(training: SparseTraining | None) -> None:
-    """Take a training that was interrupted off the model: another one takes over."""
-    for weight in () if training is None else training._weights.values():
-        if isinstance(weight, MaskedWeight):
-            weight.release()
 
 
 def known_steps(steps: float) -> int:
@@ -239,9 +153,3 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise FormatError(f"{path} is not the state of a sparse training, or damaged. Restore the checkpoint.")
     return state
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a, b.to(a.device))

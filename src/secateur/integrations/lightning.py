@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from secateur._errors import FormatError, RecipeError
-from secateur.integrations._shared import Settings, abandon, known_steps, restore
+from secateur.integrations._shared import begin, known_steps, restore, swap_
 from secateur.patterns import SparsityPattern
 from secateur.reports import Report
 from secateur.schedules import Schedule
-from secateur.training import Method, SparseTraining
+from secateur.training import Method, SparseTraining, TrainingSettings
 
 try:
     from lightning.pytorch import Callback
@@ -26,9 +27,9 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
     """Make the model sparse while ``lightning.pytorch.Trainer`` trains it, by any method of :class:`SparseTraining`.
 
     Methods that learn the mask swap their layers when ``fit`` sets up, before optimizers are made and checkpoints
-    loaded. The masks move after each step of the optimizer, with automatic and with manual optimization. When training
-    ends the model is plain again, with real zeros, and what ``trainer.save_checkpoint`` writes then is an ordinary
-    checkpoint.
+    loaded. The masks are updated after each step of the optimizer, with automatic and with manual optimization. When
+    training ends the model is plain again, with real zeros, and what ``trainer.save_checkpoint`` writes then is an
+    ordinary checkpoint.
 
     Checkpoints from the middle of training hold the layers that learn, if there are any, and the state of this
     callback. A run resumed from one goes on exactly as one that was not interrupted.
@@ -92,7 +93,17 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         exclude: Iterable[str] = (),
         seed: int = 0,
     ) -> None:
-        self._settings = Settings(method, pattern, sparsity, steps, schedule, update_every, include, exclude, seed)
+        self._settings = TrainingSettings.of(
+            method=method,
+            pattern=pattern,
+            sparsity=sparsity,
+            steps=steps,
+            schedule=schedule,
+            update_every=update_every,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+        )
         self._state: dict[str, Any] | None = None  # loaded before there is a training
         self._hook: RemovableHandle | None = None
         self.training: SparseTraining | None = None
@@ -103,17 +114,18 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         if stage != "fit":
             return
         self._let_go()
-        abandon(self.training)
+        if self.training is not None:  # it was interrupted
+            self.training.release()
         self.training = self.report = self._state = None
         if not is_overridden("configure_model", pl_module):
-            self._settings.swap_(pl_module)
+            swap_(pl_module, self._settings)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or go on: the optimizers are made and the weights loaded by now."""
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._check_loaded(trainer)
         steps = self._settings.steps or known_steps(trainer.estimated_stepping_batches)
-        self.training = self._begin(pl_module, trainer.optimizers, steps)
+        self.training = self._begin(pl_module, trainer.optimizers, replace(self._settings, steps=steps))
         # The hook is the one place after a step and before gradients are cleared in both kinds of optimization.
         self._hook = self.training.optimizer.register_step_post_hook(self._after_step)
 
@@ -122,7 +134,7 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         self._check_loaded(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave a plain model with real zeros, and the report; after this hook the strategy moves the model away."""
+        """Leave a plain model with real zeros, and the report. Later the strategy moves the model off its device."""
         assert self.training is not None
         self._let_go()
         self.report = self.training.finalize()
@@ -137,11 +149,12 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         if self.training is not None and self.report is None:
             restore(self.training, state_dict)
 
-    def _begin(self, model: Any, optimizers: list[torch.optim.Optimizer], steps: int) -> SparseTraining:
+    def _begin(self, model: Any, optimizers: list[torch.optim.Optimizer], settings: TrainingSettings) -> SparseTraining:
+        """Return the training with the first optimizer that holds the weights. An error has changed nothing."""
         refused: RecipeError | None = None
-        for optimizer in optimizers:  # of several, the one that holds the weights; a refusal has changed nothing
+        for optimizer in optimizers:
             try:
-                return self._settings.begin(model, optimizer, steps=steps, state=self._state)
+                return begin(model, optimizer, settings, state=self._state)
             except RecipeError as error:
                 refused = refused or error
         raise refused or RecipeError("the module has no optimizer: configure_optimizers must return one.")

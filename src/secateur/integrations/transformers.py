@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.integrations._shared import STATE_FILE, Settings, abandon, known_steps, read_state, restore, write_state
+from secateur.integrations._shared import STATE_FILE, begin, known_steps, read_state, restore, swap_, write_state
 from secateur.patterns import SparsityPattern
 from secateur.reports import Report
 from secateur.schedules import Schedule
-from secateur.training import Method, SparseTraining
+from secateur.training import Method, SparseTraining, TrainingSettings
 
 try:
     from transformers import TrainerCallback
@@ -28,8 +29,8 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
     """Make the model sparse while ``transformers.Trainer`` trains it, by any method of :class:`SparseTraining`.
 
     Give it to the Trainer when that is made, so that methods that learn the mask can swap their layers before the model
-    is wrapped or loaded. The masks move after each optimizer step; when training ends the model is plain again, with
-    real zeros, and what ``save_model`` writes then is an ordinary model.
+    is wrapped or loaded. The masks are updated after each optimizer step. When training ends the model is plain again,
+    with real zeros, and what ``save_model`` writes then is an ordinary model.
 
     A checkpoint that the Trainer writes is for resuming: it holds the layers that learn, if there are any, and the
     state of the masks in ``sparse_training.safetensors``. A run resumed from it goes on exactly as one that was not
@@ -95,14 +96,24 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
         seed: int = 0,
         checkpoint: str | Path | None = None,
     ) -> None:
-        self._settings = Settings(method, pattern, sparsity, steps, schedule, update_every, include, exclude, seed)
+        self._settings = TrainingSettings.of(
+            method=method,
+            pattern=pattern,
+            sparsity=sparsity,
+            steps=steps,
+            schedule=schedule,
+            update_every=update_every,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+        )
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         self.training: SparseTraining | None = None
         self.report: Report | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Swap layers, before the Trainer wraps the model or loads a checkpoint into it."""
-        self._settings.swap_(model)
+        swap_(model, self._settings)
 
     def on_train_begin(
         self,
@@ -120,11 +131,13 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
                 "a hyper-parameter search keeps its checkpoints where callbacks cannot find them.\n"
                 "Search with save_strategy='no', and train once more with what it found."
             )
-        abandon(self.training)
+        if self.training is not None:  # it was interrupted
+            self.training.release()
         self.training = self.report = None
-        optimizer, steps = _bare(optimizer), self._settings.steps or known_steps(state.max_steps)
+        optimizer = _bare(optimizer)
+        settings = replace(self._settings, steps=self._settings.steps or known_steps(state.max_steps))
         if not state.global_step:
-            self.training = self._settings.begin(model, optimizer, steps=steps)
+            self.training = begin(model, optimizer, settings)
             return
         path = self._find_state(args, state)
         saved = read_state(path)
@@ -133,10 +146,10 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
                 f"{path} is of step {saved.get('step')}, but the Trainer resumes at step {state.global_step}.\n"
                 "Tell the callback which directory it resumes from: checkpoint=..."
             )
-        self.training = self._settings.begin(model, optimizer, steps=steps, state=saved, source=str(path))
+        self.training = begin(model, optimizer, settings, state=saved, source=str(path))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the masks: the Trainer calls this between ``optimizer.step()`` and ``zero_grad()``."""
+        """Update the masks: the Trainer calls this between ``optimizer.step()`` and ``zero_grad()``."""
         assert self.training is not None
         self.training.step()
 

@@ -41,11 +41,20 @@ class Backend(ABC):
         """Return "ok", or the reason why the backend cannot run on this machine."""
 
     @abstractmethod
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return the reason why the backend cannot run a weight by a route for such inputs, or None if it can."""
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """Return the reason why the backend cannot run a weight for such inputs, or None if it can.
+
+        Args:
+            packed: a weight in its storage format, or laid out already.
+            route: to run it by; None for a layout.
+            device: of the inputs.
+            dtype: of the inputs.
+        """
 
     @abstractmethod
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         """Return a weight made ready for a route that is supported, for inputs of a dtype."""
 
 
@@ -62,8 +71,10 @@ class _Native(Backend):
             return str(error)
         return "ok"
 
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
-        if not isinstance(route, LayoutRoute):
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        if not _runs_a_layout(route):
             return f"the route {route} has no native kernel"
         for what, where in (("x", device), ("the weight", packed.values.device)):
             if where.type != "cpu":
@@ -71,7 +82,7 @@ class _Native(Backend):
         native = load()
         return native if isinstance(native, str) else None
 
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         layout, shared, out = _laid_out(weight, route)
         return _NativeKernel(layout, out, layout.nbytes - shared)
 
@@ -86,14 +97,16 @@ class _OneDNN(Backend):
             return "this version of PyTorch has no operators for oneDNN's prepacked weights"
         return "ok"
 
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
         if not isinstance(route, PrepackedRoute):
             return "it runs only the route prepacked"
         if device.type != "cpu":
             return f"x is on {device}; it runs on the CPU"
         return None if self.state() == "ok" else self.state()
 
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         return _Prepacked(weight.to_dense())
 
 
@@ -103,10 +116,12 @@ class _Reference(Backend):
     def state(self) -> str:
         return "ok"
 
-    def supports(self, packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype) -> str | None:
+    def supports(
+        self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
         return "only onednn runs the route prepacked" if isinstance(route, PrepackedRoute) else None
 
-    def prepare(self, weight: StoredWeight | Layout, route: Route, dtype: torch.dtype) -> Prepared:
+    def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         if isinstance(route, DenseRoute):
             dense = weight.to_dense()
             stored = isinstance(weight, StoredWeight) and dense.data_ptr() == weight.owner.data_ptr()
@@ -121,7 +136,11 @@ _CHOICES = ("native", "reference")  # the ones that run the same routes, so that
 
 
 def explain_route(
-    packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype, no_kernels: str | None = None
+    packed: Format | Layout,
+    route: Route | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    no_kernels: str | None = None,
 ) -> list[tuple[Backend, str | None]]:
     """Return every backend with the reason why it does not run a weight by a route, or None.
 
@@ -129,7 +148,7 @@ def explain_route(
 
     Args:
         packed: the weight.
-        route: the route to run it by.
+        route: the route to run it by; None for a layout.
         device: of the inputs.
         dtype: of the inputs.
         no_kernels: the reason why native kernels cannot take these inputs, or None.
@@ -139,7 +158,7 @@ def explain_route(
     found = []
     for backend in BACKENDS:
         reason = backend.supports(packed, route, device, dtype)
-        if reason is None and isinstance(route, LayoutRoute):
+        if reason is None and _runs_a_layout(route):
             if wanted is not None and backend.name != wanted:
                 reason = f"use({wanted!r}) is in force"
             elif backend.name == "native":
@@ -149,7 +168,11 @@ def explain_route(
 
 
 def backend_for(
-    packed: Format | Layout, route: Route, device: torch.device, dtype: torch.dtype, no_kernels: str | None = None
+    packed: Format | Layout,
+    route: Route | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    no_kernels: str | None = None,
 ) -> Backend:
     """Return the backend that runs a weight by a route.
 
@@ -161,7 +184,8 @@ def backend_for(
         if reason is None:
             return backend
     listed = "; ".join(f"{backend.name}: {reason}" for backend, reason in found)
-    raise KernelError(f"no backend runs the route {route} on this machine ({listed}). Use another route.")
+    what = "the layout" if route is None else f"the route {route}"
+    raise KernelError(f"no backend runs {what} on this machine ({listed}). Use another one.")
 
 
 def can_run(packed: Format, route: Route, x: Tensor) -> bool:
@@ -188,7 +212,11 @@ def prepare(packed: Format, route: Route, device: torch.device, dtype: torch.dty
     return backend.prepare(StoredWeight.of(packed), route, dtype)
 
 
-def _laid_out(weight: StoredWeight | Layout, route: Route) -> tuple[Layout, int, int]:
+def _runs_a_layout(route: Route | None) -> bool:
+    return route is None or isinstance(route, LayoutRoute)
+
+
+def _laid_out(weight: StoredWeight | Layout, route: Route | None) -> tuple[Layout, int, int]:
     """The layout, how many of its bytes are the stored weight's own memory, and how many outputs the weight has."""
     if isinstance(weight, Layout):
         return weight, 0, weight.shape[0]

@@ -34,10 +34,6 @@ class BitmaskLayout(Layout):
         words = as_bits(padded(mask, 1, 64), np.int64, "little")
         return cls(shape_of(values), in_large_pages(values[mask], SPARE), scale, words, offsets_of(mask.sum(1)))
 
-    @property
-    def route(self) -> LayoutRoute:
-        return BitmaskRoute()
-
     def to_dense(self) -> Weight:
         rows, columns = self.shape
         bits = np.unpackbits(self.mask.numpy().view(np.uint8), axis=-1, bitorder="little")[:, :columns]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from secateur.formats import Format
-from secateur.kernels._route import Route
+from secateur.kernels._route import SizedRoute
 from secateur.patterns import SparsityPattern
 
 
 @dataclass(frozen=True)
-class DenseRoute(Route):
+class DenseRoute(SizedRoute):
     """Run the weight with its zeros by ``F.linear``."""
 
     name: ClassVar[str] = "dense"
@@ -28,7 +28,7 @@ class DenseRoute(Route):
 
 
 @dataclass(frozen=True)
-class PrepackedRoute(Route):
+class PrepackedRoute(SizedRoute):
     """Run the weight with its zeros, reordered once for oneDNN, as ``torch.compile`` does with frozen weights."""
 
     name: ClassVar[str] = "prepacked"

@@ -75,10 +75,6 @@ class GroupLayout(Layout):
         bits = 2 if m <= 4 else 4
         return bits, 32 // bits
 
-    @property
-    def route(self) -> LayoutRoute:
-        return GroupRoute(self.n, self.m)
-
     def to_dense(self) -> Weight:
         rows, columns = self.shape
         groups, panels = columns // self.m, -(-rows // _ROWS)

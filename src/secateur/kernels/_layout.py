@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from secateur._errors import PatternError
 from secateur._types import Mask, Weight, dtype_name
 from secateur.formats import as_value_dtype, check_mask, encode
 from secateur.kernels._load import load
-
-if TYPE_CHECKING:
-    from secateur.kernels._route import Route
 
 # Zeros after the last value. A kernel loads whole vectors of up to 16 values, and the last one may start at any value:
 # without these it would read memory that is not the weight's.
@@ -45,11 +42,6 @@ class Layout(ABC):
     values: Tensor
     scale: Tensor | None
     kernel: ClassVar[str]  # the name of its kernel in the native module
-
-    @property
-    @abstractmethod
-    def route(self) -> Route:
-        """The route that runs this layout."""
 
     @abstractmethod
     def to_dense(self) -> Weight:

@@ -63,7 +63,7 @@ def explain(
         ('reference', 'ok: dense')
     """
     if isinstance(packed, Layout):
-        found = explain_route(packed, packed.route, x.device, x.dtype, _records_gradient(x))
+        found = explain_route(packed, None, x.device, x.dtype, _records_gradient(x))
         return [(backend.name, reason or backend.state()) for backend, reason in found]
     if isinstance(packed, Format):
         return _explain(x, packed, default_plan(packed))
@@ -142,6 +142,6 @@ def linear(
     rows, columns = packed.shape
     check_input(x, columns)
     check_bias(bias, rows, x.device)
-    backend = backend_for(packed, packed.route, x.device, x.dtype, _records_gradient(x, bias))
-    prepared = backend.prepare(packed, packed.route, x.dtype)
+    backend = backend_for(packed, None, x.device, x.dtype, _records_gradient(x, bias))
+    prepared = backend.prepare(packed, None, x.dtype)
     return prepared.run(x.reshape(-1, columns), bias).reshape(*x.shape[:-1], rows)

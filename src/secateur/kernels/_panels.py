@@ -84,10 +84,6 @@ class PanelLayout(Layout):
             width,
         )
 
-    @property
-    def route(self) -> LayoutRoute:
-        return PanelRoute(self.height, self.width)
-
     def to_dense(self) -> Weight:
         _, sections, height = self.counts.shape
         counts = torch.from_numpy(self.counts.numpy().astype(np.int64)).flatten()

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import ClassVar, Self
+from typing import ClassVar, Self, final
 
 from torch import Tensor
 
@@ -19,27 +19,24 @@ from secateur.patterns import SparsityPattern
 class Route(ABC):
     """How a packed weight is run: a frozen dataclass that can be compared, hashed and printed.
 
-    Its text is its name and its fields, joined by ``separator``: ``panels:128x256``.
+    Its text names it in files and compiled graphs.
     """
 
     name: ClassVar[str]
-    grammar: ClassVar[str] = ""  # a regular expression for the fields in the text; each group of it is a field
-    separator: ClassVar[str] = "x"
 
+    @abstractmethod
     def __str__(self) -> str:
-        values = [str(getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
-        return ":".join([self.name, self.separator.join(values)]) if values else self.name
+        """Return the text of the route."""
 
     @property
+    @abstractmethod
     def needs_kernels(self) -> bool:
         """Whether the route is only fast with native kernels."""
-        return False
 
     @classmethod
+    @abstractmethod
     def read(cls, text: str) -> Self | None:
         """Return the route of this class that a text names, or None."""
-        found = re.fullmatch(f"{cls.name}:{cls.grammar}" if cls.grammar else cls.name, text)
-        return None if found is None else cls(*map(int, found.groups()))
 
     @classmethod
     @abstractmethod
@@ -57,10 +54,34 @@ class Route(ABC):
         """Return the reason why no measurement on any machine can have chosen the route for a weight, or None."""
 
 
-class LayoutRoute(Route):
+class SizedRoute(Route):
+    """A route whose fields are sizes. Its text is its name and the sizes with a separator: ``panels:128x256``."""
+
+    grammar: ClassVar[str] = ""  # a regular expression for the sizes in the text; each group of it is a field
+    separator: ClassVar[str] = "x"
+
+    @final
+    def __str__(self) -> str:
+        sizes = [str(getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
+        return ":".join([self.name, self.separator.join(sizes)]) if sizes else self.name
+
+    @property
+    @final
+    def needs_kernels(self) -> bool:
+        """Whether the route runs a layout. Dense arithmetic is as fast without native kernels."""
+        return isinstance(self, LayoutRoute)
+
+    @classmethod
+    @final
+    def read(cls, text: str) -> Self | None:
+        """Return the route of this class that a text names, or None."""
+        found = re.fullmatch(f"{cls.name}:{cls.grammar}" if cls.grammar else cls.name, text)
+        return None if found is None else cls(*map(int, found.groups()))
+
+
+class LayoutRoute(SizedRoute):
     """A route that runs a weight in a layout."""
 
-    needs_kernels = True
     stores_zeros: ClassVar[bool] = False  # whether the layout has the zeros that the format stores
 
     @abstractmethod

@@ -70,10 +70,6 @@ class TileLayout(Layout):
             first += strip
         return found
 
-    @property
-    def route(self) -> LayoutRoute:
-        return TileRoute(self.height, self.width)
-
     def to_dense(self) -> Weight:
         rows, columns = self.shape
         row = torch.repeat_interleave(torch.arange(rows // self.height), self.first_tiles.diff())

@@ -1,371 +1,23 @@
-"""Layers that learn which of their weights to keep."""
+"""Layers that learn which of their weights to keep: linear and two-dimensional convolution."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own documentation uses
 
-from secateur._errors import PatternError, RecipeError
-from secateur._types import Mask, Weight
-from secateur.layers import clear_state_, full_tensor, is_sharded, local_part, sharded_like, write_whole_
-from secateur.nn._gate import gated, gated_linear, hard_mask, solve_threshold
-from secateur.patterns import SparsityPattern, Units, Unstructured, check_sparsity, with_channel_width
-
-TEMPERATURE = 10.0
-THRESHOLD = 0.01
-# A solved threshold makes the mask independent of the weights' scale, and sharpness a pure number.
-RELATIVE_TEMPERATURE = 4.0
-
-_ELEMENTWISE = Unstructured("row")
+from secateur._checks import instance, integer
+from secateur._checks import settings as settings_of
+from secateur.nn._gate import gated_linear
+from secateur.nn._mask_settings import THRESHOLD, MaskSettings
+from secateur.nn._sparse_layer import SparseLayer
+from secateur.patterns import SparsityPattern, as_pattern
 
 
-class _Masked(torch.autograd.Function):
-    """The weight where the mask keeps it, zero elsewhere; even if what is stored there, or its gradient, is not finite.
-
-    The threshold takes no part and gets no gradient. It is an input because DistributedDataParallel waits until the
-    backward pass has come by each of its parameters.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Mask, threshold: Tensor, straight_through: bool) -> Tensor:
-        return torch.where(mask, weight, 0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, mask, _, ctx.straight_through = inputs
-        ctx.save_for_backward(mask)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (mask,) = ctx.saved_tensors
-        return grad if ctx.straight_through else torch.where(mask, grad, 0), None, None, None
-
-
-class _SparseLayer(nn.Module, ABC):
-    """What the linear layer and the convolution share: everything but the shape of the weight and the product."""
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    threshold: Tensor
-    temperature: Tensor
-    mask: Tensor | None
-
-    def _set_up(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        structured: bool,
-        pattern: SparsityPattern | str | None,
-        sparsity: float | None,
-        temperature: float | None,
-        threshold: float,
-        hard: bool,
-    ) -> None:
-        if isinstance(pattern, str):
-            pattern = SparsityPattern.parse(pattern)
-        if not isinstance(pattern, SparsityPattern | None):
-            raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
-        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
-            raise TypeError(
-                "weight and bias must be parameters of their own; here torch computes them from others, by a "
-                "parametrization or torch.nn.utils.prune. Remove that first."
-            )
-        if sparsity is not None:
-            check_sparsity(sparsity)
-        if pattern is None and sparsity is not None:
-            raise PatternError(
-                f"sparsity={sparsity:g} needs a pattern to be met under, such as pattern='unstructured'.\n"
-                "Without a pattern the threshold is learned and the sparsity is whatever comes of it."
-            )
-        if pattern is not None and not structured:
-            raise PatternError(
-                f"one threshold for each weight is for learning without a pattern; {pattern} solves its own."
-            )
-        self.weight, self.bias = weight, bias
-        if pattern is not None:
-            pattern = with_channel_width(pattern, math.prod(weight.shape[2:]))
-            pattern.validate(self._matrix().shape)
-            sparsity = pattern.resolve(sparsity)
-        self.pattern, self.target, self.structured = pattern, sparsity, structured
-        self.hard = hard
-        self.straight_through = False
-        if temperature is None:
-            temperature = TEMPERATURE if pattern is None else RELATIVE_TEMPERATURE
-        real = torch.promote_types(weight.dtype, torch.float32)
-        self.register_buffer("temperature", torch.tensor(0.0, dtype=real, device=weight.device))
-        self.temperature = temperature  # type: ignore[assignment]
-        self.register_buffer("mask", None)
-        if pattern is None:
-            shape = weight.shape if not structured else weight.shape[:1]
-            self.threshold = nn.Parameter(torch.full(shape, _number("threshold", threshold)).to(weight))
-        else:
-            assert sparsity is not None
-            self.register_buffer("threshold", self._solved(sparsity))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if (
-            name == "temperature"
-            and "temperature" in self.__dict__.get("_buffers", {})
-            and not isinstance(value, Tensor)
-        ):
-            value = _number(name, value)
-            if not 0 < value < math.inf:
-                raise PatternError(f"temperature must be positive and finite, got {value:g}.")
-            self._buffers["temperature"].fill_(value)  # type: ignore[union-attr]  # in place: a compiled graph reads it
-            return
-        super().__setattr__(name, value)
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the product of ``x`` with the effective weight, plus the bias."""
-
-    def _effective(self) -> Tensor:
-        """The weight that the forward pass uses, in the parameter's shape."""
-        mask = self.mask
-        if mask is None and not self.weight.numel():
-            mask = torch.ones_like(self.weight, dtype=torch.bool)  # a unit without elements has no score
-        if mask is not None:
-            return _Masked.apply(self.weight, mask, self.threshold, self.straight_through)  # type: ignore[no-any-return,no-untyped-call]
-        matrix = gated(
-            self._matrix(),
-            self._threshold_by_competition(),
-            self.temperature,
-            self._units(),
-            solved=self.pattern is not None,
-            hard=self.hard,
-        )
-        return matrix.view(self.weight.shape)
-
-    def _matrix(self) -> Weight:
-        return self.weight.flatten(1) if self.weight.ndim > 2 else self.weight
-
-    def _units(self) -> Units:
-        """What is kept or pruned together. A learned threshold judges each weight for itself, in its row."""
-        return (self.pattern or _ELEMENTWISE).units((self.weight.shape[0], math.prod(self.weight.shape[1:])))
-
-    def _threshold_by_competition(self) -> Tensor:
-        if self.pattern is not None:
-            return self.threshold
-        return self.threshold.unsqueeze(1) if self.threshold.ndim == 1 else self.threshold.flatten(1)
-
-    @property
-    def is_structured(self) -> bool:
-        """Whether learned thresholds are one for each output; under a pattern, whether whole groups are pruned."""
-        return self.structured if self.pattern is None else not isinstance(self.pattern, Unstructured)
-
-    @torch.no_grad()
-    def hard_mask(self) -> Mask:
-        """Return the mask of the hard rule, in the weight's shape: kept where ``|weight| >= threshold``.
-
-        After :meth:`hard_prune` it is the frozen mask. Under a pattern the score of a whole unit is compared. Before,
-        with weights sharded over processes (FSDP), every process has to call it, and what is built on it.
-        """
-        return self.mask.clone() if self.mask is not None else self._mask_by_threshold()
-
-    def _mask_by_threshold(self) -> Mask:
-        if not self.weight.numel():
-            return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
-        threshold = full_tensor(self._threshold_by_competition())
-        return hard_mask(self._whole_matrix(), threshold, self._units()).view(self.weight.shape)
-
-    def _whole_matrix(self) -> Weight:
-        """The weight as forward compares it: at least float32, and whole if it is sharded over processes."""
-        matrix = full_tensor(self.weight.detach()).flatten(1)
-        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-
-    @torch.no_grad()
-    def effective_weight(self) -> Weight:
-        """Return ``weight * hard mask``, a new tensor; nothing changes."""
-        return full_tensor(self.weight).masked_fill(~self.hard_mask(), 0)
-
-    def num_active(self) -> int:
-        """Return how many weights the hard rule keeps."""
-        return int(self.hard_mask().count_nonzero())
-
-    def density(self) -> float:
-        """Return the fraction of weights that the hard rule keeps; 1 for a layer without weights."""
-        return self.num_active() / self.weight.numel() if self.weight.numel() else 1.0
-
-    def sparsity(self) -> float:
-        """Return ``1 - density()``."""
-        return 1 - self.density()
-
-    def num_parameters(self) -> int:
-        """Return how many numbers the optimizer may change: weights, biases and learned thresholds."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @torch.no_grad()
-    def reset_threshold(self, value: float) -> None:
-        """Set every threshold to ``value``.
-
-        Under a pattern the next :meth:`solve_threshold` replaces it. After :meth:`hard_prune` it changes nothing that
-        is computed until, without a pattern, a further ``hard_prune`` prunes more.
-
-        Raises:
-            TypeError: the value is not a number.
-            PatternError: the value is NaN.
-        """
-        self.threshold.fill_(_number("threshold", value))
-
-    @torch.no_grad()
-    def solve_threshold(self, sparsity: float | None = None) -> None:
-        """Under a pattern, move the threshold to where the hard rule prunes exactly ``sparsity``.
-
-        Called after every optimizer step, it holds the budget while the weights move. The threshold lies halfway
-        between the highest pruned and the lowest kept score of each competition: one number, or one a row or N:M group.
-
-        Args:
-            sparsity: fraction of units to prune, by default the layer's own; smaller while a schedule ramps up.
-
-        Raises:
-            PatternError: the layer has no pattern, or the sparsity is outside [0, 1].
-        """
-        if self.pattern is None or self.target is None:
-            raise PatternError("the threshold is learned, since the layer has no pattern; reset_threshold sets it.")
-        if sparsity is None:
-            sparsity = self.target
-        check_sparsity(sparsity)
-        self.threshold.copy_(self._solved(sparsity))
-
-    @torch.no_grad()
-    def _solved(self, sparsity: float) -> Tensor:
-        assert self.pattern is not None
-        wide = self._whole_matrix()
-        if wide.is_meta or not wide.numel():
-            return wide.new_zeros(self._units().competitions, 1)
-        threshold = self._buffers.get("threshold")
-        known = threshold is not None and threshold.numel() == 1 and threshold.device.type == "cpu"
-        near = float(threshold) if known else None  # type: ignore[arg-type]  # it has not moved far since the last step
-        return solve_threshold(wide, self._units(), sparsity, near)
-
-    @torch.no_grad()
-    def hard_prune(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Set the pruned weights to zero for good, freeze the mask, and reset the threshold to zero.
-
-        Without a pattern the hard rule decides; under a pattern exactly its budget is pruned, the lowest scores first.
-
-        One departure from the formula, without which pruning would not be for good: from here on the sigmoid no longer
-        takes part, and forward is ``x @ effective_weight().T + bias`` in training and evaluation alike. Pruned weights
-        then have no gradient. Momentum from before may still move the numbers stored behind the mask, and a learned
-        threshold; no result, count, conversion or ``state_dict`` reads those numbers.
-
-        Args:
-            optimizer: if given, its momenta of what is pruned, and of the threshold, are set to zero, so that the
-                stored numbers stay zero as well.
-
-        Raises:
-            TypeError: ``optimizer`` is not an optimizer.
-            PatternError: under a pattern, weights that are NaN; nothing has changed.
-        """
-        if not isinstance(optimizer, torch.optim.Optimizer | None):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if self.pattern is None:
-            mask = self._mask_by_threshold()
-            if self.mask is not None:  # a later hard_prune prunes more, never less
-                mask &= self.mask
-        elif self.mask is None:
-            mask = self.pattern.mask(self._whole_matrix().abs(), self.target).view(self.weight.shape)
-        else:
-            mask = self.mask
-        self.freeze(mask)
-        if optimizer is not None:
-            clear_state_(optimizer, self.weight, mask)
-            if isinstance(self.threshold, nn.Parameter):
-                nothing = torch.zeros(self.threshold.shape, dtype=torch.bool, device=self.threshold.device)
-                clear_state_(optimizer, self.threshold, nothing)
-
-    @torch.no_grad()
-    def freeze(self, mask: Mask, *, straight_through: bool = False) -> None:
-        """Use this mask from now on, as :meth:`hard_prune` does with its own.
-
-        Args:
-            mask: bool, in the weight's shape, True = kept. It is copied.
-            straight_through: keep the pruned weights and give every weight the gradient of its place in the effective
-                weight, so that a pruned one can grow back when the mask is set again.
-
-        Raises:
-            PatternError: the mask's shape is not the weight's.
-            TypeError: the mask is not a bool tensor.
-        """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.shape != self.weight.shape:
-            raise PatternError(f"a mask for this layer has shape {tuple(self.weight.shape)}, got {tuple(mask.shape)}.")
-        self.mask = mask.to(self.weight.device, copy=True)
-        self.straight_through = straight_through
-        if not straight_through:
-            pruned = ~sharded_like(self.mask, self.weight)
-            for stored in (self.weight, self.weight.grad):
-                if stored is not None:
-                    local_part(stored).masked_fill_(pruned, 0)
-            self.threshold.fill_(0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts the layer. A solved threshold and the temperature never become narrower than float32.
-
-        Rounded to the precision of the weights, a threshold halfway between two of them would fall on one.
-        """
-        before = {name: buffer for name, buffer in self._buffers.items() if name != "mask" and buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, exact in before.items():
-            cast = self._buffers[name]
-            assert cast is not None
-            wide = torch.promote_types(cast.dtype, torch.float32)
-            if cast.dtype != wide:
-                self._buffers[name] = exact.to(cast.device, wide)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A checkpoint has zeros where the mask has them, whatever an optimizer left behind it."""
-        if self.mask is not None and not self.straight_through and not is_sharded(self.weight):
-            # Nothing reads these numbers, so a backward pass under way must not hear of the change: hence .data.
-            self.weight.data.masked_fill_(~self.mask, 0)
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint with a mask makes the layer a pruned one, a checkpoint without makes it one that learns."""
-        mask = state_dict.get(prefix + "mask")
-        if mask is not None and mask.shape == self.weight.shape:
-            self.mask = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
-        elif prefix + "weight" in state_dict:
-            self.mask = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _describe(self) -> str:
-        learned = "" if self.pattern is None else f", pattern={str(self.pattern)!r}"
-        # Printing must not wait for other processes, which may not print.
-        unknown = self.weight.is_meta or (self.mask is None and is_sharded(self.weight))
-        density = "?" if unknown else f"{self.density():.4f}"
-        return f"bias={self.bias is not None}, structured={self.is_structured}{learned}, density={density}"
-
-    @torch.no_grad()
-    def _bake_(self) -> None:
-        """Write the effective weight into the parameter, so that a plain layer can take it over.
-
-        Under a pattern the budget counts, so what is not frozen yet is pruned exactly.
-        """
-        if self.mask is None and self.pattern is not None:
-            self.hard_prune()
-        write_whole_(self.weight, self.effective_weight())
-
-    def _must_be_whole(self, method: str) -> None:
-        if is_sharded(self.weight):
-            raise RecipeError(
-                f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
-                "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."
-            )
-
-
-class SparseLinear(_SparseLayer):
+class SparseLinear(SparseLayer):
     r"""A linear layer with a differentiable magnitude mask.
 
     .. math::
@@ -403,8 +55,9 @@ class SparseLinear(_SparseLayer):
         mask: None, or the frozen mask after :meth:`hard_prune`.
 
     Raises:
-        PatternError: a pattern that does not fit, an impossible sparsity, or a temperature that is not positive.
-        ValueError: negative sizes.
+        PatternError: a pattern that does not fit, or an impossible sparsity.
+        RecipeError: a temperature that is not positive and finite, a threshold that is NaN, or a negative size.
+        TypeError: an argument of the wrong type.
 
     Example:
         >>> import torch, secateur
@@ -438,21 +91,15 @@ class SparseLinear(_SparseLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = _size("in_features", in_features), _size("out_features", out_features)
+        self.in_features = integer("in_features", in_features, 0)
+        self.out_features = integer("out_features", out_features, 0)
         weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if weight.numel():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
         zeros = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._set_up(
-            weight,
-            zeros,
-            structured=structured,
-            pattern=pattern,
-            sparsity=sparsity,
-            temperature=temperature,
-            threshold=threshold,
-            hard=hard,
-        )
+        given = None if pattern is None else as_pattern(pattern)
+        settings = MaskSettings(structured, given, sparsity, temperature, threshold, hard)
+        self._set_up(weight, zeros, settings)
 
     @classmethod
     def unstructured(cls, in_features: int, out_features: int, **keywords: Any) -> Self:
@@ -469,18 +116,30 @@ class SparseLinear(_SparseLayer):
         cls,
         linear: nn.Linear,
         *,
-        structured: bool = True,
+        settings: MaskSettings | None = None,
+        structured: bool | None = None,
         pattern: SparsityPattern | str | None = None,
         sparsity: float | None = None,
         temperature: float | None = None,
-        threshold: float = THRESHOLD,
-        hard: bool = False,
+        threshold: float | None = None,
+        hard: bool | None = None,
     ) -> Self:
         """Return a sparse layer that takes over the parameters of ``linear``: the same objects, not copies.
+
+        Args:
+            linear: any ``nn.Linear``, of which nothing is copied.
+            settings: a :class:`~secateur.nn.MaskSettings`, instead of the keywords that follow.
+            structured: see the class, like all that follow.
+            pattern: see the class.
+            sparsity: see the class.
+            temperature: see the class.
+            threshold: see the class.
+            hard: see the class.
 
         Raises:
             TypeError: ``linear`` is not an ``nn.Linear``, or its weight is not a parameter of its own.
             PatternError: as for the class.
+            RecipeError: as for the class, or both ``settings`` and keywords.
 
         Example:
             >>> import torch, secateur
@@ -488,21 +147,20 @@ class SparseLinear(_SparseLayer):
             >>> secateur.SparseLinear.from_linear(linear, pattern="1:4").weight is linear.weight
             True
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
+        instance("linear", linear, nn.Linear, "an nn.Linear")
+        keywords = {
+            "structured": structured,
+            "pattern": pattern,
+            "sparsity": sparsity,
+            "temperature": temperature,
+            "threshold": threshold,
+            "hard": hard,
+        }
+        settings = settings_of("MaskSettings", settings, MaskSettings, keywords)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer._set_up(
-            linear.weight,
-            linear.bias,
-            structured=structured,
-            pattern=pattern,
-            sparsity=sparsity,
-            temperature=temperature,
-            threshold=threshold,
-            hard=hard,
-        )
+        layer._set_up(linear.weight, linear.bias, settings)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -519,6 +177,9 @@ class SparseLinear(_SparseLayer):
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
         return linear.train(self.training)
+
+    def _to_plain(self) -> nn.Module:
+        return self.to_linear()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of ``x`` with the effective weight, plus the bias."""
@@ -540,7 +201,7 @@ class SparseLinear(_SparseLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
 
 
-class SparseConv2d(_SparseLayer):
+class SparseConv2d(SparseLayer):
     """A two-dimensional convolution with the differentiable magnitude mask of :class:`SparseLinear`.
 
     Its weight ``(out, in / groups, height, width)`` is read as a matrix ``(out, in / groups * height * width)``.
@@ -566,7 +227,9 @@ class SparseConv2d(_SparseLayer):
         dtype: of the parameters.
 
     Raises:
-        PatternError: a pattern that does not fit, an impossible sparsity, or a temperature that is not positive.
+        PatternError: a pattern that does not fit, or an impossible sparsity.
+        RecipeError: a temperature that is not positive and finite, or a threshold that is NaN.
+        TypeError: an argument of the wrong type.
         ValueError: sizes that ``nn.Conv2d`` refuses.
 
     Example:
@@ -605,16 +268,9 @@ class SparseConv2d(_SparseLayer):
         if dense.bias is not None:
             nn.init.zeros_(dense.bias)
         self._take_over(dense)
-        self._set_up(
-            dense.weight,
-            dense.bias,
-            structured=structured,
-            pattern=pattern,
-            sparsity=sparsity,
-            temperature=temperature,
-            threshold=threshold,
-            hard=hard,
-        )
+        given = None if pattern is None else as_pattern(pattern)
+        settings = MaskSettings(structured, given, sparsity, temperature, threshold, hard)
+        self._set_up(dense.weight, dense.bias, settings)
 
     def _take_over(self, convolution: nn.Conv2d) -> None:
         """Copy everything but the parameters."""
@@ -632,34 +288,45 @@ class SparseConv2d(_SparseLayer):
         cls,
         convolution: nn.Conv2d,
         *,
-        structured: bool = True,
+        settings: MaskSettings | None = None,
+        structured: bool | None = None,
         pattern: SparsityPattern | str | None = None,
         sparsity: float | None = None,
         temperature: float | None = None,
-        threshold: float = THRESHOLD,
-        hard: bool = False,
+        threshold: float | None = None,
+        hard: bool | None = None,
     ) -> Self:
         """Return a sparse layer that takes over the parameters of ``convolution``: the same objects, not copies.
+
+        Args:
+            convolution: any ``nn.Conv2d``, of which nothing is copied.
+            settings: a :class:`~secateur.nn.MaskSettings`, instead of the keywords that follow.
+            structured: see the class, like all that follow.
+            pattern: see the class.
+            sparsity: see the class.
+            temperature: see the class.
+            threshold: see the class.
+            hard: see the class.
 
         Raises:
             TypeError: ``convolution`` is not an ``nn.Conv2d``, or its weight is not a parameter of its own.
             PatternError: as for the class.
+            RecipeError: as for the class, or both ``settings`` and keywords.
         """
-        if not isinstance(convolution, nn.Conv2d):
-            raise TypeError(f"from_conv2d needs an nn.Conv2d, got {type(convolution).__name__}")
+        instance("convolution", convolution, nn.Conv2d, "an nn.Conv2d")
+        keywords = {
+            "structured": structured,
+            "pattern": pattern,
+            "sparsity": sparsity,
+            "temperature": temperature,
+            "threshold": threshold,
+            "hard": hard,
+        }
+        settings = settings_of("MaskSettings", settings, MaskSettings, keywords)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take_over(convolution)
-        layer._set_up(
-            convolution.weight,
-            convolution.bias,
-            structured=structured,
-            pattern=pattern,
-            sparsity=sparsity,
-            temperature=temperature,
-            threshold=threshold,
-            hard=hard,
-        )
+        layer._set_up(convolution.weight, convolution.bias, settings)
         return layer.train(convolution.training)
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -688,6 +355,9 @@ class SparseConv2d(_SparseLayer):
         dense.weight, dense.bias = self.weight, self.bias
         return dense.train(self.training)
 
+    def _to_plain(self) -> nn.Module:
+        return self.to_conv2d()
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x`` with the effective weight, plus the bias."""
         padding = self.padding
@@ -702,19 +372,3 @@ class SparseConv2d(_SparseLayer):
         usual = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
         other = [f"{name}={getattr(self, name)!r}, " for name, value in usual.items() if getattr(self, name) != value]
         return f"{shape}, {''.join(other)}{self._describe()}"
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if math.isnan(value):
-        raise PatternError(f"{name} must be a number, got NaN.")
-    return float(value)
-
-
-def _size(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise PatternError(f"{name} must not be negative, got {value}.")
-    return value

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from secateur._checks import globs
+from secateur._checks import settings as settings_of
 from secateur._errors import RecipeError, naming
 from secateur.layers import Layer, Replaceability, select_layers, swap_modules_
-from secateur.nn._sparse import THRESHOLD, SparseConv2d, SparseLinear
-from secateur.patterns import SparsityPattern, as_pattern
+from secateur.nn._mask_settings import MaskSettings
+from secateur.nn._sparse import SparseConv2d, SparseLinear
+from secateur.patterns import SparsityPattern
 from secateur.reports import SkippedLayer
 
 
@@ -20,10 +23,11 @@ def sparsify_(
     sparsity: float | None = None,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
-    structured: bool = True,
+    structured: bool | None = None,
     temperature: float | None = None,
-    threshold: float = THRESHOLD,
-    hard: bool = False,
+    threshold: float | None = None,
+    hard: bool | None = None,
+    settings: MaskSettings | None = None,
 ) -> dict[str, SparseLinear | SparseConv2d]:
     """Replace a model's linear layers and two-dimensional convolutions, in place, by ones that learn their mask.
 
@@ -42,14 +46,18 @@ def sparsify_(
         temperature: see :class:`SparseLinear`.
         threshold: see :class:`SparseLinear`.
         hard: see :class:`SparseLinear`.
+        settings: a :class:`~secateur.nn.MaskSettings`, instead of the keywords from ``pattern`` to ``hard``.
 
     Returns:
         The new layers by qualified name.
 
     Raises:
-        RecipeError: no layer to replace, one that was included but cannot be replaced, or a glob that matches nothing.
-        PatternError: a pattern that does not fit a layer, which is named; the model is unchanged.
-        TypeError: the pattern is neither a pattern nor text.
+        RecipeError: no layer to replace, one that was included but cannot be replaced, a glob that matches nothing, an
+            impossible temperature or threshold, or both ``settings`` and keywords.
+        PatternError: a pattern that does not fit a layer, which is named, or an impossible sparsity.
+        TypeError: an argument of the wrong type.
+
+    After any of these the model is unchanged.
 
     Example:
         >>> import torch, secateur
@@ -59,31 +67,30 @@ def sparsify_(
         >>> model[0]  # doctest: +ELLIPSIS
         SparseLinear(in_features=8, out_features=16, bias=True, structured=False, pattern='unstructured', ...)
     """
-    pattern = None if pattern is None else as_pattern(pattern)
-    if pattern is None and isinstance(model, nn.parallel.DistributedDataParallel):
+    keywords = {
+        "structured": structured,
+        "pattern": pattern,
+        "sparsity": sparsity,
+        "temperature": temperature,
+        "threshold": threshold,
+        "hard": hard,
+    }
+    settings = settings_of("MaskSettings", settings, MaskSettings, keywords)
+    if settings.pattern is None and isinstance(model, nn.parallel.DistributedDataParallel):
         raise RecipeError(
             "DistributedDataParallel would not synchronise thresholds that are added to the model inside it.\n"
             "Call sparsify_ first and wrap the model then."
         )
-    layers, _ = replaceable_layers(model, include, exclude, own_thresholds=pattern is None)
+    layers, _ = replaceable_layers(model, include, exclude, own_thresholds=settings.pattern is None)
     made: dict[str, SparseLinear | SparseConv2d] = {}
     swaps: list[tuple[nn.Module, SparseLinear | SparseConv2d]] = []
     for layer in layers:
-        fitted = None if pattern is None else layer.fit(pattern)
+        if settings.pattern is not None:
+            layer.fit(settings.pattern)
         for name, module in zip((layer.name, *layer.tied_to), layer.modules, strict=True):
-            make = SparseLinear.from_linear if isinstance(module, nn.Linear) else SparseConv2d.from_conv2d
             with naming(layer.title):
-                new = make(
-                    module,  # type: ignore[arg-type]
-                    structured=structured,
-                    pattern=fitted,
-                    sparsity=sparsity,
-                    temperature=temperature,
-                    threshold=threshold,
-                    hard=hard,
-                )
-            made[name] = new
-            swaps.append((module, new))
+                made[name] = _sparse(module, settings)
+            swaps.append((module, made[name]))
     swap_modules_(model, swaps)
     return made
 
@@ -111,9 +118,7 @@ def densify_(model: nn.Module) -> list[str]:
     for name, layer in layers.items():
         with naming(name):
             layer._must_be_whole("densify_")
-    swap_modules_(
-        model, [(old, old.to_linear() if isinstance(old, SparseLinear) else old.to_conv2d()) for old in layers.values()]
-    )
+    swap_modules_(model, [(layer, layer._to_plain()) for layer in layers.values()])
     return list(layers)
 
 
@@ -136,7 +141,7 @@ def replaceable_layers(
     Raises:
         RecipeError: nothing is left, or a layer that ``include`` names has no counterpart.
     """
-    include = tuple(include)
+    include = globs("include", include)
     layers, skipped = select_layers(model, include, exclude)
     found = []
     replaceability = Replaceability(model, "build the sparse layer with from_linear or from_conv2d")
@@ -157,6 +162,14 @@ def replaceable_layers(
         )
         raise RecipeError(f"the model has no layer that can learn its mask. Its modules with parameters:\n{listed}")
     return found, skipped
+
+
+def _sparse(module: nn.Module, settings: MaskSettings) -> SparseLinear | SparseConv2d:
+    """The sparse counterpart of a layer that has one."""
+    if isinstance(module, nn.Conv2d):
+        return SparseConv2d.from_conv2d(module, settings=settings)
+    assert isinstance(module, nn.Linear)
+    return SparseLinear.from_linear(module, settings=settings)
 
 
 def _no_counterpart(module: nn.Module) -> str | None:

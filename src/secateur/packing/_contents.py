@@ -15,7 +15,9 @@ from secateur._types import dtype_name
 from secateur.formats import UNSCALED_DTYPES, Format, pack
 from secateur.nn import PackedAs, linear_of, packed_layers
 from secateur.packing._file import PackedFile
+from secateur.packing._history import History, patterns_in, patterns_of
 from secateur.packing._measure import machine
+from secateur.patterns import SparsityPattern
 
 # The dtypes of dense weights and of tensors that are not packed, by name.
 _DTYPES = {dtype_name(dtype): dtype for dtype in (*UNSCALED_DTYPES, torch.float64)}
@@ -132,13 +134,16 @@ def _entry(table: Any, packed: Format) -> LayerEntry:
     return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride), plan)
 
 
-def take_apart(model: nn.Module, dtype: torch.dtype | None, absent: Iterable[str] = ()) -> Contents:
+def take_apart(
+    model: nn.Module, dtype: torch.dtype | None, absent: Iterable[str] = (), history: History = ()
+) -> Contents:
     """Return the contents of a model: packed layers, other tensors, and which of them are shared.
 
     Args:
-        model: the model.
-        dtype: floating-point dtype of all tensors that are not packed weights; None for their own.
-        absent: names of tensors that are not stored.
+        model: with or without packed layers.
+        dtype: of all that is not a packed weight; None leaves it as it is.
+        absent: tensors that are left out.
+        history: reports that say to which pattern layers were pruned.
 
     Raises:
         RecipeError: the model is itself a packed layer.
@@ -189,19 +194,21 @@ def take_apart(model: nn.Module, dtype: torch.dtype | None, absent: Iterable[str
             tensors[name] = tensor
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    sparse = {name: packed for name, tensor in tensors.items() if (packed := _without_zeros(tensor)) is not None}
+    known = patterns_in(history)
+    smaller = {name: _without_zeros(tensor, known.get(name.rpartition(".")[0])) for name, tensor in tensors.items()}
+    sparse = {name: packed for name, packed in smaller.items() if packed is not None}
     shapes = {name: tuple(tensors.pop(name).shape) for name in sparse}
     name = type(model).__name__
     absent = tuple(sorted(absent))
     return Contents(layers | sparse, entries, tensors, modules, weights, tied, machine(), name, absent, shapes)
 
 
-def _without_zeros(tensor: Tensor) -> Format | None:
+def _without_zeros(tensor: Tensor, pattern: SparsityPattern | None) -> Format | None:
     """A dense weight, packed only to be stored; None where this would not make it smaller."""
     if tensor.ndim < 2 or tensor.dtype not in UNSCALED_DTYPES or not tensor.numel():
         return None
     matrix = tensor.detach().cpu().flatten(1)
     if not (matrix == 0).any():
         return None
-    packed = pack(matrix)
+    packed = pack(matrix, None, patterns_of(matrix, pattern)[0])
     return packed if packed.nbytes < matrix.nbytes else None

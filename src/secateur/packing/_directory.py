@@ -68,17 +68,20 @@ def pack_directory(
     if settings.value_dtype is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if name in missing]
+    history = _history(directory.path, model)
     report = pack_(
         model,
         replace(settings, exclude=(*settings.exclude, *untrained)),
         cache=cache,
-        history=_history(directory.path, model),
+        history=history,
         progress=progress,
     )
     absent = [name for name in model.state_dict() if name.rpartition(".")[0] in missing]
     progress("writing", 0, 1)
     extra = {REPORT: report.to_json() + "\n"}
-    save_with(model, output, source=source, dtype=stored, overwrite=overwrite, absent=absent, extra=extra)
+    save_with(
+        model, output, source=source, dtype=stored, overwrite=overwrite, history=history, absent=absent, extra=extra
+    )
     return report
 
 

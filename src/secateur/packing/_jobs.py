@@ -16,9 +16,10 @@ from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Replaceability, select_layers
 from secateur.nn import PackedAs, PackedConv2d, PackedLinear, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
+from secateur.packing._history import patterns_of
 from secateur.packing._measure import Measurement, key_of, measure
 from secateur.packing._settings import PackSettings
-from secateur.patterns import SparsityPattern, may_come_from, satisfied
+from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
 
@@ -182,10 +183,9 @@ def find_jobs(
 
 
 def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: SparsityPattern | None) -> Job:
-    patterns = (known,) if known is not None and may_come_from(weight == 0, known) else None
-    found = satisfied(weight == 0) if patterns is None else patterns
-    packed = pack(weight, dtype, found)
-    return Job(layer.name, layer.modules, layer.modules[0], weight, packed, found, layer.tied_to, patterns is None)
+    patterns, found = patterns_of(weight, known)
+    packed = pack(weight, dtype, patterns)
+    return Job(layer.name, layer.modules, layer.modules[0], weight, packed, patterns, layer.tied_to, found)
 
 
 def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None) -> list[Job]:

@@ -23,6 +23,7 @@ from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents, take_apart
 from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
 from secateur.packing._fill import fill_
+from secateur.packing._history import History
 
 FILE = "model.sparse.safetensors"
 
@@ -35,6 +36,7 @@ def save(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    history: History = (),
 ) -> None:
     """Write a packed model without its zeros, in one file that is checked when it is read.
 
@@ -51,6 +53,8 @@ def save(
         tokenizer: any object with ``save_pretrained``; not needed with ``source``.
         dtype: a floating-point dtype in which to store all tensors that are not packed weights; None for their own.
         overwrite: replace an existing directory. It stays in place until the new one is complete.
+        history: reports of how layers were pruned, whose patterns are used for weights that run dense. Patterns of
+            others are found from their zeros.
 
     Raises:
         FormatError: the place cannot be written, or other libraries would take the file's name for a dense model.
@@ -67,7 +71,7 @@ def save(
         >>> type(again[0]).__name__, torch.equal(again(x), model(x))
         ('PackedLinear', True)
     """
-    save_with(model, path, source=source, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
+    save_with(model, path, source=source, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, history=history)
 
 
 def save_with(
@@ -78,19 +82,20 @@ def save_with(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    history: History = (),
     absent: Iterable[str] = (),
     extra: Mapping[str, str] | None = None,
 ) -> None:
     """Write a packed model as :func:`save` does, with two more options.
 
     Args:
-        model, path, source, tokenizer, dtype, overwrite: see :func:`save`.
+        model, path, source, tokenizer, dtype, overwrite, history: see :func:`save`.
         absent: names of tensors that the checkpoint had no values for. They are not stored.
         extra: further text files of the directory, by name.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        contents = take_apart(model, dtype, absent)
+        contents = take_apart(model, dtype, absent, history)
         write_packed(path, contents.layers, contents.tensors, contents.metadata())
         return
     if source is None and not hasattr(model, "save_pretrained"):
@@ -98,7 +103,7 @@ def save_with(
             f"{path}: only a transformers model can be written as a directory, because that needs a config; got "
             f"{type(model).__name__}.\nGive a path that ends in .safetensors."
         )
-    contents = take_apart(model, dtype, absent)
+    contents = take_apart(model, dtype, absent, history)
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
     check_output(None if source is None else Path(source), path, overwrite, size)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur._checks import instance
 from secateur._checks import settings as settings_from
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.layers import swap_modules_
 from secateur.nn import PackedConv2d, PackedLinear, linear_of, packed_layers
+from secateur.packing._history import History, patterns_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
 from secateur.packing._settings import PackSettings
-from secateur.patterns import SparsityPattern
-from secateur.reports import PackedLayer, PackReport, Report
+from secateur.reports import PackedLayer, PackReport
 
 _COLD = 32 << 20  # bytes of all weights; with more, no weight stays in a cache until the next call of its layer
 
@@ -35,7 +34,7 @@ def pack_(
     exclude: Iterable[str] | None = None,
     memory: float | None = None,
     cache: str | Path | None = None,
-    history: Report | Sequence[Report] = (),
+    history: History = (),
     timer: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda description, done, total: None,
 ) -> PackReport:
@@ -43,9 +42,9 @@ def pack_(
 
     Every route that can run a layer is measured at every batch size, and compared with the dense layer. Layers of the
     same shape, pattern, density and value dtype are measured once. A layer is packed only if it gets faster at one
-    batch size and slower at none, by more than noise. Otherwise it stays dense, and the report says why. Output heads,
-    and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers that are
-    already packed are measured again, and packed again if ``value_dtype`` differs.
+    batch size and slower at none, by more than noise. Otherwise it stays dense, and the report says why. Output
+    heads, and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers
+    that are already packed are measured again, and packed again if ``value_dtype`` differs.
 
     A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits.
 
@@ -87,7 +86,7 @@ def pack_(
     }
     made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
-    jobs, skipped = find_jobs(model, made, _patterns_in(history))
+    jobs, skipped = find_jobs(model, made, patterns_in(history))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
     swaps: list[tuple[nn.Module, nn.Module]] = []
@@ -146,13 +145,3 @@ def unpack_(model: nn.Module) -> list[str]:
         dense[id(module)] = made
     swap_modules_(model, [(module, dense[id(module)]) for module in found.values()])
     return list(found)
-
-
-def _patterns_in(history: Report | Sequence[Report]) -> Mapping[str, SparsityPattern]:
-    """The patterns that layers were pruned to, by name. Of several reports the last one that names a layer counts."""
-    reports = [history] if isinstance(history, Report) else list(history)
-    return {
-        layer.name: SparsityPattern.parse(layer.pattern)
-        for report in reports
-        for layer in instance("history", report, Report).layers
-    }

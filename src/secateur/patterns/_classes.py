@@ -52,6 +52,9 @@ class Unstructured(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, 1
 
+    def _unit(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, 1
+
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         return (rows, columns) if self.scope == "row" else (1, units)
 
@@ -117,6 +120,9 @@ class NM(SparsityPattern):
     def _tile(self) -> tuple[int, int]:
         return 1, self.m
 
+    def _unit(self, rows: int, columns: int) -> tuple[int, int]:
+        return 1, 1
+
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         return units // self.m, self.m
 
@@ -176,6 +182,9 @@ class Block(SparsityPattern):
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         return self._tile()
 
+    def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
+        return 1, units
+
     def _violation(self, mask: Mask) -> str | None:
         tiles = mask.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
         kept = tiles.sum((1, 3))
@@ -215,6 +224,9 @@ class Row(SparsityPattern):
 
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         return 1, columns
+
+    def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
+        return 1, units
 
     def _violation(self, mask: Mask) -> str | None:
         found = _first(mask.any(1) & ~mask.all(1))
@@ -258,6 +270,9 @@ class Column(SparsityPattern):
 
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         return rows, self.width
+
+    def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
+        return 1, units
 
     def _violation(self, mask: Mask) -> str | None:
         channels = mask.unflatten(1, (-1, self.width))

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,13 +17,6 @@ from secateur._errors import PatternError, RecipeError
 from secateur._types import Mask, Scores, dtype_name
 from secateur.patterns._select import keep_top, units_to_prune
 from secateur.patterns._units import Units
-
-if TYPE_CHECKING:
-    from secateur.patterns._classes import NM as _NM
-    from secateur.patterns._classes import Block as _Block
-    from secateur.patterns._classes import Column as _Column
-    from secateur.patterns._classes import Row as _Row
-    from secateur.patterns._classes import Unstructured as _Unstructured
 
 Scope: TypeAlias = Literal["layer", "row"]
 Remainder: TypeAlias = Literal["error", "dense"]
@@ -54,11 +47,12 @@ class SparsityPattern(ABC):
     """
 
     _grammar: ClassVar[tuple[tuple[str, type[SparsityPattern]], ...]]  # how the patterns are written
-    Unstructured: ClassVar[type[_Unstructured]]
-    NM: ClassVar[type[_NM]]
-    Block: ClassVar[type[_Block]]
-    Row: ClassVar[type[_Row]]
-    Column: ClassVar[type[_Column]]
+    # The patterns themselves, which this module does not know: they are set where they are defined.
+    Unstructured: ClassVar[Any]
+    NM: ClassVar[Any]
+    Block: ClassVar[Any]
+    Row: ClassVar[Any]
+    Column: ClassVar[Any]
 
     # Only for type checkers: an abstract property at run time would keep Block and Column from having a field `width`.
     if TYPE_CHECKING:
@@ -79,13 +73,13 @@ class SparsityPattern(ABC):
     def _tile(self) -> tuple[int, int]:
         """Height and width of a tile; a size of the matrix that is not a multiple leaves a remainder."""
 
+    @abstractmethod
     def _unit(self, rows: int, columns: int) -> tuple[int, int]:
         """Height and width of a unit in a matrix of this size that has no remainder."""
-        return 1, 1
 
+    @abstractmethod
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         """Number of competitions in a matrix of this size that has no remainder, and of units in each."""
-        return 1, units
 
     @abstractmethod
     def _violation(self, mask: Mask) -> str | None:
@@ -295,18 +289,18 @@ class SparsityPattern(ABC):
             raise PatternError(violation)
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raise unless ``sparsity`` is a number in [0, 1].
+def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
+    """Raise unless ``sparsity``, an argument of that name, is a number in [0, 1].
 
     Raises:
         PatternError: outside [0, 1].
         TypeError: not a number.
     """
     try:
-        number("sparsity", sparsity, 0, 1)
+        number(name, sparsity, 0, 1)
     except RecipeError:  # also of a mask that is asked for without a recipe, so that the class is that of patterns
         hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity <= 100 else ""
-        raise PatternError(f"sparsity is the fraction of zeros, between 0 and 1, got {sparsity:g}.{hint}") from None
+        raise PatternError(f"{name} is the fraction of zeros, between 0 and 1, got {sparsity:g}.{hint}") from None
 
 
 def _unknown_pattern(text: str) -> str:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from secateur._errors import RecipeError
 from secateur.calibration import LayerStatistics, Need
 from secateur.layers import Layer
 from secateur.patterns import SparsityPattern
-
-if TYPE_CHECKING:
-    from secateur.pruning._recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def _uniform(layers: Sequence[Candidate], sparsity: float | None) -> dict[str, f
 ALLOCATIONS: dict[str, Allocation] = {"uniform": Allocation(_uniform)}
 
 
-def allocate(layers: Sequence[Candidate], recipe: Recipe) -> dict[str, float]:
+def allocate(layers: Sequence[Candidate], allocation: str, sparsity: float | None) -> dict[str, float]:
     r"""Return the sparsity of each layer, by name.
 
     With :math:`p_l(s)` the number of weights that layer l's pattern prunes at sparsity s
@@ -64,19 +60,20 @@ def allocate(layers: Sequence[Candidate], recipe: Recipe) -> dict[str, float]:
 
     .. math:: \sum_l p_l(s_l) = \sum_l p_l(s),
 
-    where s is the recipe's sparsity and :math:`s_l` the result. The equation is checked in whole weights.
+    where s is the sparsity of the whole and :math:`s_l` the result. The equation is checked in whole weights.
 
     Args:
-        layers: the layers to prune, with the statistics that the recipe's allocation needs.
-        recipe: whose ``allocation`` and ``sparsity`` are used.
+        layers: the layers to prune, with the statistics that the allocation needs.
+        allocation: its name in the table.
+        sparsity: of the whole; None for a pattern that fixes its own.
 
     Raises:
         PatternError: a sparsity that is outside [0, 1] or not the pattern's own.
         RecipeError: the allocation does not keep the budget.
     """
-    shares = ALLOCATIONS[recipe.allocation].shares(layers, recipe.sparsity)
-    budget = sum(candidate.num_pruned(recipe.sparsity) for candidate in layers)
+    shares = ALLOCATIONS[allocation].shares(layers, sparsity)
+    budget = sum(candidate.num_pruned(sparsity) for candidate in layers)
     pruned = sum(candidate.num_pruned(shares[candidate.layer.name]) for candidate in layers)
     if pruned != budget:
-        raise RecipeError(f"the allocation {recipe.allocation!r} prunes {pruned} weights, but the budget is {budget}.")
+        raise RecipeError(f"the allocation {allocation!r} prunes {pruned} weights, but the budget is {budget}.")
     return shares

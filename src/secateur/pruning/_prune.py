@@ -125,7 +125,7 @@ def prune_(
         return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
 
     if batches is None:
-        shares = allocate(candidates({}), recipe)
+        shares = allocate(candidates({}), recipe.allocation, recipe.sparsity)
         for layer in layers:
             finish(layer, shares[layer.name], None)
             tell(layer.name, len(reports), total)
@@ -138,7 +138,7 @@ def prune_(
         with quiet(model):
             whole = replayed(model, loaded, layers, run, sequential=False)
             dense = gather(whole, 0, dense_needs) if dense_needs else {}
-            shares = allocate(candidates(dense), recipe)
+            shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
             del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
             for index, stage in enumerate(source.stages):

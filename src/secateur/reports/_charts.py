@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from secateur.reports._records import Comparison, Histogram, LayerReport
 from secateur.reports._rows import block_of
 from secateur.reports._tables import usable
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from secateur.reports._pruning import Comparison, Histogram, LayerReport
 
 _THUMBNAIL_PIXELS = 112
 # Colours that matplotlib draws with, and the CSS variable that takes the place of each in the SVG text.

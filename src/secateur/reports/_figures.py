@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from secateur._types import Mask, Scores
-from secateur.reports._pruning import Histogram
+from secateur.reports._records import Histogram
 
 _BINS = 48
 _THUMBNAIL = 48

@@ -3,86 +3,17 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 from secateur.reports._html import Fact, tables_page
-from secateur.reports._pruning import SkippedLayer
+from secateur.reports._records import Choice, PackedLayer, SkippedLayer
 from secateur.reports._rows import packed_table, skipped_table
 from secateur.reports._tables import markdown_text
 
 _BUSY = 1.5  # upper over lower quartile; a quiet machine stays below 1.2
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one layer runs at one batch.
-
-    Args:
-        rows: input rows it was measured with; pixels for a convolution.
-        route: that won, such as ``bitmask`` or ``panels:128x256``; ``dense`` where the layer stayed.
-        ratio: time of the dense layer over its own, the median of pairs measured in turn; above 1 is faster.
-        low: lower quartile of those pairs.
-        high: upper quartile.
-        seconds: median time of a call.
-        dense_seconds: the same of the dense layer.
-        prepacked_seconds: the same of the dense layer with its weight in oneDNN's own order, None if there is none.
-    """
-
-    rows: int
-    route: str
-    ratio: float
-    low: float
-    high: float
-    seconds: float
-    dense_seconds: float
-    prepacked_seconds: float | None
-
-    @property
-    def way(self) -> str:
-        """The former name of ``route``."""
-        warnings.warn("Choice.way is now called Choice.route", DeprecationWarning, stacklevel=2)
-        return self.route
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """What happened to one layer.
-
-    Args:
-        name: qualified name of the module.
-        shape: of the weight as a matrix, ``(out, in)``.
-        pattern: that its zeros follow, as text.
-        density: stored weights over all weights.
-        format: that holds it, by its name in files.
-        value_dtype: of the stored values.
-        error: ``‖packed - dense‖ / ‖dense‖``, what fewer bits cost; 0 where nothing.
-        dense_bytes: of the dense weight.
-        stored_bytes: of the packed weight.
-        runtime_bytes: that kernels keep besides it.
-        packed: False where the layer stayed dense.
-        reason: why it stayed dense; empty where it did not.
-        choices: by rows; empty where nothing was measured.
-        tied_to: other modules that share the weight.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    pattern: str
-    density: float
-    format: str
-    value_dtype: str
-    error: float
-    dense_bytes: int
-    stored_bytes: int
-    runtime_bytes: int
-    packed: bool
-    reason: str
-    choices: tuple[Choice, ...]
-    tied_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.reports._charts import comparison_chart, histogram_svg, layers_chart, mask_png
 from secateur.reports._html import html_table, resource
+from secateur.reports._records import Comparison, PruningRecord
 from secateur.reports._rows import block_of, comparison_table, evaluation_table, pruned_table, skipped_table
 from secateur.reports._tables import Table, figure, usable
 
@@ -22,14 +23,13 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from markupsafe import Markup
 
-    from secateur.reports._pruning import Comparison, Report
 
 _MISSING = 'Report.to_html needs matplotlib and jinja2; install them with: pip install "secateur[report]"'
 # Groups of layers are shown unfolded up to this many layers; beyond, the page would be a wall.
 _UNFOLDED = 48
 
 
-def report_page(report: Report) -> str:
+def report_page(report: PruningRecord) -> str:
     """Return a report as one self-contained HTML page. The same report gives the same page.
 
     Raises:
@@ -42,7 +42,7 @@ def comparison_page(
     title: str,
     intro: str,
     rows: Sequence[Comparison],
-    report: Report | None = None,
+    report: PruningRecord | None = None,
     samples: Mapping[str, str] | None = None,
 ) -> str:
     """Return runs side by side as one self-contained HTML page, and below them the report of one.
@@ -77,7 +77,7 @@ def _require() -> None:
         raise ImportError(_MISSING) from error
 
 
-def _render(title: str, comparison: Mapping[str, Any] | None, report: Report | None) -> str:
+def _render(title: str, comparison: Mapping[str, Any] | None, report: PruningRecord | None) -> str:
     _require()
     view = None if report is None else _view(report)
     return _template().render(
@@ -113,7 +113,7 @@ def _template() -> Template:
     return environment.from_string(resource("report.html.jinja"))
 
 
-def _view(report: Report) -> dict[str, Any]:
+def _view(report: PruningRecord) -> dict[str, Any]:
     """What the page shows of a report beyond its fields."""
     errors = [error for layer in report.layers if (error := usable(layer.relative_error)) is not None]
     numbered = list(enumerate(report.layers, 1))
@@ -136,7 +136,7 @@ def _view(report: Report) -> dict[str, Any]:
     }
 
 
-def _headline(report: Report) -> str:
+def _headline(report: PruningRecord) -> str:
     """The method and pattern in a line."""
     method: Any = report.recipe.get("method")
     refit = ""

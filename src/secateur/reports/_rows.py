@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from secateur.reports._records import Comparison, Evaluation, LayerReport, PackedLayer, SkippedLayer
 from secateur.reports._tables import Table, TableColumn, bars, figure, size
-
-if TYPE_CHECKING:  # the reports themselves ask for their rows
-    from secateur.reports._packing import PackedLayer
-    from secateur.reports._pruning import Comparison, Evaluation, LayerReport, SkippedLayer
 
 
 def pruned_table(layers: Sequence[LayerReport]) -> Table:

@@ -1,4 +1,4 @@
-"""Solvers: choose the mask and the surviving weights of one layer."""
+"""Which weights of one layer go, and what do the others become?"""
 
 from secateur.solvers._importance import RIA as RIA
 from secateur.solvers._importance import Importance as Importance

@@ -1,4 +1,4 @@
-"""Group lasso: a penalty that drives the units of a pattern to zero whole, and its proximal step."""
+"""Group lasso: a penalty that drives whole units of a pattern to zero, and its proximal step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import PatternError, RecipeError
+from secateur._checks import instance, number
+from secateur._errors import PatternError, RecipeError, naming
 from secateur._types import Weight
 from secateur.layers import Layer, full_tensor, select_layers, write_whole_
-from secateur.patterns import SparsityPattern, with_channel_width
+from secateur.patterns import SparsityPattern, as_pattern, with_channel_width
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,21 @@ class GroupSparsity:
 
     There are two ways to train with it. Use one of them, not both:
 
-    - *As a penalty*: add :meth:`model_penalty` to the loss. Any optimizer; units become small and hover about zero, but
-      are never exactly zero. Prune them afterwards.
-    - *As a proximal step*: leave the loss alone and call :meth:`model_prox_` after each ``optimizer.step()`` with the
-      learning rate of that step. Units become exactly zero, and come back only if the loss pulls harder than R.
+    - *As a penalty*: add :meth:`model_penalty` to the loss. Any optimizer works. Units become small, but never exactly
+      zero: prune them afterwards.
+    - *As a proximal step*: leave the loss as it is, and call :meth:`model_prox_` after each ``optimizer.step()`` with
+      the learning rate of that step. Units become exactly zero, and come back only if the loss pulls harder than R.
       With plain SGD this is proximal gradient descent on ``loss + R``. With Adam it is the decoupled variant, as weight
-      decay is in AdamW: the step is not scaled as Adam scales the gradient, so the strength competes with Adam's
-      updates: about 1 for a weight whose gradients agree, 0.2 (at beta1 = 0.9) where they are noise. Choose between.
+      decay is in AdamW: the step is not scaled as Adam scales the gradient. The strength then competes with Adam's
+      updates, which are about 1 for a weight whose gradients agree and 0.2 (at beta1 = 0.9) where they are noise:
+      choose a strength between these.
 
     An unstructured or an N:M pattern has units of one weight, for which this is the plain lasso,
-    ``strength * sum |w|``. It makes single weights zero, wherever they are: it ignores the competition within an N:M
-    group and leads to no N:M mask. The dense remainder of a pattern is neither penalised nor shrunk.
+    ``strength * sum |w|``. It makes single weights zero, wherever they are: it ignores N:M groups, and its result is no
+    N:M mask. The dense remainder of a pattern is neither penalised nor shrunk.
 
-    Half precision weights are worked on in float32 and rounded once. A proximal step that is below their resolution
-    is lost in that rounding, as a small update of the optimizer is: keep the weights that are trained in float32.
+    Half precision weights are computed in float32 and rounded once. A proximal step that is smaller than their
+    resolution has no effect, as a small update of the optimizer has none: train weights in float32.
 
     Args:
         pattern: a :class:`SparsityPattern` or its text. ``Column()`` means whole input channels of a convolution.
@@ -77,11 +79,8 @@ class GroupSparsity:
     strength: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.pattern, str):
-            object.__setattr__(self, "pattern", SparsityPattern.parse(self.pattern))
-        if not isinstance(self.pattern, SparsityPattern):
-            raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(self.pattern).__name__}")
-        object.__setattr__(self, "strength", _not_negative("strength", self.strength))
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
+        object.__setattr__(self, "strength", number("strength", self.strength, 0, finite=True))
 
     def penalty(self, weight: Tensor) -> Tensor:
         """Return R of one weight, differentiable; at a unit of zeros the gradient is 0, a subgradient.
@@ -127,7 +126,7 @@ class GroupSparsity:
             >>> weight
             tensor([[0.0000, 1.5000, 0.0000]])
         """
-        step_size = _not_negative("step_size", step_size)
+        step_size = number("step_size", step_size, 0, finite=True)
         matrix, pattern = self._fit(weight)
         shrunk = self._shrunk(matrix, pattern, step_size)
         write_whole_(weight, shrunk.reshape(weight.shape))
@@ -192,7 +191,7 @@ class GroupSparsity:
             >>> int(model.weight.count_nonzero())
             0
         """
-        step_size = _not_negative("step_size", step_size)
+        step_size = number("step_size", step_size, 0, finite=True)
         for layer, pattern in self._layers(model, include, exclude):
             shrunk = self._shrunk(_matrix(layer), pattern, step_size)
             layer.write_(shrunk)
@@ -216,13 +215,7 @@ class GroupSparsity:
         self, model: nn.Module, include: Iterable[str], exclude: Iterable[str]
     ) -> list[tuple[Layer, SparsityPattern]]:
         """The layers to work on, each with the pattern as it applies to it."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be an nn.Module, got {type(model).__name__}; for one weight there is no model_"
-            )
-        for name, globs in (("include", include), ("exclude", exclude)):
-            if isinstance(globs, str):
-                raise TypeError(f"{name} must be a sequence of glob patterns, got the str {globs!r}")
+        instance("model", model, nn.Module, "an nn.Module")
         selected, _ = select_layers(model, include, exclude)
         # Not Layer.fit, which looks at every weight: this runs at each step of training.
         fitted = []
@@ -230,10 +223,8 @@ class GroupSparsity:
             if not layer.parameter.requires_grad:
                 continue
             pattern = with_channel_width(self.pattern, layer.channel_width)
-            try:
+            with naming(layer.title):
                 pattern.validate(_matrix(layer).shape)
-            except PatternError as error:
-                raise PatternError(f"{layer.title}: {error}") from None
             fitted.append((layer, pattern))
         if not fitted:
             raise RecipeError(
@@ -271,12 +262,3 @@ def _matrix(layer: Layer) -> Weight:
 def _norms(units: Tensor) -> Tensor:
     """L2 norms ``[competitions, units]``, of gradient 0 where they are 0."""
     return units[..., 0].abs() if units.shape[2] == 1 else torch.linalg.vector_norm(units, dim=2)
-
-
-def _not_negative(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        hint = f"; pass float({name})" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
-    if not 0 <= value < math.inf:
-        raise RecipeError(f"{name} must be at least 0 and finite, got {value:g}.")
-    return float(value)

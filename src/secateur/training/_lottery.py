@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur._errors import PatternError, RecipeError, SparsityError
+from secateur._checks import integer, one_of
+from secateur._errors import RecipeError
 from secateur._types import Mask
-from secateur.layers import reshard, select_layers, sharded_modules
-from secateur.patterns import (
-    NM,
-    SparsityPattern,
-    Unstructured,
-    at_partial_sparsity,
-    check_sparsity,
-    keep_top,
-    units_to_prune,
-)
-from secateur.reports import Report, SkippedLayer, versions
-from secateur.training._targets import MaskedWeight, check_optimizer, report_layer
+from secateur.layers import select_layers
+from secateur.patterns import SparsityPattern, as_pattern
+from secateur.reports import Report
+from secateur.training._masked_model import STATE_VERSION, MaskedModel, check_optimizer, check_trained, report_layer
+from secateur.training._rewind import Rewindable
+from secateur.training._ticket_masks import TicketMasks, TicketScope, pattern_so_far
+from secateur.training._weights import MaskedWeight
 
 Rewinding: TypeAlias = Literal["weights", "learning-rate", "nothing"]
-TicketScope: TypeAlias = Literal["global", "layer"]
-
-_STATE_VERSION = 1
 
 
 class LotteryTicket:
@@ -90,41 +81,36 @@ class LotteryTicket:
         include: Iterable[str] = (),
         exclude: Iterable[str] = (),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_trained(model, optimizer)
         if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
             raise TypeError(f"scheduler must have state_dict and load_state_dict, got {type(scheduler).__name__}")
-        pattern = SparsityPattern.parse(pattern) if isinstance(pattern, str) else pattern
-        if not isinstance(pattern, SparsityPattern):
-            raise TypeError(f"pattern must be a SparsityPattern or its text, got {type(pattern).__name__}")
-        self.model, self.optimizer, self.scheduler, self.pattern = model, optimizer, scheduler, pattern
-        self._report: Report | None = None
-        self._sharded = sharded_modules(model)
-        self._make_ready()
-        layers, self._skipped = select_layers(model, include, exclude)
-        fitted = [layer.fit(pattern) for layer in layers]
+        self.model, self.optimizer, self.scheduler, self.pattern = model, optimizer, scheduler, as_pattern(pattern)
+        layers, skipped = select_layers(model, include, exclude)
+        patterns = [layer.fit(self.pattern) for layer in layers]
         check_optimizer(optimizer, layers)
 
+        weights = {layer.name: MaskedWeight(layer, own, 0.0) for layer, own in zip(layers, patterns, strict=True)}
+        self._masked = MaskedModel(
+            model, weights, skipped, closed="the ticket is finalized: its hooks are gone. Make a new LotteryTicket."
+        )
+        shapes = {name: weight.matrix().shape for name, weight in weights.items()}
+        self._choice = TicketMasks(self.pattern, self._masked.weights, shapes)
+        by_name = {layer.name: layer for layer in layers}
+        parameters = {layer.name: layer.parameter for layer in layers}
+        self._rewindable = Rewindable(model, optimizer, scheduler, by_name, parameters)
         self._snapshot: dict[str, Any] | None = None
         self._asked: float | None = None  # the sparsity that the masks were made for, if it was one
         self._plan: dict[str, Any] = {}
-        self._seconds = 0.0
-        self._parameters = {layer.name: layer.parameter for layer in layers}
-        self._shapes = {layer.name: layer.matrix().shape for layer in layers}
-        self._weights = {layer.name: MaskedWeight(layer, own, 0.0) for layer, own in zip(layers, fitted, strict=True)}
 
     @property
     def masks(self) -> dict[str, Mask]:
         """The masks, ``[out, in]`` bool, True = kept, by layer name: copies."""
-        return {name: weight.hard_mask() for name, weight in self._weights.items()}
+        return self._masked.masks
 
     @property
     def sparsity(self) -> float:
         """Fraction of the layers' weights that is pruned now."""
-        total = sum(shape.numel() for shape in self._shapes.values())
-        return sum(weight.num_pruned for weight in self._weights.values()) / max(1, total)
+        return self._choice.sparsity
 
     @torch.no_grad()
     def snapshot(self, step: int = 0) -> None:
@@ -140,17 +126,9 @@ class LotteryTicket:
             RecipeError: a negative step, or the ticket is finalized.
             TypeError: a step that is no int.
         """
-        self._make_ready()
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step must be an int, got {type(step).__name__}")
-        if step < 0:
-            raise RecipeError(f"step counts the optimizer steps done, from 0; got {step}.")
-        self._snapshot = {
-            "step": step,
-            "tensors": {name: tensor.detach().clone() for name, tensor in self._tensors().items()},
-            "optimizer": _copied(self.optimizer.state_dict()),
-            "scheduler": None if self.scheduler is None else _copied(self.scheduler.state_dict()),
-        }
+        self._masked.make_ready()
+        integer("step", step, 0)
+        self._snapshot = self._rewindable.snapshot(step)
 
     @torch.no_grad()
     def rewind(self, *, weights: bool = True) -> int:
@@ -184,9 +162,9 @@ class LotteryTicket:
         if weights:
             return self.rewind_with_mask({})
         snapshot = self._usable_snapshot()
-        self._restore_optimizer(snapshot)
-        for weight in self._weights.values():
-            self._put(weight, weight.mask)
+        self._rewindable.restore_optimizer_(snapshot)
+        for weight in self._masked.weights.values():
+            self._replace_mask(weight, weight.mask)
         return int(snapshot["step"])
 
     @torch.no_grad()
@@ -219,17 +197,15 @@ class LotteryTicket:
             [[False, True]]
         """
         snapshot = self._usable_snapshot()
-        present = {name: weight.mask for name, weight in self._weights.items()}
+        chosen = {name: weight.mask for name, weight in self._masked.weights.items()}
         if masks is not None:
-            self._check_masks(masks)
+            self._choice.check(masks)
             self._asked, self._plan = None, {}
-            present = {name: mask.clone() if (mask := masks.get(name)) is not None else None for name in present}
-        now = self._tensors()
-        for name, saved in snapshot["tensors"].items():
-            now[name].copy_(saved)
-        self._restore_optimizer(snapshot)
-        for name, weight in self._weights.items():
-            self._put(weight, present[name])
+            chosen = {name: mask.clone() if (mask := masks.get(name)) is not None else None for name in chosen}
+        self._rewindable.restore_model_(snapshot)
+        self._rewindable.restore_optimizer_(snapshot)
+        for name, weight in self._masked.weights.items():
+            self._replace_mask(weight, chosen[name])
         return int(snapshot["step"])
 
     @torch.no_grad()
@@ -239,9 +215,9 @@ class LotteryTicket:
         Raises:
             RecipeError: the ticket is finalized.
         """
-        self._make_ready()
-        for weight in self._weights.values():
-            weight.zero_()
+        self._masked.make_ready()
+        for weight in self._masked.weights.values():
+            weight.hold_zeros_()
 
     @torch.no_grad()
     def prune(self, sparsity: float | None = None, *, scope: TicketScope = "global") -> dict[str, Mask]:
@@ -249,7 +225,7 @@ class LotteryTicket:
 
         Args:
             sparsity: fraction of *all* units to prune, those that are pruned already included. For N:M its own, or
-                less, on the way: each group of m keeps ``m - round(sparsity * m)``.
+                less for a step towards it: each group of m keeps ``m - round(sparsity * m)``.
             scope: ``"global"`` compares all layers' units together by the root mean square of their weights, and prunes
                 exactly ``round(sparsity * units)``; ``"layer"`` prunes as many of each layer, as its pattern counts
                 them. N:M groups compare within themselves in either.
@@ -273,22 +249,12 @@ class LotteryTicket:
             >>> masks["0"].tolist(), masks["1"].flatten().tolist()
             ([[False, True, False]], [False, True, True])
         """
-        self._make_ready()
-        sparsity = self._resolve(sparsity, scope)
-        self._check_not_less(sparsity, scope)
-        began = time.perf_counter()
-        for weight in self._weights.values():
-            matrix = weight.matrix()
-            if not (finite := matrix.isfinite()).all():
-                raise RecipeError(
-                    f"{weight.layer.title}: {int((~finite).sum())} of its weights are NaN or infinite: the training "
-                    "diverged.\nRewind, and train with a lower learning rate."
-                )
-        masks = self._global_masks(sparsity) if self._is_global(scope) else self._layer_masks(sparsity)
-        for name, weight in self._weights.items():
-            weight.set_mask(masks[name], self.optimizer)
+        self._masked.make_ready()
+        sparsity = self._choice.resolve(sparsity, scope)
+        with self._masked.timed():
+            for name, mask in self._choice.make(sparsity, scope).items():
+                self._masked.weights[name].set_mask(mask, self.optimizer)
         self._asked, self._plan = sparsity, {"scope": scope}
-        self._count_seconds(began)
         return self.masks
 
     def search(
@@ -331,18 +297,14 @@ class LotteryTicket:
         snapshot = self._usable_snapshot()
         if not callable(train):
             raise TypeError(f"train must be callable, got {type(train).__name__}")
-        if isinstance(rounds, bool) or not isinstance(rounds, int):
-            raise TypeError(f"rounds must be an int, got {type(rounds).__name__}")
-        if rounds < 1:
-            raise RecipeError(f"rounds must be at least 1, got {rounds}.")
-        if rewind not in ("weights", "learning-rate", "nothing"):
-            raise RecipeError(f"rewind must be 'weights', 'learning-rate' or 'nothing', got {rewind!r}.")
-        sparsity = self._resolve(sparsity, scope)
-        self._check_not_less(sparsity, scope)
+        integer("rounds", rounds, 1)
+        one_of("rewind", rewind, get_args(Rewinding))
+        sparsity = self._choice.resolve(sparsity, scope)
         began = time.perf_counter()
         for target in (*(1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)), sparsity):
-            counts = self._counts(target, scope)
-            if all(has <= wants for _, has, wants in counts) and any(has < wants for _, has, wants in counts):
+            counts = self._choice.counts(target, scope)
+            prunes_more = any(count.pruned < count.wanted for count in counts)
+            if prunes_more and all(count.pruned <= count.wanted for count in counts):
                 train(self, self._begin(rewind))
                 self.prune(target, scope=scope)
         train(self, self._begin(rewind))
@@ -352,19 +314,18 @@ class LotteryTicket:
 
     def finalize(self) -> Report:
         """Leave the plain model with real zeros and no hooks, and report. A second call returns the same report."""
-        if self._report is None:
-            self._report = self._describe(self._seconds)
-            for weight in self._weights.values():
-                weight.release()
-            self._snapshot = None
-        return self._report
+        if self._masked.report is not None:
+            return self._masked.report
+        report = self._masked.close(self._describe(self._masked.seconds))
+        self._snapshot = None
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks and the snapshot: plain values and tensors, not to be changed."""
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "pattern": str(self.pattern),
-            "masks": {name: weight.mask for name, weight in self._weights.items()},
+            "masks": {name: weight.mask for name, weight in self._masked.weights.items()},
             "asked": self._asked,
             "plan": dict(self._plan),
             "snapshot": self._snapshot,
@@ -380,266 +341,63 @@ class LotteryTicket:
                 changed.
             PatternError: a mask that does not fit; nothing has changed.
         """
-        self._make_ready()
-        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION or "masks" not in state:
-            raise RecipeError("this is not the state of a LotteryTicket, or one of another version of secateur.")
+        self._masked.make_ready()
+        self._masked.check_state(state, "LotteryTicket", "masks")
         if state["pattern"] != str(self.pattern):
             raise RecipeError(f"the state was saved under the pattern {state['pattern']}, but this is {self.pattern}.")
-        if list(state["masks"]) != list(self._weights):
-            raise RecipeError(
-                f"the state holds the layers {_listed(state['masks'])}, but this ticket has {_listed(self._weights)}."
-            )
-        self._check_masks({name: mask for name, mask in state["masks"].items() if mask is not None})
+        masks = state["masks"]
+        self._masked.check_names(masks)
+        self._choice.check({name: mask for name, mask in masks.items() if mask is not None})
         if state["snapshot"] is not None:
-            self._check_same(state["snapshot"])
-        for name, weight in self._weights.items():
-            weight.load_state_dict({"mask": state["masks"][name]})
+            self._rewindable.check(state["snapshot"])
+        for name, weight in self._masked.weights.items():
+            weight.load_state_dict({"mask": masks[name]})
         self._asked, self._plan, self._snapshot = state["asked"], dict(state["plan"]), state["snapshot"]
 
-    # Going back
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-
     def _usable_snapshot(self) -> dict[str, Any]:
-        self._make_ready()
+        self._masked.make_ready()
         if self._snapshot is None:
             raise RecipeError(
                 "there is no snapshot to go back to. Call snapshot(step) first, before or early in training."
             )
-        self._check_same(self._snapshot)
+        self._rewindable.check(self._snapshot)
         return self._snapshot
 
-    def _check_same(self, snapshot: Mapping[str, Any]) -> None:
-        """Raise unless model, optimizer and scheduler can take the snapshot."""
-        now, saved = self._tensors(), snapshot["tensors"]
-        differences = [f"{name} is gone" for name in saved if name not in now]
-        differences += [f"{name} is new" for name in now if name not in saved]
-        differences += [
-            f"{name} was {_form(saved[name])} and is {_form(now[name])}"
-            for name in saved
-            if name in now and _form(saved[name]) != _form(now[name])
-        ]
-        differences += [
-            f"{weight.layer.parameter_name} is another object"
-            for name, weight in self._weights.items()
-            if getattr(weight.layer.modules[0], weight.layer.kind.parameter, None) is not self._parameters[name]
-        ]
-        if differences:
-            listed = "\n".join(f"  {line}" for line in differences[:10])
-            raise RecipeError(
-                f"the model is not the one of the snapshot, {len(differences)} tensors differ:\n{listed}\n"
-                "Make a new LotteryTicket after changing modules, and take a new snapshot."
-            )
-        ours = [len(group["params"]) for group in self.optimizer.param_groups]
-        theirs = [len(group["params"]) for group in snapshot["optimizer"]["param_groups"]]
-        if ours != theirs:
-            raise RecipeError(
-                f"the optimizer has groups of {ours} parameters, but had {theirs} at the snapshot. Take a new snapshot."
-            )
-        if (self.scheduler is None) != (snapshot["scheduler"] is None):
-            raise RecipeError(
-                f"the snapshot was taken {'with' if self.scheduler is None else 'without'} a scheduler, unlike this "
-                "ticket's state now. Take a new snapshot."
-            )
-
-    def _restore_optimizer(self, snapshot: Mapping[str, Any]) -> None:
-        # Optimizers and schedulers keep what they load, and change it in place.
-        self.optimizer.load_state_dict(_copied(snapshot["optimizer"]))
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(_copied(snapshot["scheduler"]))
-        self.model.zero_grad()
-
-    def _put(self, weight: MaskedWeight, mask: Mask | None) -> None:
-        """Use this mask, on a weight and an optimizer state that know nothing of the one before."""
+    def _replace_mask(self, weight: MaskedWeight, mask: Mask | None) -> None:
+        """Use this mask on restored weights, for which the optimizer's state is right wherever the mask keeps them."""
         weight.remove_mask()
         if mask is not None:
             weight.set_mask(mask.to(weight.layer.parameter.device), self.optimizer)
 
     def _begin(self, rewind: Rewinding) -> int:
-        """Go to where the next training begins."""
+        """Go to where the next training begins, and return its step."""
         if rewind == "weights" or not self.sparsity:
             return self.rewind_with_mask()
         if rewind == "learning-rate":
             return self.rewind(weights=False)
         return int(self._usable_snapshot()["step"])
 
-    # Counting and choosing
-
-    def _is_global(self, scope: TicketScope) -> bool:
-        return scope == "global" and not isinstance(self.pattern, NM)
-
-    def _resolve(self, sparsity: float | None, scope: TicketScope) -> float:
-        if scope not in ("global", "layer"):
-            raise RecipeError(f"scope must be 'global' or 'layer', got {scope!r}.")
-        if scope == "global" and isinstance(self.pattern, Unstructured) and self.pattern.scope is not None:
-            raise PatternError(
-                f"{self.pattern} says itself what is compared with what, within a layer. Use scope='layer' with it."
-            )
-        if sparsity is not None and self.pattern.sparsity is not None:
-            check_sparsity(sparsity)
-            if sparsity < self.pattern.sparsity:
-                return float(sparsity)
-        return self.pattern.resolve(sparsity)
-
-    def _counts(self, sparsity: float, scope: TicketScope) -> list[tuple[str, int, int]]:
-        """What has to agree with the sparsity: its name, how many are pruned, and how many should be.
-
-        All units of all layers together, or the weights of each layer.
-        """
-        if self._is_global(scope):
-            sizes = {name: self._units_of(name) for name in self._weights}
-            pruned = sum(self._weights[name].num_pruned // size for name, (units, size) in sizes.items() if units)
-            return [("units", pruned, units_to_prune(sum(units for units, _ in sizes.values()), sparsity))]
-        counts = []
-        for name, weight in self._weights.items():
-            pattern, own = at_partial_sparsity(weight.pattern, sparsity)
-            counts.append(
-                (f"weights of {weight.layer.title}", weight.num_pruned, pattern.num_pruned(self._shapes[name], own))
-            )
-        return counts
-
-    def _check_not_less(self, sparsity: float, scope: TicketScope) -> None:
-        for what, has, wants in self._counts(sparsity, scope):
-            if wants < has:
-                raise RecipeError(
-                    f"sparsity {sparsity:g} prunes {wants} {what}, but {has} are pruned already and a ticket brings "
-                    "none back.\nAsk for more, or call rewind() first: it removes the masks."
-                )
-
-    def _units_of(self, name: str) -> tuple[int, int]:
-        """How many units a layer has, where all compete with one another, and the weights in each."""
-        units = self._weights[name].pattern.units(self._shapes[name])
-        return (units.count, units.size) if units.total * units.size else (0, 0)
-
-    def _global_masks(self, sparsity: float) -> dict[str, Mask]:
-        parts = {}
-        for name, weight in self._weights.items():
-            units = weight.pattern.units(self._shapes[name])
-            if not units.total * units.size:
-                continue
-            scores = units.scores(weight.magnitudes())[0]
-            if units.size > 1:
-                scores = (scores / units.size).sqrt()  # root mean square, of units of one weight their magnitude
-            if weight.mask is not None:
-                kept = units.elements(units.crop(weight.mask))[0, :, 0]
-                scores = scores.masked_fill(~kept, -1)  # below any other, so that they go first
-            parts[name] = scores
-        masks = {name: weight.hard_mask() for name, weight in self._weights.items()}
-        if not parts:
-            return masks
-        device = next(iter(parts.values())).device
-        scores = torch.cat([part.to(device) for part in parts.values()])
-        keep = keep_top(scores[None], len(scores) - units_to_prune(len(scores), sparsity))
-        for (name, part), kept in zip(parts.items(), keep.split([len(p) for p in parts.values()], dim=1), strict=True):
-            masks[name] = self._weights[name].pattern.units(self._shapes[name]).mask(kept.to(part.device))
-        return masks
-
-    def _layer_masks(self, sparsity: float) -> dict[str, Mask]:
-        masks = {}
-        for name, weight in self._weights.items():
-            pattern, own = at_partial_sparsity(weight.pattern, sparsity)
-            masks[name] = pattern.mask(weight.magnitudes(), own)
-        return masks
-
-    def _check_masks(self, masks: Mapping[str, Mask]) -> None:
-        if not isinstance(masks, Mapping):
-            raise TypeError(f"masks must be a mapping from layer names to bool tensors, got {type(masks).__name__}")
-        if unknown := [name for name in masks if name not in self._weights]:
-            raise RecipeError(
-                f"there are masks for {_listed(unknown)}, but the ticket's layers are {_listed(self._weights)}."
-            )
-        for name, mask in masks.items():
-            weight = self._weights[name]
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                kind = getattr(mask, "dtype", type(mask).__name__)
-                raise TypeError(f"{weight.layer.title}: its mask must be a bool tensor, got {kind}")
-            if mask.shape != self._shapes[name]:
-                raise PatternError(
-                    f"{weight.layer.title}: its mask has shape {tuple(mask.shape)}, but the weight as [out, in] has "
-                    f"{tuple(self._shapes[name])}."
-                )
-            try:
-                _as_far_as(weight.pattern, mask).check(mask)
-            except SparsityError as error:
-                raise type(error)(f"{weight.layer.title}: {error}") from None
-
-    # Describing
-
-    def _make_ready(self) -> None:
-        if self._report is not None:
-            raise RecipeError("the ticket is finalized: its hooks are gone. Make a new LotteryTicket.")
-        reshard(self._sharded)
-
-    def _count_seconds(self, began: float) -> None:
-        seconds = time.perf_counter() - began
-        self._seconds += seconds
-        total = sum(shape.numel() for shape in self._shapes.values())
-        for name, weight in self._weights.items():
-            weight.seconds += seconds * self._shapes[name].numel() / max(1, total)
-
     @torch.no_grad()
     def _describe(self, seconds: float) -> Report:
-        self._make_ready()
+        self._masked.make_ready()
         layers = []
-        for weight in self._weights.values():
-            weight.zero_()
+        for weight in self._masked.weights.values():
+            weight.hold_zeros_()
             mask = weight.hard_mask()
-            pattern = _as_far_as(weight.pattern, mask)
+            pattern = pattern_so_far(weight.pattern, mask)
             own = weight.num_pruned / max(1, mask.numel())
             notes = []
             if pattern != weight.pattern:
                 notes.append(f"on the way to {weight.pattern}")
             if own == 1 and self._asked != 1:
                 notes.append("nothing of it is kept: prune with scope='layer', or exclude it")
+            asked = own if self._asked is None else self._asked
             layers.append(
-                report_layer(
-                    weight,
-                    mask,
-                    pattern=pattern,
-                    asked=own if self._asked is None else self._asked,
-                    count=weight.num_pruned,
-                    notes=notes,
-                )
+                report_layer(weight, mask, pattern=pattern, asked=asked, count=weight.num_pruned, notes=notes)
             )
-        return Report(
-            layers=tuple(layers),
-            skipped=tuple(SkippedLayer(entry.name, entry.kind, entry.reason) for entry in self._skipped),
-            recipe={
-                "method": {"name": "lottery", **self._plan},
-                "pattern": str(self.pattern),
-                "sparsity": self.sparsity if self._asked is None else self._asked,
-            },
-            versions=versions(),
-            seconds=seconds,
-        )
-
-
-def _as_far_as(pattern: SparsityPattern, mask: Mask) -> SparsityPattern:
-    """The pattern on the way to an N:M one that a mask shows; any other pattern as it is."""
-    if isinstance(pattern, NM) and mask.shape[1] >= pattern.m and len(mask):
-        return replace(pattern, n=max(pattern.n, int(mask[0, : pattern.m].count_nonzero())))
-    return pattern
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy of an optimizer's or a scheduler's state, sharded tensors included."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        result = copy.copy(value)
-        for key, item in value.items():
-            result[key] = _copied(item)
-        return result
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
-    return copy.deepcopy(value)
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = [name or "(the model itself)" for name in names]
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        recipe = {
+            "method": {"name": "lottery", **self._plan},
+            "pattern": str(self.pattern),
+            "sparsity": self.sparsity if self._asked is None else self._asked,
+        }
+        return self._masked.describe(layers, recipe, seconds)

@@ -1,84 +1,24 @@
-"""How masks move during training: one frozen dataclass a method, its fields the settings of the method's paper."""
+"""The training methods: one frozen dataclass each, with the settings of its paper as fields, and the table of names."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 
-from secateur._errors import PatternError, RecipeError
-from secateur._types import Mask, Scores, Weight
-from secateur.layers import clear_state_
-from secateur.patterns import SparsityPattern, at_partial_sparsity, keep_top, kth_smallest
-from secateur.schedules import Cubic, OneShot, Schedule
-from secateur.training._targets import LearnedWeight, MaskedWeight, magnitudes
+from secateur._checks import fraction, instance, number, one_of, pair
+from secateur._errors import RecipeError
+from secateur._types import Mask
+from secateur.patterns import at_partial_sparsity
+from secateur.training._exchange import exchange
+from secateur.training._method import Method, Progress
+from secateur.training._weights import LearnedWeight, MaskedWeight
 
-Initial: TypeAlias = Literal["magnitude", "random"]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Where the training stands, as a method sees it.
-
-    Args:
-        step: optimizer steps done; 0 before the first.
-        steps: optimizer steps in all.
-        sparsity: of the schedule, at this step.
-        update_every: steps between updates of a hard mask.
-        arrived: the schedule reaches its end at this step.
-        generator: of random numbers, the same in every process.
-        optimizer: whose state follows the masks.
-    """
-
-    step: int
-    steps: int
-    sparsity: float
-    update_every: int
-    arrived: bool
-    generator: torch.Generator
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def due(self) -> bool:
-        """Whether hard masks are updated at this step."""
-        return self.step % self.update_every == 0 or self.arrived
-
-
-class Method(ABC):
-    """How the mask of one weight moves. Methods are values: they compare, print and copy.
-
-    A method either keeps plain parameters at zero (:class:`GradualMagnitude`, :class:`SET`, :class:`RigL`,
-    :class:`Static`) or needs layers that learn their mask (:class:`Gate`, :class:`SRSTE`), which ``SparseTraining``
-    swaps in.
-    """
-
-    name: ClassVar[str]
-    learns: ClassVar[bool] = False
-    ramps: ClassVar[bool] = True
-
-    def schedule(self, sparsity: float, steps: int) -> Schedule:
-        """The schedule for a training of ``steps`` steps, if none is asked for: the final sparsity from the start."""
-        return OneShot(sparsity)
-
-    def last_step(self, steps: int) -> int:
-        """The step at which the schedule must have come to its end."""
-        return steps
-
-    def wants_gradient(self, step: int, steps: int, update_every: int) -> bool:
-        """Whether the update after ``step`` reads the gradients of pruned weights."""
-        return False
-
-    @abstractmethod
-    def update(self, weight: Any, moment: Moment) -> None:
-        """Move the mask of one weight after an optimizer step, or set it up at step 0."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the name and the settings as plain values."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+Initial: TypeAlias = Literal["magnitude", "random"]  # which mask to begin with
 
 
 @dataclass(frozen=True)
@@ -91,7 +31,7 @@ class Gate(Method):
 
     Args:
         temperature: sharpness at the start and when the mask freezes.
-        ramp: parts of the training at which the sparsity begins to rise and has arrived.
+        ramp: parts of the training at which the sparsity begins to rise and reaches its final value.
         freeze: part of the training after which the mask is frozen.
 
     Raises:
@@ -110,37 +50,28 @@ class Gate(Method):
     freeze: float = 0.8
 
     def __post_init__(self) -> None:
-        low, high = _pair("temperature", self.temperature)
+        low, high = pair("temperature", self.temperature)
         if not 0 < low <= high < math.inf:
             raise RecipeError(f"temperature must rise from one positive number to another, got {low:g} and {high:g}.")
-        begin, end = _pair("ramp", self.ramp)
-        if not 0 <= begin <= end <= self.freeze <= 1:
+        begin, end = pair("ramp", self.ramp)
+        freeze = number("freeze", self.freeze)
+        if not 0 <= begin <= end <= freeze <= 1:
             raise RecipeError(
-                f"ramp and freeze are parts of the training, in order; got {begin:g}, {end:g} and {self.freeze:g}."
+                f"ramp and freeze are parts of the training, in order; got {begin:g}, {end:g} and {freeze:g}."
             )
         object.__setattr__(self, "temperature", (low, high))
         object.__setattr__(self, "ramp", (begin, end))
 
-    def schedule(self, sparsity: float, steps: int) -> Schedule:
-        """Cubic, over the ramp."""
-        begin, end = (round(part * steps) for part in self.ramp)
-        return Cubic(sparsity, begin, end)
-
-    def last_step(self, steps: int) -> int:
-        """The step at which the mask freezes."""
-        return round(self.freeze * steps)
-
-    def update(self, weight: LearnedWeight, moment: Moment) -> None:
+    def update(self, weight: LearnedWeight, progress: Progress) -> None:
         """Solve the threshold and sharpen the mask, or freeze it."""
         if weight.mask is not None:
             return
-        freeze = self.last_step(moment.steps)
-        if moment.step < freeze:
+        freeze = self.last_step(progress.steps)
+        if progress.step < freeze:
             low, high = self.temperature
-            weight.set_threshold(moment.sparsity, low * (high / low) ** (moment.step / freeze))
+            weight.set_threshold(progress.sparsity, low * (high / low) ** (progress.step / freeze))
             return
-        weight.set_mask(weight.pattern.mask(weight.magnitudes(), weight.sparsity))
-        clear_state_(moment.optimizer, weight.parameter, weight.modules[0].mask)  # type: ignore[arg-type]
+        weight.set_mask(weight.pattern.mask(weight.magnitudes(), weight.sparsity), progress.optimizer)
 
 
 @dataclass(frozen=True)
@@ -160,8 +91,8 @@ class SRSTE(Method):
     Reference:
         Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021,
         arXiv:2102.04010. Differs from the paper: the decay acts on the weights after the step and not through the
-        gradient, where adaptive optimizers and loss scaling would change its strength; 2e-4 is what the paper's
-        settings (2e-4 in the gradient, learning rate 0.1, momentum 0.9) come to.
+        gradient, where adaptive optimizers and loss scaling would change its strength; 2e-4 a step equals the paper's
+        settings (2e-4 in the gradient, learning rate 0.1, momentum 0.9).
     """
 
     name: ClassVar[str] = "sr-ste"
@@ -170,32 +101,29 @@ class SRSTE(Method):
     freeze: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_part("decay", self.decay)
-        _check_part("freeze", self.freeze)
+        fraction("decay", self.decay)
+        fraction("freeze", self.freeze)
 
-    def last_step(self, steps: int) -> int:
-        """The step at which the mask freezes."""
-        return round(self.freeze * steps)
-
-    def update(self, weight: LearnedWeight, moment: Moment) -> None:
+    def update(self, weight: LearnedWeight, progress: Progress) -> None:
         """Shrink the pruned weights and find the mask anew."""
-        if weight.mask is not None and not weight.modules[0].straight_through:
+        if weight.is_final:
             return
         if weight.mask is not None and self.decay:
             weight.shrink_pruned_(self.decay)
-        frozen = self.freeze < 1 and moment.step >= self.last_step(moment.steps)
-        pattern, sparsity = at_partial_sparsity(weight.pattern, moment.sparsity)
-        weight.set_mask(pattern.mask(weight.magnitudes(), sparsity), straight_through=not frozen)
-        if frozen:
-            clear_state_(moment.optimizer, weight.parameter, weight.modules[0].mask)  # type: ignore[arg-type]
+        pattern, sparsity = at_partial_sparsity(weight.pattern, progress.sparsity)
+        mask = pattern.mask(weight.magnitudes(), sparsity)
+        if self.freeze < 1 and progress.step >= self.last_step(progress.steps):
+            weight.set_mask(mask, progress.optimizer)
+        else:
+            weight.use_mask(mask)
 
 
 @dataclass(frozen=True)
 class GradualMagnitude(Method):
-    """Gradual magnitude pruning: every few steps the smallest weights go for good, fast at first and then slower.
+    """Gradual magnitude pruning: every few steps the smallest weights are pruned for good, more at first than later.
 
     Args:
-        ramp: parts of the training at which the sparsity begins to rise and has arrived.
+        ramp: parts of the training at which the sparsity begins to rise and reaches its final value.
 
     Raises:
         RecipeError: parts out of order or outside [0, 1].
@@ -209,24 +137,19 @@ class GradualMagnitude(Method):
     ramp: tuple[float, float] = (0.05, 0.5)
 
     def __post_init__(self) -> None:
-        begin, end = _pair("ramp", self.ramp)
+        begin, end = pair("ramp", self.ramp)
         if not 0 <= begin <= end <= 1:
             raise RecipeError(f"ramp holds two parts of the training, in order; got {begin:g} and {end:g}.")
         object.__setattr__(self, "ramp", (begin, end))
 
-    def schedule(self, sparsity: float, steps: int) -> Schedule:
-        """Cubic, over the ramp."""
-        begin, end = (round(part * steps) for part in self.ramp)
-        return Cubic(sparsity, begin, end)
-
-    def update(self, weight: MaskedWeight, moment: Moment) -> None:
+    def update(self, weight: MaskedWeight, progress: Progress) -> None:
         """Prune more when an update is due."""
-        if not moment.due:
+        if not progress.due:
             return
-        pattern, sparsity = at_partial_sparsity(weight.pattern, moment.sparsity)
+        pattern, sparsity = at_partial_sparsity(weight.pattern, progress.sparsity)
         scores = weight.magnitudes()
         if weight.num_pruned != pattern.num_pruned(scores.shape, sparsity):
-            weight.set_mask(pattern.mask(scores, sparsity), moment.optimizer)
+            weight.set_mask(pattern.mask(scores, sparsity), progress.optimizer)
 
 
 @dataclass(frozen=True)
@@ -234,7 +157,7 @@ class Static(Method):
     """One mask for the whole training: prune and fine-tune.
 
     Args:
-        initial: ``"magnitude"`` keeps the largest weights, and with them any mask that the model already has;
+        initial: ``"magnitude"`` keeps the largest weights, which keeps the zeros that the model has already;
             ``"random"`` is for models that have learned nothing yet.
 
     Raises:
@@ -246,21 +169,21 @@ class Static(Method):
     initial: Initial = "magnitude"
 
     def __post_init__(self) -> None:
-        _check_initial(self.initial)
+        one_of("initial mask", self.initial, get_args(Initial))
 
-    def update(self, weight: MaskedWeight, moment: Moment) -> None:
+    def update(self, weight: MaskedWeight, progress: Progress) -> None:
         """Make the mask at step 0 and keep to it."""
         if weight.mask is None:
-            weight.set_mask(_initial_mask(weight, moment, self.initial), moment.optimizer)
+            weight.set_mask(_initial_mask(weight, progress, self.initial), progress.optimizer)
 
 
 @dataclass(frozen=True)
 class SET(Method):
-    """Sparse evolutionary training: every few steps the smallest weights give way to as many new ones, at random.
+    """Sparse evolutionary training: every few steps the smallest weights are pruned and as many random ones come back.
 
     Args:
         fraction: part of the kept units that is exchanged at each update.
-        until: part of the training after which the mask stays.
+        until: part of the training after which the mask no longer changes.
         initial: the first mask, as for :class:`Static`.
 
     Raises:
@@ -279,31 +202,30 @@ class SET(Method):
     initial: Initial = "magnitude"
 
     def __post_init__(self) -> None:
-        _check_part("fraction", self.fraction)
-        _check_part("until", self.until)
-        _check_initial(self.initial)
+        fraction("fraction", self.fraction)
+        fraction("until", self.until)
+        one_of("initial mask", self.initial, get_args(Initial))
 
-    def update(self, weight: MaskedWeight, moment: Moment) -> None:
+    def update(self, weight: MaskedWeight, progress: Progress) -> None:
         """Exchange weights when an update is due."""
         if weight.mask is None:
-            weight.set_mask(_initial_mask(weight, moment, self.initial), moment.optimizer)
-        elif moment.step % moment.update_every == 0 and 0 < moment.step < self.until * moment.steps:
-            growth = torch.rand(weight.mask.shape, generator=moment.generator).to(weight.mask.device)
+            weight.set_mask(_initial_mask(weight, progress, self.initial), progress.optimizer)
+        elif progress.step % progress.update_every == 0 and 0 < progress.step < self.until * progress.steps:
+            growth = torch.rand(weight.mask.shape, generator=progress.generator).to(weight.mask.device)
             mask = exchange(weight.pattern, weight.mask, weight.matrix(), growth, self.fraction, regrow_dropped=False)
-            weight.set_mask(mask, moment.optimizer)
+            weight.set_mask(mask, progress.optimizer)
 
 
 @dataclass(frozen=True)
 class RigL(Method):
-    """Rigged lottery: every few steps the smallest weights give way to those with the largest gradients.
+    """Rigged lottery: every few steps the smallest weights are pruned and those with the largest gradients come back.
 
-    The part that is exchanged falls from ``fraction`` to zero along half a cosine. Gradients of pruned weights are
-    computed in the steps before an update only; those are the steps in which clipping by norm sees them too. New
-    weights start at zero.
+    The part of the kept units that is exchanged falls from ``fraction`` to zero along half a cosine. Only in the steps
+    before an update do pruned weights have gradients, which clipping by norm sees as well. New weights start at zero.
 
     Args:
         fraction: part of the kept units that is exchanged at first.
-        until: part of the training after which the mask stays.
+        until: part of the training after which the mask no longer changes.
         initial: the first mask, as for :class:`Static`.
 
     Raises:
@@ -315,37 +237,35 @@ class RigL(Method):
 
     name: ClassVar[str] = "rigl"
     ramps: ClassVar[bool] = False
+    reads_gradients: ClassVar[bool] = True
     fraction: float = 0.3
     until: float = 0.75
     initial: Initial = "magnitude"
 
     def __post_init__(self) -> None:
-        _check_part("fraction", self.fraction)
-        _check_part("until", self.until)
-        _check_initial(self.initial)
+        fraction("fraction", self.fraction)
+        fraction("until", self.until)
+        one_of("initial mask", self.initial, get_args(Initial))
 
-    def wants_gradient(self, step: int, steps: int, update_every: int) -> bool:
-        """Whether weights are exchanged after ``step``."""
-        return step % update_every == 0 and 0 < step < self.until * steps
-
-    def update(self, weight: MaskedWeight, moment: Moment) -> None:
+    def update(self, weight: MaskedWeight, progress: Progress) -> None:
         """Exchange weights when an update is due."""
         if weight.mask is None:
-            weight.set_mask(_initial_mask(weight, moment, self.initial), moment.optimizer)
+            weight.set_mask(_initial_mask(weight, progress, self.initial), progress.optimizer)
             return
-        if not self.wants_gradient(moment.step, moment.steps, moment.update_every):
+        if not self.wants_gradient(progress.step, progress.steps, progress.update_every):
             return
         gradient = weight.gradient()
-        assert gradient is not None  # checked by the session, for all layers before the first is changed
+        assert gradient is not None  # SparseTraining.step has checked it for all layers
         if not gradient.isfinite().all() and weight.matrix().isfinite().all():
-            return  # a step that loss scaling skipped; the next update is not far
-        fraction = self.fraction / 2 * (1 + math.cos(math.pi * moment.step / (self.until * moment.steps)))
+            return  # loss scaling skipped this step; the exchange waits for the next update
+        fraction = self.fraction / 2 * (1 + math.cos(math.pi * progress.step / (self.until * progress.steps)))
         mask = exchange(weight.pattern, weight.mask, weight.matrix(), gradient.abs(), fraction, regrow_dropped=True)
-        weight.set_mask(mask, moment.optimizer)
+        weight.set_mask(mask, progress.optimizer)
 
 
-# The one table of names.
-_METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Gate, GradualMagnitude, SRSTE, SET, RigL, Static)}
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {kind.name: kind for kind in (Gate, GradualMagnitude, SRSTE, SET, RigL, Static)}
+)
 
 
 def parse_method(text: str) -> Method:
@@ -354,86 +274,23 @@ def parse_method(text: str) -> Method:
     Raises:
         RecipeError: no such method.
     """
-    import difflib
-
-    name = text.strip().lower()
-    if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise RecipeError(f"unknown training method {text!r}{hint} Valid are {', '.join(_METHODS)}.")
-    return _METHODS[name]()
+    return METHODS[one_of("training method", text.strip().lower(), METHODS)]()
 
 
-@torch.no_grad()
-def exchange(
-    pattern: SparsityPattern, mask: Mask, weight: Weight, growth: Scores, fraction: float, *, regrow_dropped: bool
-) -> Mask:
-    """Drop a fraction of the kept units, the smallest, and keep as many others, those of highest growth score.
-
-    ``round(fraction * kept)`` units of the layer are exchanged, each within its own competition (layer, row or N:M
-    group), so that the mask stays legal and exact. All competitions exchange the same number; where that is no whole
-    number, those in which the next smallest unit is smallest exchange one more.
-
-    Args:
-        pattern: of the mask.
-        mask: ``[out, in]``.
-        weight: ``[out, in]``; units of small magnitude go.
-        growth: ``[out, in]``, not negative; units of high score come.
-        fraction: part of the kept units to exchange.
-        regrow_dropped: let units that were just dropped come back at once. They do in any case where there are too few
-            others.
+def as_method(method: Method | str) -> Method:
+    """Return the method itself, or the one of that name.
 
     Raises:
-        PatternError: weights that are NaN.
+        RecipeError: no such method.
+        TypeError: neither a method nor its name.
     """
-    if weight.isnan().any():
-        raise PatternError(f"{int(weight.isnan().sum())} of its {weight.numel()} weights are NaN.")
-    units = pattern.units(mask.shape)
-    kept = units.elements(units.crop(mask))[..., 0]
-    if not kept.numel():
-        return mask
-    count = int(kept[0].count_nonzero())
-    moving, more = divmod(round(fraction * count * len(kept)), len(kept))
-    scores = units.scores(magnitudes(weight))
-    gains = units.scores(growth.to(scores.dtype))
-
-    def exchanged(moving: int) -> Mask:
-        staying = keep_top(torch.where(kept, scores, -math.inf), count - moving)
-        enough_others = kept.shape[1] - count >= moving
-        candidates = ~kept if enough_others and not regrow_dropped else ~staying
-        return staying | keep_top(torch.where(candidates, gains, -math.inf), moving)
-
-    keep = exchanged(moving)
-    if more:
-        next_smallest = kth_smallest(torch.where(kept, scores, math.inf), moving + 1)
-        keep = torch.where(keep_top(-next_smallest.view(1, -1), more).view(-1, 1), exchanged(moving + 1), keep)
-    return units.mask(keep)
+    if isinstance(method, str):
+        return parse_method(method)
+    return instance("method", method, Method, "a Method or its name")  # type: ignore[type-abstract]
 
 
-def _initial_mask(weight: MaskedWeight, moment: Moment, initial: Initial) -> Mask:
+def _initial_mask(weight: MaskedWeight, progress: Progress, initial: Initial) -> Mask:
     scores = weight.magnitudes()
     if initial == "random":
-        scores = torch.rand(scores.shape, generator=moment.generator).to(scores.device)
+        scores = torch.rand(scores.shape, generator=progress.generator).to(scores.device)
     return weight.pattern.mask(scores, weight.sparsity)
-
-
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(_is_number(part) for part in value):
-        raise TypeError(f"{name} must be two numbers, got {value!r}")
-    return float(value[0]), float(value[1])
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_part(name: str, value: float) -> None:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise RecipeError(f"{name} is a part of a whole, between 0 and 1, got {value:g}.")
-
-
-def _check_initial(initial: str) -> None:
-    if initial not in ("magnitude", "random"):
-        raise RecipeError(f"initial must be 'magnitude' or 'random', got {initial!r}.")

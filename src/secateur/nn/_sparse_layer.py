@@ -1,0 +1,335 @@
+"""What layers that learn their mask share: the effective weight, its threshold, its budget, and pruning for good."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from secateur._checks import instance, number
+from secateur._errors import PatternError, RecipeError
+from secateur._types import Mask, Weight
+from secateur.layers import clear_state_, full_tensor, is_sharded, local_part, sharded_like, write_whole_
+from secateur.nn._gate import gated, hard_mask, solve_threshold
+from secateur.nn._mask_settings import MaskSettings, check_temperature
+from secateur.patterns import Units, Unstructured, check_sparsity, with_channel_width
+
+_ELEMENTWISE = Unstructured("row")
+
+
+class _Masked(torch.autograd.Function):
+    """The weight where the mask keeps it, zero elsewhere; even if what is stored there, or its gradient, is not finite.
+
+    The result does not depend on the threshold, which gets no gradient. It is an input because DistributedDataParallel
+    waits for every parameter until the backward pass has reached it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Mask, threshold: Tensor, straight_through: bool) -> Tensor:
+        return torch.where(mask, weight, 0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, mask, _, ctx.straight_through = inputs
+        ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (mask,) = ctx.saved_tensors
+        return grad if ctx.straight_through else torch.where(mask, grad, 0), None, None, None
+
+
+class SparseLayer(nn.Module, ABC):
+    """A layer that learns which of its weights to keep: all but the shape of the weight and the product with it."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    threshold: Tensor
+    temperature: Tensor
+    mask: Tensor | None
+
+    def _set_up(self, weight: Tensor, bias: Tensor | None, settings: MaskSettings) -> None:
+        """Take over the parameters, and make the threshold, the temperature and the place of the mask."""
+        if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
+            raise TypeError(
+                "weight and bias must be parameters of their own; here torch computes them from others, by a "
+                "parametrization or torch.nn.utils.prune. Remove that first."
+            )
+        self.weight, self.bias = weight, bias
+        pattern = settings.pattern
+        if pattern is not None:
+            pattern = with_channel_width(pattern, math.prod(weight.shape[2:]))
+            pattern.validate(self._matrix().shape)
+        self.pattern, self.target, self.structured = pattern, settings.sparsity, settings.structured
+        self.hard = settings.hard
+        self.straight_through = False
+        real = torch.promote_types(weight.dtype, torch.float32)
+        temperature = torch.tensor(settings.initial_temperature, dtype=real, device=weight.device)
+        self.register_buffer("temperature", temperature)
+        self.register_buffer("mask", None)
+        if self.target is None:
+            shape = weight.shape if not self.structured else weight.shape[:1]
+            self.threshold = nn.Parameter(torch.full(shape, settings.threshold).to(weight))
+        else:
+            self.register_buffer("threshold", self._solved(self.target))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (
+            name == "temperature"
+            and "temperature" in self.__dict__.get("_buffers", {})
+            and not isinstance(value, Tensor)
+        ):
+            # In place: a compiled graph reads this very tensor.
+            self._buffers["temperature"].fill_(check_temperature(value))  # type: ignore[union-attr]
+            return
+        super().__setattr__(name, value)
+
+    @abstractmethod
+    def _to_plain(self) -> nn.Module:
+        """Return the layer of PyTorch with the effective weight, which takes over the parameters."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product of ``x`` with the effective weight, plus the bias."""
+
+    def _effective(self) -> Tensor:
+        """The weight that the forward pass uses, in the parameter's shape."""
+        mask = self.mask
+        if mask is None and not self.weight.numel():
+            mask = torch.ones_like(self.weight, dtype=torch.bool)  # a unit without elements has no score
+        if mask is not None:
+            return _Masked.apply(self.weight, mask, self.threshold, self.straight_through)  # type: ignore[no-any-return,no-untyped-call]
+        matrix = gated(
+            self._matrix(),
+            self._threshold_by_competition(),
+            self.temperature,
+            self._units(),
+            solved=self.pattern is not None,
+            hard=self.hard,
+        )
+        return matrix.view(self.weight.shape)
+
+    def _matrix(self) -> Weight:
+        return self.weight.flatten(1) if self.weight.ndim > 2 else self.weight
+
+    def _units(self) -> Units:
+        """What is kept or pruned together. A learned threshold judges each weight for itself, in its row."""
+        return (self.pattern or _ELEMENTWISE).units((self.weight.shape[0], math.prod(self.weight.shape[1:])))
+
+    def _threshold_by_competition(self) -> Tensor:
+        if self.pattern is not None:
+            return self.threshold
+        return self.threshold.unsqueeze(1) if self.threshold.ndim == 1 else self.threshold.flatten(1)
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether learned thresholds are one for each output; under a pattern, whether whole groups are pruned."""
+        return self.structured if self.pattern is None else not isinstance(self.pattern, Unstructured)
+
+    @torch.no_grad()
+    def hard_mask(self) -> Mask:
+        """Return the mask of the hard rule, in the weight's shape: kept where ``|weight| >= threshold``.
+
+        After :meth:`hard_prune` it is the frozen mask. Under a pattern the score of a whole unit is compared. Before,
+        with weights sharded over processes (FSDP), every process has to call it, and what is built on it.
+        """
+        return self.mask.clone() if self.mask is not None else self._mask_by_threshold()
+
+    def _mask_by_threshold(self) -> Mask:
+        if not self.weight.numel():
+            return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        threshold = full_tensor(self._threshold_by_competition())
+        return hard_mask(self._whole_matrix(), threshold, self._units()).view(self.weight.shape)
+
+    def _whole_matrix(self) -> Weight:
+        """The weight as forward compares it: at least float32, and whole if it is sharded over processes."""
+        matrix = full_tensor(self.weight.detach()).flatten(1)
+        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+    @torch.no_grad()
+    def effective_weight(self) -> Weight:
+        """Return ``weight * hard mask``, a new tensor; nothing changes."""
+        return full_tensor(self.weight).masked_fill(~self.hard_mask(), 0)
+
+    def num_active(self) -> int:
+        """Return how many weights the hard rule keeps."""
+        return int(self.hard_mask().count_nonzero())
+
+    def density(self) -> float:
+        """Return the fraction of weights that the hard rule keeps; 1 for a layer without weights."""
+        return self.num_active() / self.weight.numel() if self.weight.numel() else 1.0
+
+    def sparsity(self) -> float:
+        """Return ``1 - density()``."""
+        return 1 - self.density()
+
+    def num_parameters(self) -> int:
+        """Return how many numbers the optimizer may change: weights, biases and learned thresholds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def reset_threshold(self, value: float) -> None:
+        """Set every threshold to ``value``.
+
+        Under a pattern the next :meth:`solve_threshold` replaces it. After :meth:`hard_prune` it changes nothing that
+        is computed until, without a pattern, a further ``hard_prune`` prunes more.
+
+        Raises:
+            TypeError: the value is not a number.
+            RecipeError: the value is NaN.
+        """
+        self.threshold.fill_(number("threshold", value))
+
+    @torch.no_grad()
+    def solve_threshold(self, sparsity: float | None = None) -> None:
+        """Under a pattern, move the threshold to where the hard rule prunes exactly ``sparsity``.
+
+        Call it after every optimizer step to meet the budget while the weights change. The threshold lies halfway
+        between the highest pruned and the lowest kept score of each competition: one number, or one a row or N:M group.
+
+        Args:
+            sparsity: fraction of units to prune, by default the layer's own; smaller while a schedule ramps up.
+
+        Raises:
+            PatternError: the layer has no pattern, or the sparsity is outside [0, 1].
+        """
+        if self.pattern is None or self.target is None:
+            raise PatternError("the threshold is learned, since the layer has no pattern; reset_threshold sets it.")
+        if sparsity is None:
+            sparsity = self.target
+        check_sparsity(sparsity)
+        self.threshold.copy_(self._solved(sparsity))
+
+    @torch.no_grad()
+    def _solved(self, sparsity: float) -> Tensor:
+        assert self.pattern is not None
+        wide = self._whole_matrix()
+        if wide.is_meta or not wide.numel():
+            return wide.new_zeros(self._units().competitions, 1)
+        threshold = self._buffers.get("threshold")
+        known = threshold is not None and threshold.numel() == 1 and threshold.device.type == "cpu"
+        near = float(threshold) if known else None  # type: ignore[arg-type]  # it has not moved far since the last step
+        return solve_threshold(wide, self._units(), sparsity, near)
+
+    @torch.no_grad()
+    def hard_prune(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Set the pruned weights to zero for good, freeze the mask, and reset the threshold to zero.
+
+        Without a pattern the hard rule decides; under a pattern exactly its budget is pruned, the lowest scores first.
+
+        One departure from the formula, without which pruning would not be for good: from here on the sigmoid no longer
+        takes part, and forward is ``x @ effective_weight().T + bias`` in training and evaluation alike. Pruned weights
+        then have no gradient. Momentum from before may still move the numbers stored behind the mask, and a learned
+        threshold; no result, count, conversion or ``state_dict`` reads those numbers.
+
+        Args:
+            optimizer: if given, its momenta of what is pruned, and of the threshold, are set to zero, so that the
+                stored numbers stay zero as well.
+
+        Raises:
+            TypeError: ``optimizer`` is not an optimizer.
+            PatternError: under a pattern, weights that are NaN; nothing has changed.
+        """
+        if optimizer is not None:
+            instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        if self.pattern is None:
+            mask = self._mask_by_threshold()
+            if self.mask is not None:  # a later hard_prune prunes more, never less
+                mask &= self.mask
+        elif self.mask is None:
+            mask = self.pattern.mask(self._whole_matrix().abs(), self.target).view(self.weight.shape)
+        else:
+            mask = self.mask
+        self.freeze(mask)
+        if optimizer is not None:
+            clear_state_(optimizer, self.weight, mask)
+            if isinstance(self.threshold, nn.Parameter):
+                nothing = torch.zeros(self.threshold.shape, dtype=torch.bool, device=self.threshold.device)
+                clear_state_(optimizer, self.threshold, nothing)
+
+    @torch.no_grad()
+    def freeze(self, mask: Mask, *, straight_through: bool = False) -> None:
+        """Use this mask from now on, as :meth:`hard_prune` does with its own.
+
+        Args:
+            mask: bool, in the weight's shape, True = kept. It is copied.
+            straight_through: keep the pruned weights and give every weight the gradient of its place in the effective
+                weight, so that a pruned one can grow back when the mask is set again.
+
+        Raises:
+            PatternError: the mask's shape is not the weight's.
+            TypeError: the mask is not a bool tensor.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != self.weight.shape:
+            raise PatternError(f"a mask for this layer has shape {tuple(self.weight.shape)}, got {tuple(mask.shape)}.")
+        self.mask = mask.to(self.weight.device, copy=True)
+        self.straight_through = straight_through
+        if not straight_through:
+            pruned = ~sharded_like(self.mask, self.weight)
+            for stored in (self.weight, self.weight.grad):
+                if stored is not None:
+                    local_part(stored).masked_fill_(pruned, 0)
+            self.threshold.fill_(0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts the layer. A solved threshold and the temperature never become narrower than float32.
+
+        Rounded to the precision of the weights, a threshold halfway between two of them would fall on one.
+        """
+        before = {name: buffer for name, buffer in self._buffers.items() if name != "mask" and buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, exact in before.items():
+            cast = self._buffers[name]
+            assert cast is not None
+            wide = torch.promote_types(cast.dtype, torch.float32)
+            if cast.dtype != wide:
+                self._buffers[name] = exact.to(cast.device, wide)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A checkpoint has zeros where the mask prunes, whatever numbers an optimizer left there."""
+        if self.mask is not None and not self.straight_through and not is_sharded(self.weight):
+            # .data, so that a backward pass that is still to come does not take this for a change of its inputs.
+            self.weight.data.masked_fill_(~self.mask, 0)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A checkpoint with a mask makes the layer a pruned one, a checkpoint without makes it one that learns."""
+        mask = state_dict.get(prefix + "mask")
+        if mask is not None and mask.shape == self.weight.shape:
+            self.mask = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        elif prefix + "weight" in state_dict:
+            self.mask = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _describe(self) -> str:
+        learned = "" if self.pattern is None else f", pattern={str(self.pattern)!r}"
+        # Printing must not wait for other processes, which may not print.
+        unknown = self.weight.is_meta or (self.mask is None and is_sharded(self.weight))
+        density = "?" if unknown else f"{self.density():.4f}"
+        return f"bias={self.bias is not None}, structured={self.is_structured}{learned}, density={density}"
+
+    @torch.no_grad()
+    def _bake_(self) -> None:
+        """Write the effective weight into the parameter, so that a plain layer can take it over.
+
+        Under a pattern the budget counts, so what is not frozen yet is pruned exactly.
+        """
+        if self.mask is None and self.pattern is not None:
+            self.hard_prune()
+        write_whole_(self.weight, self.effective_weight())
+
+    def _must_be_whole(self, method: str) -> None:
+        if is_sharded(self.weight):
+            raise RecipeError(
+                f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
+                "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."
+            )
