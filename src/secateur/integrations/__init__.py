@@ -1,4 +1,4 @@
-"""Sparse training inside other people's training loops: one module each, to be imported by name.
+"""How does sparse training run inside somebody else's trainer? One module each, to be imported by name.
 
 ``secateur.integrations.transformers`` needs ``pip install 'secateur[trainer]'``, ``secateur.integrations.lightning``
 needs ``pip install 'secateur[lightning]'``. Both bring a ``SparseTrainingCallback``.

@@ -34,6 +34,9 @@ class RoutePlan:
         routes: one or more.
         limits: for each route except the last, the largest number of input rows that takes it. They increase.
 
+    Raises:
+        KernelError: there is not one limit for each route except the last, or the limits do not increase.
+
     Example:
         >>> from secateur.kernels import RoutePlan
         >>> plan = RoutePlan.parse("bitmask@2 panels:128x256")
@@ -43,6 +46,13 @@ class RoutePlan:
 
     routes: tuple[Route, ...]
     limits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.routes) != len(self.limits) + 1 or list(self.limits) != sorted(set(self.limits)):
+            raise KernelError(
+                f"A plan of routes has one limit for each route except the last, and its limits increase. Got limits "
+                f"{self.limits} for {len(self.routes)} routes."
+            )
 
     def route(self, rows: int) -> Route:
         """Return the route to take for a number of input rows."""
@@ -97,18 +107,17 @@ def _deprecated(old: str, new: str) -> None:
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> RoutePlan:
     *first, last = text.split(" ")
-    routes, limits = [], []
+    names, limits = [], []
     for part in first:
-        route, _, limit = part.partition("@")
+        name, _, limit = part.partition("@")
         if not re.fullmatch(r"[1-9]\d{0,8}|0", limit):
             raise _not_a_plan(text)
-        routes.append(read_route(route))
+        names.append(name)
         limits.append(int(limit))
-    routes.append(read_route(last))
-    found = [route for route in routes if route is not None]
-    if limits != sorted(set(limits)) or len(found) < len(routes):
+    routes = tuple(route for name in (*names, last) if (route := read_route(name)) is not None)
+    if limits != sorted(set(limits)) or len(routes) <= len(names):
         raise _not_a_plan(text)
-    return RoutePlan(tuple(found), tuple(limits))
+    return RoutePlan(routes, tuple(limits))
 
 
 def _not_a_plan(text: str) -> KernelError:

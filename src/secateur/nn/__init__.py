@@ -1,4 +1,4 @@
-"""Layers: those that learn their mask, those that run packed, and how a model's layers are swapped for them."""
+"""Which layers learn their mask, which run packed, and how are they put into a model?"""
 
 from secateur.nn._counterpart import PackedAs as PackedAs
 from secateur.nn._counterpart import linear_of as linear_of

@@ -91,7 +91,7 @@ class PackedLinear(nn.Module):
         # values cannot have it: they may be int8, and no format has float64.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=packed.values.device), persistent=False)
         self.transposed = False  # whether the dense layer was transformers' Conv1D, whose weight is [in, out]
-        self.plan = default_plan(packed) if plan is None else RoutePlan.parse(plan) if isinstance(plan, str) else plan
+        self.plan = default_plan(packed) if plan is None else plan
 
     @classmethod
     def from_linear(
@@ -127,8 +127,8 @@ class PackedLinear(nn.Module):
         return self._plan
 
     @plan.setter
-    def plan(self, plan: RoutePlan) -> None:
-        self._plan = RoutePlan.parse(str(plan))
+    def plan(self, plan: RoutePlan | str) -> None:
+        self._plan = RoutePlan.parse(plan) if isinstance(plan, str) else plan
         self._describe_()
 
     def _describe_(self) -> None:
@@ -299,7 +299,7 @@ class PackedConv2d(nn.Module):
         return self.linear.plan
 
     @plan.setter
-    def plan(self, plan: RoutePlan) -> None:
+    def plan(self, plan: RoutePlan | str) -> None:
         self.linear.plan = plan
 
     @property

@@ -1,4 +1,4 @@
-"""Sparse training: masks that change while a model learns, and tickets that train again from their start."""
+"""How does a model become sparse while it learns?"""
 
 from secateur.training._exchange import exchange as exchange
 from secateur.training._group_sparsity import GroupSparsity as GroupSparsity
