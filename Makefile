@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench asan clean
+.PHONY: demo test test-fast lint format docs native asan bench clean
 
 demo: .venv/installed
 	$(BIN)/secateur demo
@@ -12,6 +12,38 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# What to run while working: one file of laws for most rooms, without slow tests. `make test` runs everything.
+FAST = allocation batches dispatch docs formats gather group guards importance inspect io layers methods native_source packed \
+       pattern recipe routes schedules sparsify stages statistics text timing
+test-fast: .venv/installed
+	$(BIN)/pytest -m "not slow" $(FAST:%=tests/test_%.py)
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Another version of clang-format gives another format, so that only the one of .clang-format is used.
+CLANG_FORMAT ?= $(firstword $(wildcard $(BIN)/clang-format) clang-format)
+CLANG_FORMAT_VERSION = $(shell sed -n 's/.*for clang-format \([0-9]*\).*/\1/p' .clang-format)
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@if $(CLANG_FORMAT) --version 2>/dev/null | grep -q "version $(CLANG_FORMAT_VERSION)\."; \
+	then $(CLANG_FORMAT) -i $(wildcard native/*.h native/*.cpp native/*/*.h native/*/*.cpp); \
+	else echo "clang-format $(CLANG_FORMAT_VERSION) was not found: native/ is left as it is"; fi
+
+docs: .venv/installed
+	$(BIN)/pytest tests/test_docs.py
+
+# Compiles what changed in native/, and puts the module where the installed one is. Then nothing is to be reinstalled.
+native: $(if $(wildcard .venv/installed),,.venv/installed)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind
+	cmake -S . -B build/native -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build/native --parallel
+	cmake --install build/native --prefix $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+	touch .venv/installed
 
 bench: .venv/installed
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,13 +1,15 @@
-"""What the documents say is true: examples run, links lead somewhere, commands exist."""
+"""What the documents say is true: examples run, links lead somewhere, commands exist, the guide names real code."""
 
 import doctest
 import re
 from pathlib import Path
 
 import pytest
+from test_guards import ROOMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = ROOT / "docs" / "contributing.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -17,17 +19,87 @@ def test_examples_run(page):
     assert bool(results.attempted) == (">>>" in page.read_text(encoding="utf-8"))
 
 
+def anchors(page):
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+def test_links_lead_to_files_and_headings(page):
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", prose):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+            assert not anchor or anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def test_the_commands_of_the_readme_are_make_targets():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    named = set(re.findall(r"^    make ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^    make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert named
-    assert named <= targets
+    assert named <= make_targets()
+
+
+def test_the_fast_choice_of_tests_exists():
+    (names,) = re.findall(r"^FAST = ((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    found = [ROOT / "tests" / f"test_{name}.py" for name in names.replace("\\", " ").split()]
+    assert len(found) > 10
+    assert [path.name for path in found if not path.is_file()] == []
+
+
+# The guide for contributors
+
+
+def test_the_guide_names_every_make_target():
+    named = set(re.findall(r"`make ([a-z-]+)`", GUIDE.read_text(encoding="utf-8")))
+    assert named == make_targets() - {"clean"}
+
+
+def test_the_guide_describes_every_room_in_order():
+    assert (
+        re.findall(r"^\| `(\w+)` \| \S.* \|.*\|$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)[: len(ROOMS)]
+        == ROOMS
+    )
+
+
+def guide_changes():
+    """Every file that a diff of the guide names, whether it is new, and its lines, each with its sign."""
+    for block in re.findall(r"^```diff\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for sign, path, lines in re.findall(r"^(---|\+\+\+) (\S+)\n((?:(?!---|\+\+\+).*\n)*)", block, re.MULTILINE):
+            yield path, sign == "+++", lines.splitlines()
+
+
+def missing_lines(old, text):
+    """The unchanged and removed lines of a diff that the text does not have."""
+    present = set(text.splitlines())
+    return [line for line in old if line[:1] in ("-", " ") and line[1:] not in present]
+
+
+def test_the_diffs_of_the_guide_fit_the_code():
+    changes = list(guide_changes())
+    assert len(changes) > 20
+    for path, is_new, lines in changes:
+        if is_new:
+            assert not (ROOT / path).exists(), path
+            assert (ROOT / path).parent.is_dir(), path
+        else:
+            assert missing_lines(lines, (ROOT / path).read_text(encoding="utf-8")) == [], path
+            assert any(line.startswith("+") for line in lines), path
+
+
+def test_the_check_of_diffs_can_fail():
+    assert missing_lines([" a", "-b", "+c"], "a\nc\n") == ["-b"]
+
+
+def test_the_guide_names_files_that_exist():
+    new = {path for path, is_new, _ in guide_changes() if is_new}
+    named = set(re.findall(r"`((?:src|tests|native|docs|benchmarks)/[\w./-]*)`", GUIDE.read_text(encoding="utf-8")))
+    assert len(named) > 30
+    assert sorted(path for path in named - new if not (ROOT / path).exists()) == []
 
 
 def test_constraints_cover_what_the_project_asks_for():
