@@ -209,9 +209,8 @@ def _int8_dynamic(weight: Weight) -> Callable[[Tensor], Callable[[], Tensor]]:
     assert scales is not None
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # says that PyTorch will remove it; there is no other int8 layer in PyTorch
+        # The warning says that PyTorch will remove it. PyTorch has no other int8 layer.
+        warnings.simplefilter("ignore", UserWarning)
         codes = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(codes, None)
     return lambda x: lambda: torch.ops.quantized.linear_dynamic(x, packed, True)
