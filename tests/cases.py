@@ -1,4 +1,4 @@
-"""The patterns, importances, solvers and methods that every law is checked on."""
+"""The patterns, importances, solvers, methods, formats and routes that every law is checked on."""
 
 from secateur import (
     NM,
@@ -14,6 +14,7 @@ from secateur import (
     Unstructured,
     Wanda,
 )
+from secateur.formats import Bitmask, BlockPacked, ColumnPacked, NMPacked, RowPacked
 
 # All fit a weight of 6 x 20.
 PATTERNS = [
@@ -53,4 +54,31 @@ HEADS = {
     "random": Select(Random()),
     "sparsegpt": SparseGPT(),
 }
+# A format, a pattern that it holds, and a shape that the pattern fits.
+FORMATS = [
+    (Bitmask, Unstructured(), (5, 19)),
+    (Bitmask, NM(2, 4), (3, 8)),
+    (NMPacked, NM(2, 4), (6, 16)),
+    (NMPacked, NM(1, 3), (5, 15)),
+    (NMPacked, NM(0, 4), (2, 8)),
+    (NMPacked, NM(4, 4), (2, 8)),
+    (NMPacked, NM(1, 1), (2, 3)),
+    (NMPacked, NM(3, 5, "dense"), (4, 13)),
+    (NMPacked, NM(7, 16), (3, 32)),
+    (NMPacked, NM(16, 16, "dense"), (2, 17)),
+    (NMPacked, NM(2, 8, "dense"), (3, 5)),  # no whole group
+    (BlockPacked, Block(4, 4), (8, 12)),
+    (BlockPacked, Block(1, 16), (3, 32)),
+    (BlockPacked, Block(16, 1), (32, 3)),
+    (BlockPacked, Block(2, 3, "dense"), (7, 11)),
+    (BlockPacked, Block(9, 9, "dense"), (4, 5)),  # no whole tile
+    (RowPacked, Row(), (7, 5)),
+    (ColumnPacked, Column(), (7, 5)),
+    (ColumnPacked, Column(3), (2, 12)),
+]
+
+# Each has its own format or route. All but the last one fit a weight of 48 x 80.
+PACKED_PATTERNS = ["unstructured", "2:4", "3:8", "block:4x4", "block:16x1", "row", "column"]
+PACKED_WITH_REMAINDER = "block:5x3,remainder=dense"
+
 METHODS = HEADS | {f"{name}+refit": Refit(solver) for name, solver in HEADS.items()}

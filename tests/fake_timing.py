@@ -1,11 +1,13 @@
-"""Seconds that a test decides, in the place of measurements."""
+"""Seconds that a test decides, instead of measurements."""
 
 from secateur.timing import MeasurementCache
 
 
 def routes_take(monkeypatch, seconds_of, *, call=True):
-    """Let each call take what ``seconds_of(name, index)`` says, three times; with kernels or, without a compiler, their
-    reference. Without a ``call`` nothing is made ready, and no memory is counted.
+    """Let each call take ``seconds_of(name, index)`` seconds, in three rounds.
+
+    Routes of native kernels are candidates even without a compiler, when the reference runs them. Without a ``call``
+    nothing is prepared, so that no memory is counted.
     """
 
     def in_turn(calls, against, timer, before=None, keep=()):

@@ -1,4 +1,4 @@
-"""When a packed layer may be called past PyTorch's dispatcher, and that nobody who listens there misses it."""
+"""When a packed layer may skip PyTorch's dispatcher, and that whatever intercepts the dispatcher sees the layer."""
 
 import warnings
 from contextlib import nullcontext
@@ -20,13 +20,13 @@ class Named(torch.Tensor):
     pass
 
 
-class Listening(TorchDispatchMode):
+class Recording(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.heard = []
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.heard.append(str(func))
+        self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -38,20 +38,20 @@ def layer():
     return PackedLinear.from_linear(linear)
 
 
-def test_a_plain_call():
+def test_a_usual_call_may_skip_the_dispatcher():
     x = torch.ones(2, 3)
     for context in (nullcontext, torch.no_grad, torch.inference_mode):
         with context():
             assert may_skip_dispatcher(x)
     assert may_skip_dispatcher(nn.Parameter(x))
-    assert may_skip_dispatcher(x.requires_grad_())  # asked elsewhere
+    assert may_skip_dispatcher(x.requires_grad_())  # the caller considers gradients
     assert not may_skip_dispatcher(x.as_subclass(Named))
 
 
 @pytest.mark.parametrize(
     "context",
     [
-        Listening,
+        Recording,
         lambda: FlopCounterMode(display=False),
         FakeTensorMode,
         lambda: torch.device("cpu"),
@@ -59,14 +59,14 @@ def test_a_plain_call():
         forward_ad.dual_level,
     ],
 )
-def test_what_listens_at_the_dispatcher(context):
+def test_nothing_that_intercepts_the_dispatcher_is_skipped(context):
     x = torch.ones(2, 3)
     with context():
         assert not may_skip_dispatcher(x)
     assert may_skip_dispatcher(x)
 
 
-def test_what_transforms_and_traces():
+def test_no_transform_or_trace_is_skipped():
     seen = []
 
     def look(x):
@@ -85,14 +85,14 @@ def test_what_transforms_and_traces():
     assert not any(seen)
 
 
-def test_a_packed_layer_is_heard_by_whoever_listens(layer):
+def test_whatever_intercepts_the_dispatcher_sees_a_packed_layer(layer):
     x = torch.randn(3, 16)
     with torch.no_grad():
         expected = layer(x)
-        with Listening() as mode:
-            heard = layer(x)
-        assert torch.equal(heard, expected)
-        assert mode.heard == ["secateur.packed_linear_inference.default"]
+        with Recording() as mode:
+            again = layer(x)
+        assert torch.equal(again, expected)
+        assert mode.seen == ["secateur.packed_linear_inference.default"]
         with torch.autograd.profiler.profile() as profile:
             assert torch.equal(layer(x), expected)
         assert "secateur::packed_linear_inference" in {event.name for event in profile.function_events}
@@ -102,7 +102,7 @@ def test_a_packed_layer_is_heard_by_whoever_listens(layer):
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_defaults_of_pytorch_do_not_reach_the_kernels(layer, rows):
+def test_default_dtype_and_device_do_not_change_a_product(layer, rows):
     x = torch.randn(rows, 16)
     packed = kernels.BitmaskLayout.pack(layer.weight)
     expected, alone = layer(x), kernels.linear(x, packed)

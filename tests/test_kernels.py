@@ -7,12 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur import kernels
-from secateur._errors import KernelError
+from secateur import KernelError, PatternError, RecipeError, kernels
+from secateur.formats import VALUE_DTYPES
 from secateur.kernels import BitmaskLayout, GroupLayout, PanelLayout, TileLayout, _native_backend
 
 ISAS = [*kernels.isas(), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
 def random_mask(rows, columns, density):
@@ -97,41 +96,43 @@ def run(isa, x, packed, bias=None):
         return kernels.linear(x, packed, bias)
 
 
-def assert_close(y, x, weight, bias):
-    """Within float32's reach of the exact result: relative to what the sums are made of, not to what they cancel to."""
+def assert_close(y, x, weight, bias, isa=""):
+    """Within the accuracy of float32: relative to the sizes of the summands, because the sums may cancel."""
     exact = x.double() @ weight.double().T
     scale = x.double().abs() @ weight.double().abs().T + 1
     if bias is not None:
         exact, scale = exact + bias.double(), scale + bias.double().abs()
     assert y.shape == exact.shape
-    assert ((y.double() - exact).abs() <= 2e-6 * scale).all()
+    assert ((y.double() - exact).abs() <= 2e-6 * scale).all(), (isa, len(x))
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", CASES)
-def test_every_layout_multiplies_at_every_batch_and_shape(name, isa):
+def test_every_layout_multiplies_at_every_batch_and_shape(name):
     torch.manual_seed(0)
     for rows, columns in [(1, 1), (3, 5), (17, 70), (40, 128), (130, 300)]:
         weight, _, packed = packed_case(name, rows, columns)
         for batch in [0, 1, 2, 3, 4, 5, 8, 11, 16, 17, 24, 33, 57, 64, 70, 259]:
             x = torch.randn(batch, weight.shape[1])
             bias = torch.randn(weight.shape[0]) if batch % 2 else None
-            assert_close(run(isa, x, packed, bias), x, weight, bias)
+            for isa in ISAS if batch < 16 else kernels.isas():  # the reference has one algorithm for all batches
+                assert_close(run(isa, x, packed, bias), x, weight, bias, isa)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
-def test_every_value_type_multiplies(name, dtype, isa):
+@pytest.mark.skipif(not kernels.isas(), reason="no native kernels")
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith(("full", "empty"))])
+def test_every_value_dtype_multiplies(name):
+    """With float32, the test above compares more."""
     torch.manual_seed(0)
-    _, _, packed = packed_case(name, 48, 130, dtype)
-    for batch in [1, 3, 8, 20, 70, 128, 259]:
-        x, bias = torch.randn(batch, packed.shape[1]), torch.randn(packed.shape[0])
-        assert_close(run(isa, x, packed, bias), x, packed.to_dense(), bias)
+    for dtype in set(VALUE_DTYPES) - {torch.float32}:
+        _, _, packed = packed_case(name, 48, 130, dtype)
+        for batch in [1, 3, 8, 20, 70, 128, 259]:
+            x, bias = torch.randn(batch, packed.shape[1]), torch.randn(packed.shape[0])
+            for isa in kernels.isas():
+                assert_close(run(isa, x, packed, bias), x, packed.to_dense(), bias, isa)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_packing_loses_nothing_but_the_value_types_precision(name):
+def test_packing_loses_only_the_precision_of_the_value_dtype(name):
     torch.manual_seed(0)
     for rows, columns in [(1, 1), (17, 70), (64, 96)]:
         weight, mask, packed = packed_case(name, rows, columns)
@@ -160,7 +161,7 @@ def test_results_do_not_depend_on_threads_or_repetition(name, isa):
     torch.manual_seed(0)
     _, _, packed = packed_case(name, 256, 512)
     try:
-        for batch in [1, 8, 40, 128, 300, 600]:  # shared out by rows of the weight or by rows of x
+        for batch in [1, 40, 300]:  # threads share the rows of the weight, or those of x
             x = torch.randn(batch, packed.shape[1])
             torch.set_num_threads(1)
             once = run(isa, x, packed)
@@ -176,12 +177,12 @@ def test_any_shape_density_and_batch(data):
     name = data.draw(st.sampled_from(sorted(CASES)))
     rows, columns = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 140))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
-    _, _, packed = packed_case(name, rows, columns, data.draw(st.sampled_from(DTYPES)))
+    _, _, packed = packed_case(name, rows, columns, data.draw(st.sampled_from(VALUE_DTYPES)))
     x = torch.randn(data.draw(st.integers(1, 80)), packed.shape[1])
     assert_close(run(data.draw(st.sampled_from(ISAS)), x, packed), x, packed.to_dense(), None)
 
 
-def test_a_group_of_lanes_may_keep_fewer():
+def test_a_group_may_keep_fewer_than_n():
     weight = torch.tensor([[0.0, 0.0, 0.0, 5.0, 0.0, 0.0, 0.0, 0.0]])
     packed = GroupLayout.pack(weight, n=2, m=4)
     assert torch.equal(packed.to_dense(), weight)
@@ -244,11 +245,11 @@ def test_without_the_module_the_reference_runs_and_the_reason_is_told(monkeypatc
     packed, x = PanelLayout.pack(torch.eye(4)), torch.randn(2, 4)
     (native, reason), _, (reference, state) = kernels.explain(x, packed)
     assert (native, reference, state) == ("native", "reference", "ok")
-    assert "the native module is not there" in reason
+    assert "the native module is missing" in reason
     assert "C++17" in reason
     assert kernels.isas() == []
     assert torch.equal(kernels.linear(x, packed), x)
-    with pytest.raises(KernelError, match="the native module is not there"), kernels.use("native"):
+    with pytest.raises(KernelError, match="the native module is missing"), kernels.use("native"):
         pass
 
 
@@ -283,7 +284,7 @@ def test_use_is_undone():
     with kernels.use("reference"):
         assert kernels.explain(x, packed)[0] == ("native", "use('reference') is in force")
     assert kernels.explain(x, packed)[0][1] == kernels.available()["native"]
-    with pytest.raises(KernelError, match=r"no backend 'fast'.*native, reference"), kernels.use("fast"):
+    with pytest.raises(KernelError, match=r"no backend 'fast'.*valid are native, reference"), kernels.use("fast"):
         pass
     with pytest.raises(KernelError, match="isa='sse9'"), kernels.use("reference", isa="sse9"):
         pass
@@ -306,9 +307,9 @@ def test_gradients_go_through_the_reference():
 
 def test_wrong_sizes_are_named():
     packed = BitmaskLayout.pack(torch.eye(4))
-    with pytest.raises(KernelError, match=r"\(2, 5\).*takes 4 inputs"):
+    with pytest.raises(KernelError, match=r"\(2, 5\).*takes 4 features"):
         kernels.linear(torch.ones(2, 5), packed)
-    with pytest.raises(KernelError, match=r"shape \(\).*takes 4 inputs"):
+    with pytest.raises(KernelError, match=r"shape \(\).*takes 4 features"):
         kernels.linear(torch.tensor(1.0), packed)
     with pytest.raises(KernelError, match=r"bias has shape \(3,\).*4 outputs"):
         kernels.linear(torch.ones(2, 4), packed, torch.ones(3))
@@ -316,20 +317,22 @@ def test_wrong_sizes_are_named():
 
 def test_wrong_types_are_named():
     packed = BitmaskLayout.pack(torch.eye(4))
-    with pytest.raises(TypeError, match=r"layout of secateur.kernels, got Tensor"):
+    with pytest.raises(TypeError, match=r"layout of secateur.kernels or a format of secateur.formats, got Tensor"):
         kernels.linear(torch.ones(2, 4), torch.eye(4))
-    with pytest.raises(TypeError, match=r"x must be floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"input of a packed weight must be floating point, got int64"):
         kernels.linear(torch.ones(2, 4, dtype=torch.int64), packed)
     with pytest.raises(TypeError, match="floating-point tensor"):
         BitmaskLayout.pack(torch.ones(2, 2, dtype=torch.int32))
-    with pytest.raises(TypeError, match="value_dtype must be one of"):
+    with pytest.raises(TypeError, match="a mask must be a bool tensor, got float32"):
+        BitmaskLayout.pack(torch.eye(2), torch.eye(2))
+    with pytest.raises(RecipeError, match="unknown value_dtype 'float64'"):
         BitmaskLayout.pack(torch.eye(2), value_dtype=torch.float64)
 
 
 def test_what_does_not_fit_a_layout_is_named():
-    with pytest.raises(KernelError, match=r"\(2, 2, 2\).*flatten"):
+    with pytest.raises(PatternError, match=r"\(2, 2, 2\).*flatten"):
         BitmaskLayout.pack(torch.ones(2, 2, 2))
-    with pytest.raises(KernelError, match=r"mask is torch.bool of shape \(2, 3\)"):
+    with pytest.raises(PatternError, match=r"mask has shape \(2, 3\), but the weight has shape \(2, 2\)"):
         BitmaskLayout.pack(torch.eye(2), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(KernelError, match="0 rows and 8 columns"):
         PanelLayout.pack(torch.eye(2), height=0, width=8)
@@ -337,7 +340,7 @@ def test_what_does_not_fit_a_layout_is_named():
         GroupLayout.pack(torch.zeros(2, 6), n=2, m=4)
     with pytest.raises(KernelError, match="2:17 does not fit"):
         GroupLayout.pack(torch.zeros(2, 17), n=2, m=17)
-    with pytest.raises(KernelError, match="a group of 4 inputs keeps 3 values; 2:4 keeps at most 2"):
+    with pytest.raises(KernelError, match="a group of 4 inputs keeps 3 weights; 2:4 keeps at most 2"):
         GroupLayout.pack(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), n=2, m=4)
-    with pytest.raises(KernelError, match="blocks of 3x3 do not divide a weight of 4x6"):
+    with pytest.raises(KernelError, match="tiles of 3x3 do not divide a weight of 4x6"):
         TileLayout.pack(torch.zeros(4, 6), height=3, width=3)

@@ -205,7 +205,7 @@ class Special(nn.Linear):
             "0",
             "its weight is computed from other parameters",
         ),
-        (nn.Sequential(SparseLinear(4, 4)), "0", "SparseLinear is not a known kind of layer"),
+        (nn.Sequential(SparseLinear(4, 4)), "0", "SparseLinear is no known kind of layer"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -14,7 +14,7 @@ from secateur._errors import FormatError
 from secateur._types import Mask
 from secateur.formats._arrays import as_array, as_tensor, check_offsets, expect, population, starts_of
 from secateur.formats._format import Format
-from secateur.patterns import NM, Block, Column, Row, SparsityPattern, Unstructured
+from secateur.patterns import SparsityPattern, Unstructured
 
 
 @final
@@ -33,7 +33,7 @@ class Bitmask(Format):
     """
 
     name: ClassVar[str] = "bitmask"
-    _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Unstructured, NM, Block, Row, Column)
+    _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (SparsityPattern,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "bitmask", "row_offsets")
     _default: ClassVar[SparsityPattern | None] = Unstructured()
 

@@ -17,9 +17,8 @@ from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_sc
 from secateur.patterns import NM, SparsityPattern
 
 MAX_SIDE = 2**31 - 1  # indices are int32
-MAX_WEIGHTS = (
-    2**36
-)  # far above any layer. Without a limit a file of a few bytes could make its reader allocate any size
+# Far above any layer. Without a limit, a file of a few bytes could make its reader allocate any amount of memory.
+MAX_WEIGHTS = 2**36
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -96,9 +96,8 @@ def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
     largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    scales = (largest / _INT8_LIMIT).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )  # a subnormal scale would lose bits, or be zero
+    # A smaller scale would be subnormal, which loses bits, or zero.
+    scales = (largest / _INT8_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
     scales = torch.where(largest > 0, scales, 1.0)
     codes = (wide / scales[:, None]).round().clamp(-_INT8_LIMIT, _INT8_LIMIT)
     return codes.to(torch.int8), scales

@@ -217,7 +217,7 @@ def _runs_a_layout(route: Route | None) -> bool:
 
 
 def _laid_out(weight: StoredWeight | Layout, route: Route | None) -> tuple[Layout, int, int]:
-    """The layout, the bytes of it that are the stored weight's own memory, and the outputs that count."""
+    """The layout, how many of its bytes are the stored weight's own memory, and how many outputs the weight has."""
     if isinstance(weight, Layout):
         return weight, 0, weight.shape[0]
     assert isinstance(route, LayoutRoute)

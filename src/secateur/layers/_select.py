@@ -184,7 +184,7 @@ def _why_not_possible(name: str, module: nn.Module, attention: set[str]) -> str 
             return "embedding"
         if all(parameter.ndim < 2 for parameter in _own_parameters(module).values()):
             return "no weight matrix"
-        return f"{type(module).__name__} is not a known kind of layer; see secateur.register_layer"
+        return f"{type(module).__name__} is no known kind of layer; see secateur.register_layer"
     weight = getattr(module, kind.parameter, None)
     if not isinstance(weight, nn.Parameter):
         return f"its {kind.parameter} is computed from other parameters (parametrized or pruned by torch.nn.utils)"

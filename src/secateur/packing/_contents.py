@@ -140,10 +140,10 @@ def take_apart(
     """Return the contents of a model: packed layers, other tensors, and which of them are shared.
 
     Args:
-        model: with or without packed layers.
-        dtype: of all that is not a packed weight; None leaves it as it is.
-        absent: tensors that are left out.
-        history: reports that say to which pattern layers were pruned.
+        model: the model, with or without packed layers.
+        dtype: floating-point dtype of all tensors that are not packed weights; None for their own.
+        absent: names of tensors that are not stored.
+        history: reports of how layers were pruned, whose patterns are used.
 
     Raises:
         RecipeError: the model is itself a packed layer.

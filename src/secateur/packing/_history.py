@@ -1,4 +1,4 @@
-"""What earlier stages said of a model: the pattern that each layer was pruned to."""
+"""The history of a model: the pattern that each layer was pruned to, from reports of earlier stages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ History: TypeAlias = Report | Sequence[Report]
 
 
 def patterns_in(history: History) -> Mapping[str, SparsityPattern]:
-    """Return the patterns that layers were pruned to, by name; the last report that names a layer counts."""
+    """Return the patterns that layers were pruned to, by name. The last report that has a layer counts."""
     reports = [history] if isinstance(history, Report) else list(history)
     return {
         layer.name: SparsityPattern.parse(layer.pattern)
@@ -28,8 +28,8 @@ def patterns_of(weight: Tensor, known: SparsityPattern | None) -> tuple[tuple[Sp
     """Return the patterns to pack a weight ``[out, in]`` with, and whether they were found from its zeros.
 
     Args:
-        weight: to pack.
-        known: the pattern in the history, which counts if the zeros may still be those of it.
+        weight: the weight to pack.
+        known: the pattern in the history, or None. It is used if the weight still has the zeros of this pattern.
     """
     zero = weight == 0
     if known is not None and may_come_from(zero, known):

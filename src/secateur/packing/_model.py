@@ -53,8 +53,8 @@ def save(
         tokenizer: any object with ``save_pretrained``; not needed with ``source``.
         dtype: a floating-point dtype in which to store all tensors that are not packed weights; None for their own.
         overwrite: replace an existing directory. It stays in place until the new one is complete.
-        history: reports of how layers were pruned, whose patterns are used for weights that run dense. Patterns of
-            others are found from their zeros.
+        history: reports of how layers were pruned, whose patterns are used for dense weights. The patterns of other
+            weights are found from their zeros.
 
     Raises:
         FormatError: the place cannot be written, or other libraries would take the file's name for a dense model.

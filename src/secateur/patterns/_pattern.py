@@ -172,7 +172,7 @@ class SparsityPattern(ABC):
         fixed = self.sparsity
         if sparsity is None:
             if fixed is None:
-                raise PatternError(f"{self} fits any sparsity and none was given. Give one, for example sparsity=0.5.")
+                raise PatternError(f"{self} fits any sparsity: say which, for example sparsity=0.5.")
             return fixed
         check_sparsity(sparsity)
         if fixed is not None and not math.isclose(sparsity, fixed, abs_tol=1e-9):
