@@ -6,8 +6,6 @@
 
 namespace secateur {
 
-enum ValueType : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kFloat16 = 3 };
-
 // y [batch, rows] = x [batch, columns] times the transposed weight, times the scale of each row, plus the bias. All
 // matrices are row-major. Each layout adds where its values stand.
 struct Linear {
@@ -15,7 +13,7 @@ struct Linear {
     const void* values;  // readable 16 elements past the end, because kernels load whole vectors
     const float* scale;  // [rows], what int8 values are multiplied by; or null
     int64_t rows, columns;
-    int value_type;
+    int value_type;  // see with_type
     // One call.
     const float* x;
     float* y;
@@ -34,18 +32,6 @@ struct Linear {
 #include "simd/vector.h"
 
 namespace secateur::SECATEUR_ISA {
-
-template <class Value> struct Tag { using type = Value; };
-
-// Calls f with a tag of the stored values' type.
-template <class Function> SECATEUR_INLINE void with_type(int value_type, Function f) {
-    switch (value_type) {
-        case kFloat32: return f(Tag<float>());
-        case kBFloat16: return f(Tag<bf16>());
-        case kFloat16: return f(Tag<f16>());
-        default: return f(Tag<int8_t>());
-    }
-}
 
 inline float finish(const Linear& args, int64_t row, float sum) {
     if (args.scale) sum *= args.scale[row];

@@ -9,8 +9,21 @@
 
 namespace secateur::SECATEUR_ISA {
 
+// The types of stored values.
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+
+template <class Value> struct Tag { using type = Value; };
+
+// Calls f with a tag of the type that has this number in secateur/formats/_values.py.
+template <class Function> SECATEUR_INLINE void with_type(int value_type, Function f) {
+    switch (value_type) {
+        case 0: return f(Tag<float>());
+        case 1: return f(Tag<bf16>());
+        case 2: return f(Tag<int8_t>());
+        default: return f(Tag<f16>());
+    }
+}
 
 template <int W> struct Types;
 template <> struct Types<4> {

@@ -54,7 +54,8 @@ class GroupLayout(Layout):
                 "Prune to that pattern first. PanelLayout takes any weight."
             )
         place = torch.argsort(~by_group, dim=-1, stable=True)[..., :n]
-        kept = values.view(-1, groups, m).gather(-1, place)
+        by_row = torch.arange(len(values))[:, None, None]
+        kept = values.view(-1, groups, m)[by_row, torch.arange(groups)[:, None], place]  # gather knows fewer dtypes
         kept = kept.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1).contiguous()
         place = place.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1)
         bits, per_word = cls._word(m)
@@ -86,7 +87,7 @@ class GroupLayout(Layout):
             place = place[:, :, : together * self.n].reshape(panels, -1, self.n, _ROWS)[:, :groups]
         else:
             place = place.reshape(panels, groups, -1, _ROWS)[:, :, : self.n]
-        kept = self.values[:-SPARE].view(panels, groups, self.n, _ROWS)
+        kept = self.values[:-SPARE].view(panels, groups, self.n, _ROWS).float()
         weight = kept.new_zeros(panels, groups, self.m, _ROWS).scatter_add_(2, place, kept)
         return self._scaled(weight.permute(0, 3, 1, 2).reshape(-1, columns)[:rows])
 
