@@ -102,6 +102,17 @@ def test_the_guide_names_files_that_exist():
     assert sorted(path for path in named - new if not (ROOT / path).exists()) == []
 
 
+def test_the_guide_names_what_the_code_has():
+    text = GUIDE.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    added = "\n".join(line for _, _, lines in guide_changes() for line in lines)
+    files = [*ROOT.glob("tests/*.py"), *ROOT.glob("src/**/*.py"), *ROOT.glob("native/**/*.h")]
+    known = set(re.findall(r"\w+", added + "".join(path.read_text(encoding="utf-8") for path in files)))
+    named = set(re.findall(r"`(\w+)`", prose))
+    assert len(named) > 30
+    assert sorted(named - known) == []
+
+
 def test_constraints_cover_what_the_project_asks_for():
     import tomllib
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import PACKED_PATTERNS
+from cases import FORMATS, PACKED_PATTERNS
 from torch import nn
 
 import secateur
 from secateur import KernelError, PackedLinear, kernels
-from secateur.formats import FORMATS, VALUE_DTYPES, pack
+from secateur.formats import VALUE_DTYPES, pack
 from secateur.kernels import (
     BitmaskRoute,
     ColumnRoute,
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def pruned(pattern, rows=32, columns=64, sparsity=0.5):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     parsed = secateur.SparsityPattern.parse(pattern)
-    return weight.masked_fill(~parsed.mask(weight.abs(), None if parsed.sparsity else sparsity), 0)
+    return weight.masked_fill(~parsed.mask(weight.abs(), sparsity if parsed.sparsity is None else None), 0)
 
 
 def packed(pattern, dtype=None):
@@ -131,12 +131,11 @@ def test_prepacked_weights_need_onednn(monkeypatch):
         kernels.prepare(packed("unstructured"), PrepackedRoute(), CPU, torch.float32)
 
 
-@pytest.mark.parametrize("format_type", FORMATS.values())
-def test_linear_multiplies_a_format_as_a_layer_does(format_type):
-    pattern = {"bitmask": "unstructured", "nm": "2:4", "block": "block:4x4"}.get(format_type.name, format_type.name)
-    dense = pruned(pattern)
-    weight = format_type.from_dense(dense, pattern=secateur.SparsityPattern.parse(pattern))
-    x, bias = torch.randn(2, 3, 64), torch.randn(32)
+@pytest.mark.parametrize(("format_type", "pattern", "shape"), FORMATS, ids=str)
+def test_linear_multiplies_a_format_as_a_layer_does(format_type, pattern, shape):
+    dense = pruned(str(pattern), *shape)
+    weight = format_type.from_dense(dense, pattern=pattern)
+    x, bias = torch.randn(2, 3, shape[1]), torch.randn(shape[0])
     layer = PackedLinear(weight, bias)
     torch.testing.assert_close(kernels.linear(x, weight, bias), layer(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kernels.linear(x, weight, bias, plan="dense"), x @ dense.T + bias, rtol=1e-4, atol=1e-4)
