@@ -83,8 +83,7 @@ class _Native(Backend):
         return native if isinstance(native, str) else None
 
     def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
-        layout, shared, out = _laid_out(weight, route)
-        return _NativeKernel(layout, out, layout.nbytes - shared)
+        return _NativeKernel(*_laid_out(weight, route))
 
 
 class _OneDNN(Backend):
@@ -126,8 +125,7 @@ class _Reference(Backend):
             dense = weight.to_dense()
             stored = isinstance(weight, StoredWeight) and dense.data_ptr() == weight.owner.data_ptr()
             return _Dense(dense.to(dtype), shared=stored and dense.dtype == dtype)
-        layout, shared, out = _laid_out(weight, route)
-        return _ExpandedAtEachCall(layout, out, layout.nbytes - shared)
+        return _ExpandedAtEachCall(*_laid_out(weight, route))
 
 
 # In order of preference.
@@ -153,18 +151,25 @@ def explain_route(
         dtype: of the inputs.
         no_kernels: the reason why native kernels cannot take these inputs, or None.
     """
+    return [(backend, _why_not(backend, packed, route, device, dtype, no_kernels)) for backend in BACKENDS]
+
+
+def _why_not(
+    backend: Backend,
+    packed: Format | Layout,
+    route: Route | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    no_kernels: str | None,
+) -> str | None:
     route = route.inner if isinstance(route, CompactRoute) else route
+    reason = backend.supports(packed, route, device, dtype)
+    if reason is not None or not _runs_a_layout(route):
+        return reason
     wanted = chosen.get()[0]
-    found = []
-    for backend in BACKENDS:
-        reason = backend.supports(packed, route, device, dtype)
-        if reason is None and _runs_a_layout(route):
-            if wanted is not None and backend.name != wanted:
-                reason = f"use({wanted!r}) is in force"
-            elif backend.name == "native":
-                reason = no_kernels
-        found.append((backend, reason))
-    return found
+    if wanted is not None and backend.name != wanted:
+        return f"use({wanted!r}) is in force"
+    return no_kernels if backend.name == "native" else None
 
 
 def backend_for(
@@ -179,10 +184,10 @@ def backend_for(
     Raises:
         KernelError: no backend does. The message has the reason of each.
     """
-    found = explain_route(packed, route, device, dtype, no_kernels)
-    for backend, reason in found:
-        if reason is None:
+    for backend in BACKENDS:
+        if _why_not(backend, packed, route, device, dtype, no_kernels) is None:
             return backend
+    found = explain_route(packed, route, device, dtype, no_kernels)
     listed = "; ".join(f"{backend.name}: {reason}" for backend, reason in found)
     what = "the layout" if route is None else f"the route {route}"
     raise KernelError(f"no backend runs {what} on this machine ({listed}). Use another one.")
@@ -217,11 +222,12 @@ def _runs_a_layout(route: Route | None) -> bool:
 
 
 def _laid_out(weight: StoredWeight | Layout, route: Route | None) -> tuple[Layout, int, int]:
-    """The layout, how many of its bytes are the stored weight's own memory, and how many outputs the weight has."""
+    """The layout, how many outputs the weight has, and the bytes that the layout takes besides the stored weight."""
     if isinstance(weight, Layout):
-        return weight, 0, weight.shape[0]
+        return weight, weight.shape[0], 0
     assert isinstance(route, LayoutRoute)
-    return *weight.lay_out(route), len(weight.values)
+    layout, shared = weight.lay_out(route)
+    return layout, len(weight.values), layout.nbytes - shared
 
 
 class _NativeKernel(Prepared):

@@ -74,7 +74,10 @@ class Units:
         A unit of one element has its score. A larger one has the sum of the squares, each with the sign of its score.
         """
         elements = self.elements(self.crop(scores))
-        return elements[..., 0] if self.size == 1 else _sum_of_squares(elements)
+        if self.size == 1:
+            return elements[..., 0]
+        parts = elements.flatten(0, 1).split(max(1, _PART // max(1, self.size)))
+        return torch.cat([_sum_of_squares(part) for part in parts]).view(self.competitions, self.count)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return a core in which every element has the value of its unit in ``[competitions, count]``."""
@@ -96,6 +99,11 @@ class Units:
     def _grid(self) -> tuple[int, int]:
         """Units down and across the core. A side without elements, in an empty matrix, has one unit."""
         return self.core[0] // self.height if self.height else 1, self.core[1] // self.width if self.width else 1
+
+
+# Elements whose squares are computed at a time: their float64 copies stay in the cache, and below 2^15 elements PyTorch
+# adds up every unit in one thread, in the same order whatever the number of units.
+_PART = 2**14
 
 
 def _sum_of_squares(elements: Tensor) -> Tensor:
