@@ -151,8 +151,8 @@ SECATEUR_INLINE void strip_single(const T* v, int64_t skip, const int32_t* colum
 
 // The same with the widest vector that a tile fills.
 template <class T, int H>
-inline void strip_single_any(const T* v, int64_t skip, const int32_t* columns, int64_t tiles, int64_t width,
-                             const float* x, float* out) {
+SECATEUR_INLINE void strip_single_any(const T* v, int64_t skip, const int32_t* columns, int64_t tiles, int64_t width,
+                                      const float* x, float* out) {
     if constexpr (kWidth >= 16 && H <= 16)
         if (16 / H <= width && skip == H) return strip_single<T, 16, H>(v, skip, columns, tiles, width, x, out);
     if constexpr (kWidth >= 8 && H <= 8)
@@ -168,8 +168,8 @@ inline void strip_single_any(const T* v, int64_t skip, const int32_t* columns, i
 
 // The H rows of a strip, at most kWidth at a time.
 template <class T, int H>
-inline void strip_single_rows(const T* v, const int32_t* columns, int64_t tiles, int64_t width, const float* x,
-                              float* out) {
+SECATEUR_INLINE void strip_single_rows(const T* v, const int32_t* columns, int64_t tiles, int64_t width, const float* x,
+                                       float* out) {
     constexpr int kPart = kWidth < H ? kWidth : H;
     for (int first = 0; first < H; first += kPart)
         strip_single_any<T, kPart>(v + first, H, columns, tiles, width, x, out + first);
