@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from secateur.calibration import call_model, gather, load_batches, quiet, replayed
+from secateur.calibration import call_model, gather, load_batches, observe, quiet, replayed
 from secateur.layers import select_layers
 
 # The slow truth.
@@ -78,7 +78,9 @@ def assert_statistics(name, got, rows, exact):
 
 def assert_stages_equal_the_slow_truth(model, batches, sequential=True, forward=call_model):
     """Calibrate and prune stage by stage; every statistic must be that of the model as it is at that moment."""
-    layers, _ = select_layers(model)
+    with quiet(model):
+        called = observe(model, load_batches(batches, torch.device("cpu")), forward).called
+    layers = [layer for layer in select_layers(model)[0] if layer.runs_by_call and id(layer.modules[0]) in called]
     exact = all(parameter.dtype == torch.float64 for parameter in model.parameters())
     originals = copy.deepcopy(batches)
     with quiet(model):

@@ -109,7 +109,7 @@ _HANDLERS: dict[Any, _Handler] = {
 }
 # A function that gives the same values in another tensor: what multiplies that one multiplies the weight.
 _COPIES = frozenset(
-    {Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
+    {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous, Tensor.clone}
 )
 
 

@@ -76,7 +76,7 @@ def _outputs(module: Any, depth: int, x: Tensor, lengths: Tensor, states: list[T
     if module.proj_size:
         options["proj_size"] = module.proj_size
     one = _CLASSES[module.mode](
-        x.shape[-1], module.hidden_size, 1, module.bias, bidirectional=module.bidirectional, device="meta", **options
+        x.shape[-1], module.hidden_size, bias=module.bias, bidirectional=module.bidirectional, device="meta", **options
     )
     for end in ("", "_reverse")[:directions]:
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"):

@@ -255,7 +255,10 @@ def _candidates(name: str, module: nn.Module, observed: Observed | None) -> list
     found = [_Candidate(f"{name}.{kind.name}".strip("."), name, module, kind) for kind in kinds if own or not kind.name]
     if not own and not any(hasattr(module, parameter) for parameter in known):
         return []
-    if not kinds or any(p.ndim > 1 for key, p in own.items() if key not in known and "bias" not in key):
+    has_one = len(kinds) == 1 and not kinds[0].name
+    if not kinds or (
+        not has_one and any(p.ndim > 1 for key, p in own.items() if key not in known and "bias" not in key)
+    ):
         found.append(_Candidate(name, name, module, None))
     return found
 
@@ -315,6 +318,15 @@ def _why_not_reached(candidate: _Candidate, observed: Observed | None) -> str | 
     return None if observed.reached(candidate.module, parameter, by_call=by_call) else NEVER_REACHED
 
 
-def globs_of(names: Iterable[str]) -> list[str]:
-    """Return few glob patterns that match some qualified names: with ``*`` for the numbers of blocks."""
-    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names))
+def globs_of(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return glob patterns that match some qualified names and no others: with ``*`` for numbers, so that few will do.
+
+    Args:
+        names: to match.
+        others: that must not match.
+    """
+    names, others = list(names), list(others)
+    stars = {name: ".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
+    if any(fnmatchcase(other, glob) for other in others for glob in stars.values()):
+        return names
+    return list(dict.fromkeys(stars.values()))

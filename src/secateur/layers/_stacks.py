@@ -15,8 +15,8 @@ def stacked_kinds(module: nn.Module) -> tuple[LayerKind, ...]:
     """Return the kinds of the matrices in a module's stacks, if the module shows how they are read.
 
     A stack is a parameter ``[matrices, out, in]`` or ``[matrices, in, out]``. Which of the two says an attribute
-    ``is_transposed``, as modules of transformers have it, or else the sizes of two stacks of which one reads what the
-    other gives, with or without a gate.
+    ``is_transposed``, as modules of transformers have it, or else the sizes of two stacks of which one reads half as
+    many features as the other gives, because these have a gate.
     """
     stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1}
     given = getattr(module, "is_transposed", None)
@@ -55,8 +55,8 @@ def _by_sizes(shapes: list[tuple[int, ...]]) -> bool | None:
     found = set()
     for one, other in combinations(shapes, 2):
         for (count, a, b), (others, c, d) in ((one, other), (other, one)):
-            if count == others and b == c and a in (d, 2 * d):
+            if count == others and b == c and a == 2 * d:
                 found.add(False)
-            if count == others and a == d and b in (c, 2 * c):
+            if count == others and a == d and b == 2 * c:
                 found.add(True)
     return found.pop() if len(found) == 1 else None

@@ -123,7 +123,8 @@ def prune_(
         with quiet(model):
             observed = observe(model, loaded, run, lambda seen: not _unreached(model, recipe, seen))
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
-    _tell_unreached([entry.name for entry in skipped if entry.reason == NEVER_REACHED], recipe.strict)
+    unreached = [entry.name for entry in skipped if entry.reason == NEVER_REACHED]
+    _tell_unreached(unreached, [layer.name for layer in layers], recipe.strict)
     patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
@@ -190,19 +191,20 @@ def _unreached(model: nn.Module, recipe: Recipe, observed: Observed) -> bool:
     return any(entry.reason == NEVER_REACHED for entry in skipped)
 
 
-def _tell_unreached(names: Sequence[str], strict: bool) -> None:
+def _tell_unreached(names: Sequence[str], others: Sequence[str], strict: bool) -> None:
     """Say, before any weight changes, which layers calibration says nothing of."""
     if not names:
         return
-    globs = globs_of(names)
-    what = f"{len(names)} layers ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    globs = globs_of(names, others)
+    what = f"{len(names)} layer{'s' * (len(names) > 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     if strict:
         raise StatisticsError(
             f"no calibration input reached {what}, and strict asks for all.\n"
             f"Exclude them with exclude={globs!r}, or calibrate on batches that use them."
         )
     warnings.warn(
-        f"no calibration input reached {what}: they stay dense. exclude={globs!r} says that they should.", stacklevel=3
+        f"no calibration input reached {what}, which stays dense. To say that it should: exclude={globs!r}.",
+        stacklevel=3,
     )
 
 
