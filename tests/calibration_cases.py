@@ -192,10 +192,10 @@ class ResNet(nn.Module):
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
         self.layer1 = nn.Sequential(Residual(4, 4, groups=2), Residual(4, 4))
         self.layer2 = nn.Sequential(Residual(4, 8), Residual(8, 8, groups=8))
-        self.fc = nn.Linear(8, 5)
+        self.last = nn.Linear(8, 5)
 
     def forward(self, x):
-        return self.fc(self.layer2(self.layer1(functional.relu(self.stem(x)))).mean((2, 3)))
+        return self.last(self.layer2(self.layer1(functional.relu(self.stem(x)))).mean((2, 3)))
 
 
 def images(count=3):
@@ -203,7 +203,7 @@ def images(count=3):
 
 
 def resnet_case():
-    return ResNet().double(), images(), ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "fc"]
+    return ResNet().double(), images(), ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "last"]
 
 
 def vectors(count=3, width=8):

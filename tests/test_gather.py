@@ -1,6 +1,6 @@
-import copy
-
 """Gathering statistics: padding kept out, sums exact, mistakes named; sources and statistics of one's own."""
+
+import copy
 
 import pytest
 import torch

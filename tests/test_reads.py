@@ -299,7 +299,7 @@ def test_a_model_of_which_nothing_is_read_says_so():
         def forward(self, x):
             return x
 
-    with pytest.raises(RecipeError, match="no layer to prune(.|\n)*layer .*no calibration input reached it"):
+    with pytest.raises(RecipeError, match=r"no layer to prune(.|\n)*layer .*no calibration input reached it"):
         prune_(Nothing(), batches(), method="wanda", sparsity=0.5)
 
 
