@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
-from read_cases import CASES, EXPERTS, IN, Blocks, Experts, ReadsWeight
+from read_cases import CASES, EXPERTS, IN, OUT, Blocks, Experts, ReadsWeight
 from torch import nn
 from torch.nn import functional
 
 import secateur
-from secateur import RecipeError, StatisticsError, prune_
+from secateur import RecipeError, SparseTraining, StatisticsError, prune_
 from secateur.calibration import gather, load_batches, observe, quiet, replayed
 from secateur.layers import select_layers
+from secateur.training import METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -309,3 +310,58 @@ def test_reading_is_told_apart_from_calling():
     assert id(model.qkv) not in observed.called
     assert observed.read.keys() == {id(model.qkv.weight)}
     assert observed.read[id(model.qkv.weight)].function == "linear"
+
+
+PLAIN = [method for method in METHODS if not METHODS[method]().learns]
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_training_holds_the_zeros_of_parts_of_a_parameter(method):
+    model = nn.Sequential(Known(), nn.LSTM(IN, 4, batch_first=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    training = SparseTraining(model, optimizer, method=method, sparsity=0.5, steps=8, update_every=2)
+    hooks = [len(parameter._backward_hooks or ()) for parameter in model.parameters()]
+    assert max(hooks) == 1  # one for all experts of a stack
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 10, IN))[0].square().mean().backward()
+        dense = method == "rigl"  # whose pruned weights have gradients before an update
+        for layer in select_layers(model)[0]:
+            pruned = ~training.masks[layer.name]
+            assert dense or not layer.to_matrix(layer.parameter.grad)[pruned].any()
+        optimizer.step()
+        training.step()
+        for layer in select_layers(model)[0]:
+            pruned = ~training.masks[layer.name]
+            assert not layer.matrix()[pruned].any()
+            momenta = optimizer.state[layer.parameter].get("momentum_buffer")
+            assert momenta is None or not layer.to_matrix(momenta)[pruned].any()
+    report = training.finalize()
+    assert [layer.pruned for layer in report.layers] == [OUT * IN // 2] * 2 * EXPERTS + [16 * IN // 2, 16 * 4 // 2]
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_training_of_parts_goes_on_from_its_state(method):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(Known())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        return model, optimizer, SparseTraining(model, optimizer, method=method, sparsity=0.5, steps=8, update_every=2)
+
+    def run(model, optimizer, training, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            x = torch.randn(4, 10, IN, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            training.step()
+
+    whole, interrupted, resumed = make(0), make(0), make(1)
+    run(*whole, range(8))
+    run(*interrupted, range(5))
+    for one, other in zip(resumed, interrupted, strict=True):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    run(*resumed, range(5, 8))
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(one, other)
