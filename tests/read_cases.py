@@ -140,6 +140,79 @@ class ExpertsEinsum(ExpertsBatched):
         return torch.einsum("eto,eoi->eti", hidden, self.down).sum(0).view_as(x)
 
 
+class Chunked(nn.Module):
+    """Multiplies blocks of rows of one weight by different inputs."""
+
+    sizes = (6, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        one, other = self.both.weight.split(self.sizes)
+        return torch.cat([functional.linear(x, one), functional.linear(2 * x, other)], -1)[..., :IN]
+
+    def truth(self, x):
+        return {"both.weight.0": x, "both.weight.1": 2 * x}
+
+
+class ChunkedUnevenly(Chunked):
+    sizes = (4, 8)
+
+
+class ExpertsInRows(Experts):
+    """The experts one below the other in a parameter of two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(self.up.detach().reshape(-1, IN))
+        self.down = nn.Parameter(torch.randn(EXPERTS * OUT, IN))  # [in, out] of each expert
+
+    def one(self, expert):
+        return self.up.view(EXPERTS, OUT, IN)[expert], self.down.view(EXPERTS, OUT, IN)[expert].T
+
+    def forward(self, x):
+        tokens, routes = self.routes(x)
+        y = torch.zeros_like(tokens)
+        for expert, rows in enumerate(routes):
+            up, down = (part.view(EXPERTS, OUT, IN).chunk(EXPERTS)[expert].squeeze(0) for part in (self.up, self.down))
+            y[rows] = tokens[rows].matmul(up.t()).relu().matmul(down)
+        return y.view_as(x)
+
+
+class Heads(nn.Module):
+    """Parameters of three dimensions that are one matrix: a head has rows of its own, or columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(IN, 3, 4) / 3)
+        self.output = nn.Parameter(torch.randn(IN, 3, 4) / 3)
+
+    def forward(self, x):
+        heads = torch.einsum("bti,ihd->bthd", x, self.query).tanh()
+        return torch.einsum("bthd,ihd->bti", heads, self.output)
+
+    def truth(self, x):
+        return {"query": x, "output": (x @ self.query.flatten(1)).tanh()}
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(IN, IN)
+
+    def forward(self, x):
+        state, steps = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            steps.append(state[0])
+        return torch.stack(steps, 1)
+
+    def truth(self, x):
+        return {"cell.weight_ih": x, "cell.weight_hh": self(x)[:, :-1]}
+
+
 class Attention(nn.Module):
     """Cross-attention: the query has other inputs than key and value."""
 
@@ -181,7 +254,8 @@ CASES = {
     case.__name__: case
     for case in (
         ReadsWeight, ReadsFromTheLeft, ReadsACopy, CallsAndReads, OwnParameter, Experts, ExpertsTransposed,
-        ExpertsGrouped, ExpertsBatched, ExpertsEinsum, Attention, AttentionOfOtherSizes,
+        ExpertsGrouped, ExpertsBatched, ExpertsEinsum, ExpertsInRows, Chunked, ChunkedUnevenly, Heads, Cell, Attention,
+        AttentionOfOtherSizes,
     )
 }  # fmt: skip
 

@@ -6,6 +6,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -67,7 +69,10 @@ class Observer:
         self._read: dict[int, Reading] = {}
         self._running: Counter[int] = Counter()
         self._parameters: dict[int, nn.Parameter] = {}  # by where their memory begins
-        self._views: dict[_Key, tuple[nn.Parameter, bool]] = {}
+        self._views: dict[_Key, tuple[nn.Parameter, Reading]] = {}
+        # By the id of a parameter: the blocks of rows that functions multiply, and whether they multiply all of it.
+        self._rows: dict[int, set[tuple[int, int]]] = {}
+        self._whole: set[int] = set()
         self._shown_by_call: dict[
             int, set[int]
         ] = {}  # by the id of a parameter, the modules whose calls show its input
@@ -85,7 +90,7 @@ class Observer:
                 if weight.ndim != 2:  # of a convolution
                     continue
             part = weight.detach() if kind.part is None else weight.detach()[kind.part]
-            self._views.setdefault(key_of(kind.to_matrix(module, part)), (weight, False))
+            self._views.setdefault(key_of(kind.to_matrix(module, part)), (weight, Reading("")))
             self._parameters[weight.untyped_storage().data_ptr()] = weight
         if not kinds:
             for weight in module.parameters(recurse=False):
@@ -96,9 +101,14 @@ class Observer:
         """A parameter that no kind describes may be multiplied as it is or turned, whole or one matrix of a stack."""
         plain = weight.detach()
         self._parameters[weight.untyped_storage().data_ptr()] = weight
-        for view in (plain, *(plain if plain.ndim == 3 else ())):
-            self._views.setdefault(key_of(view), (weight, False))
-            self._views.setdefault(key_of(view.mT), (weight, True))
+        views: list[tuple[Tensor, int | None]] = [(plain, None)]
+        if plain.ndim == 3:
+            views += [(matrix, None) for matrix in plain] + [
+                (plain.flatten(first, first + 1), first) for first in (0, 1)
+            ]
+        for view, joined in views:
+            self._views.setdefault(key_of(view), (weight, Reading("", joined=joined)))
+            self._views.setdefault(key_of(view.mT), (weight, Reading("", is_transposed=True, joined=joined)))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -125,28 +135,60 @@ class Observer:
 
     def observed(self) -> Observed:
         """Return what was seen so far."""
-        return Observed(frozenset(self._called), dict(self._read))
+        read = dict(self._read)
+        for parameter in self._parameters.values():
+            if id(parameter) in self._rows:
+                read[id(parameter)] = self._in_parts(read[id(parameter)], parameter)
+        return Observed(frozenset(self._called), read)
+
+    def _in_parts(self, reading: Reading, parameter: nn.Parameter) -> Reading:
+        """How a parameter is read of which functions multiply some rows at a time: in blocks apart, or not at all."""
+        ranges = sorted(self._rows[id(parameter)])
+        if id(parameter) in self._whole:
+            return replace(reading, problem=f"{reading.function} multiplies all of it, and parts of it")
+        size = ranges[0][1] - ranges[0][0]
+        if len(parameter) % size == 0 and all(begin % size == 0 and end - begin == size for begin, end in ranges):
+            # Blocks of one size, such as experts. Those that no token has reached yet are among them.
+            ranges = [(begin, begin + size) for begin in range(0, len(parameter), size)]
+        is_apart = all(end == begin for (_, end), (begin, _) in pairwise(ranges))
+        if reading.problem or not is_apart or (ranges[0][0], ranges[-1][1]) != (0, len(parameter)):
+            return replace(
+                reading, problem=reading.problem or f"{reading.function} multiplies parts of it that overlap"
+            )
+        return replace(reading, parts=tuple(ranges))
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return _has_memory(tensor) and tensor.untyped_storage().data_ptr() in self._parameters
 
     def _note(self, product: Product) -> None:
         matrix = product.matrix
-        weight, is_transposed = self._views.get(key_of(matrix), (None, False))
-        if weight is None and matrix.ndim == 3:  # a stack whose matrices are known one by one
-            weight, is_transposed = self._views.get(key_of(matrix[0]), (None, False))
-        if weight is None:
-            weight = self._parameters[matrix.untyped_storage().data_ptr()]
-            problem = f"{product.function} multiplies a part of it at a time"
-        else:
-            problem = ""
+        known = self._views.get(key_of(matrix))
+        if known is None and matrix.ndim == 3:  # a stack whose matrices are known one by one
+            known = self._views.get(key_of(matrix[0]))
+        weight = self._parameters[matrix.untyped_storage().data_ptr()] if known is None else known[0]
         if any(self._running[module] for module in self._shown_by_call.get(id(weight), ())):
             return  # the layer itself
         before = self._read.get(id(weight))
-        if before is not None and not problem and before.is_transposed != is_transposed:
-            problem = f"{before.function} and {product.function} multiply it, once turned"
-        if before is None or (problem and not before.problem):
-            self._read[id(weight)] = Reading(product.function, is_transposed, problem)
+        reading = replace(known[1] if known is not None else self._some_rows(matrix, weight), function=product.function)
+        if known is not None and weight.ndim == 2:
+            self._whole.add(id(weight))
+        if before is None:
+            self._read[id(weight)] = reading
+        elif not before.problem and (reading.problem or replace(reading, function=before.function) != before):
+            problem = reading.problem or f"{before.function} and {reading.function} multiply it in different ways"
+            self._read[id(weight)] = replace(before, problem=problem)
+
+    def _some_rows(self, matrix: Tensor, weight: nn.Parameter) -> Reading:
+        """How rows of a parameter were read that are not the whole of it."""
+        plain = weight.detach()
+        row = plain.stride(0)
+        begin, rest = divmod(int(matrix.storage_offset()) - int(plain.storage_offset()), int(row) or 1)
+        if plain.ndim == 2 and matrix.ndim == 2 and not rest:
+            for is_transposed, rows in ((False, matrix), (True, matrix.mT)):
+                if rows.stride() == plain.stride() and rows.shape[1] == plain.shape[1]:
+                    self._rows.setdefault(id(weight), set()).add((begin, begin + len(rows)))
+                    return Reading("", is_transposed)
+        return Reading("", problem="a function multiplies a part of it")
 
 
 def _has_memory(tensor: Tensor) -> bool:

@@ -83,14 +83,15 @@ def _one_operand(own: str, matrix: Tensor, others: str, x: Tensor, output: str) 
     contracted = [letter for letter in own if letter in others and letter not in output]
     stacked = [letter for letter in own if letter in others and letter in output]
     free = [letter for letter in own if letter not in others]
-    if len(contracted) != 1 or len(free) != 1 or len(stacked) > 1 or len(own) != matrix.ndim or len(others) != x.ndim:
+    if not contracted or not free or len(stacked) > 1 or len(own) != matrix.ndim or len(others) != x.ndim:
         return
     rest = [letter for letter in others if letter not in (*contracted, *stacked)]
-    yield Product(
-        "einsum",
-        matrix.permute([own.index(letter) for letter in (*stacked, *free, *contracted)]),
-        x.permute([others.index(letter) for letter in (*stacked, *rest, *contracted)]),
-    )
+    matrix = matrix.permute([own.index(letter) for letter in (*stacked, *free, *contracted)])
+    x = x.permute([others.index(letter) for letter in (*stacked, *rest, *contracted)])
+    first = len(stacked)
+    # A copy where the letters are not in the order of the memory. It is no weight then, and not reported.
+    matrix = matrix.flatten(first + len(free)).flatten(first, first + len(free) - 1)
+    yield Product("einsum", matrix, x.flatten(x.ndim - len(contracted)))
 
 
 def _grouped(input: Tensor, mat2: Tensor, *, offs: Tensor | None = None, **_: Any) -> Iterator[Product]:

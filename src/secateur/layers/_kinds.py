@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur._checks import instance
 from secateur.layers._attention import attention_kinds
 from secateur.layers._kind import LayerKind, as_it_is, flat_rows, turned
-from secateur.layers._recurrent import recurrent_kinds
+from secateur.layers._recurrent import cell_kinds, recurrent_kinds
 from secateur.layers._stacks import stacked_kinds
 from secateur.layers._transposed import TRANSPOSED_CONVOLUTION
 
@@ -61,6 +61,7 @@ _KINDS: dict[type[nn.Module], LayerKind | KindsOf] = {
     nn.ConvTranspose3d: TRANSPOSED_CONVOLUTION,
     nn.MultiheadAttention: attention_kinds,
     nn.RNNBase: recurrent_kinds,
+    nn.RNNCellBase: cell_kinds,
 }
 
 

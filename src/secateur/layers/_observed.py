@@ -17,11 +17,16 @@ class Reading:
     Args:
         function: name of the first one.
         is_transposed: whether its matrices were used as ``[in, out]``.
+        parts: begin and end of each block of rows that is a matrix of its own; empty if the parameter is one matrix, or
+            a stack.
+        joined: for a parameter of three dimensions that is one matrix, the first of the two that are read as one.
         problem: why it cannot be read as a linear map of rows; empty if it can.
     """
 
     function: str
     is_transposed: bool = False
+    parts: tuple[tuple[int, int], ...] = ()
+    joined: int | None = None
     problem: str = ""
 
 

@@ -12,6 +12,28 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from secateur.layers._kind import LayerKind, as_it_is
 
+
+def cell_kinds(module: Any) -> Iterator[LayerKind]:
+    """Yield the kinds of the two weights of an LSTM, GRU or RNN cell."""
+    for name, call_rows in (("weight_ih", _cell_input), ("weight_hh", _cell_state)):
+        yield LayerKind(as_it_is, as_it_is, parameter=name, name=name, call_rows=call_rows)
+
+
+def _cell_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _cell_state(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    x = _cell_input(module, args, kwargs)
+    state = args[1] if len(args) > 1 else kwargs.get("hx")
+    if state is None:
+        return x.new_zeros(1, x.shape[1], module.hidden_size)
+    state = state[0] if isinstance(state, tuple) else state
+    rows: Tensor = state.reshape(1, -1, state.shape[-1])
+    return rows
+
+
 _CLASSES: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN_TANH": nn.RNN, "RNN_RELU": nn.RNN}
 
 

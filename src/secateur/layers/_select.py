@@ -248,10 +248,12 @@ def _candidates(name: str, module: nn.Module, observed: Observed | None) -> list
     """The weights of a module, and the module itself for the parameters that are none."""
     own = dict(module.named_parameters(recurse=False))
     kinds = kinds_of(module)
+    if observed is not None and not isinstance(module, _EMBEDDINGS):
+        in_parts = {key: p for key, p in own.items() if id(p) in observed.read and observed.read[id(p)].parts}
+        seen = in_parts if kinds else own
+        kinds = tuple(kind for kind in kinds if kind.parameter not in seen)
+        kinds += tuple(kind for key, p in seen.items() for kind in observed_kinds(key, p, observed))
     known = {kind.parameter for kind in kinds}
-    if not kinds and observed is not None and not isinstance(module, _EMBEDDINGS):
-        kinds = tuple(kind for key, p in own.items() for kind in observed_kinds(key, p, observed))
-        known = {kind.parameter for kind in kinds}
     found = [_Candidate(f"{name}.{kind.name}".strip("."), name, module, kind) for kind in kinds if own or not kind.name]
     if not own and not any(hasattr(module, parameter) for parameter in known):
         return []

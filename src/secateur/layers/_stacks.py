@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.layers._kind import LayerKind, as_it_is, turned
 from secateur.layers._observed import Observed
@@ -44,10 +44,28 @@ def observed_kinds(name: str, parameter: nn.Parameter, observed: Observed) -> li
     reading = observed.read.get(id(parameter))
     if reading is None or reading.problem:
         return []
+    view = turned if reading.is_transposed else as_it_is
+    if reading.joined is not None:
+        return [_joined(name, reading.joined, view)]
     if parameter.ndim == 3:
         return list(kinds_of_stack(name, len(parameter), reading.is_transposed))
-    view = turned if reading.is_transposed else as_it_is
-    return [LayerKind(view, view, parameter=name, name=name)]
+    if not reading.parts:
+        return [LayerKind(view, view, parameter=name, name=name)]
+    return [
+        LayerKind(view, view, parameter=name, name=f"{name}.{index}", part=slice(begin, end))
+        for index, (begin, end) in enumerate(reading.parts)
+    ]
+
+
+def _joined(name: str, first: int, view: Callable[[nn.Module, Tensor], Tensor]) -> LayerKind:
+    """The kind of a parameter of three dimensions, two of which are the inputs or the outputs of one matrix."""
+
+    def back(module: nn.Module, matrix: Tensor) -> Tensor:
+        return view(module, matrix).view_as(getattr(module, name))
+
+    return LayerKind(
+        lambda module, weight: view(module, weight.flatten(first, first + 1)), back, parameter=name, name=name
+    )
 
 
 def _by_sizes(shapes: list[tuple[int, ...]]) -> bool | None:
