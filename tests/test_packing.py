@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fake_timing import routes_take
+from fake_timing import kernels_win, routes_take
 from torch import nn
 
 import secateur
@@ -192,6 +192,23 @@ def test_layers_that_are_alike_are_measured_once(monkeypatch):
     assert len(calls) == 4
     secateur.pack_(pruned(*[nn.Linear(64, 64)]), batch_sizes=[1, 4], value_dtype="int8")
     assert len(calls) == 6
+
+
+def test_a_route_of_one_layer_is_not_taken_for_another_whose_zeros_do_not_allow_it(monkeypatch):
+    """Both are as dense, but the zeros of one of them happen to follow a pattern with faster kernels."""
+    kernels_win(monkeypatch)
+    even, uneven = nn.Linear(32, 32), nn.Linear(32, 32)
+    with torch.no_grad():
+        even.weight[:, ::2] = 0
+        uneven.weight[:, 16:] = 0
+        for weight in (even.weight, uneven.weight):  # no columns, which would be a pattern of both
+            weight[torch.arange(32), torch.randint(32, (32,))] = 1.0
+    for layers in ([even, uneven], [uneven, even]):
+        model = copy.deepcopy(nn.Sequential(*layers))
+        x = torch.randn(4, 32)
+        expected = model(x)
+        secateur.pack_(model, batch_sizes=[4])
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_skipped_layers_have_their_reason(monkeypatch):

@@ -69,7 +69,7 @@ class Job:
     ) -> Decision:
         """Return how the layer should run, by a known measurement of a layer that runs alike, or else a new one."""
         rows = PIXELS if isinstance(self.dense, nn.Conv2d) else settings.batch_sizes
-        key = key_of(self.weight, self.packed, type(self.dense).__name__, rows, cold)
+        key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold)
         measured = known.get(key)
         if measured is None:
             inputs = [(n, self._input(n)) for n in rows]
