@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import FormatError, RecipeError
+from secateur._errors import FormatError, PatternError, RecipeError
+from secateur._sharding import is_sharded
 from secateur.files import open_safetensors, write_safetensors
 from secateur.nn import MaskSettings, sparse_layers, sparsify_
 from secateur.patterns import Unstructured
+from secateur.reports import Report
 from secateur.training import SparseTraining, TrainingSettings
+from secateur.zeros import apply_masks_
 
 STATE_FILE = "sparse_training.safetensors"
 _METADATA = "secateur.SparseTraining"
+_LOG = logging.getLogger("secateur")
 
 
 def swap_(model: nn.Module, settings: TrainingSettings) -> None:
@@ -104,6 +110,37 @@ def known_steps(steps: float) -> int:
     if not math.isfinite(steps) or steps < 1:
         raise RecipeError(f"the Trainer expects {steps} optimizer steps. Tell the callback how many: steps=...")
     return int(steps)
+
+
+def tell(report: Report) -> None:
+    """Log a report, and as warnings what the user should look at."""
+    _LOG.info("%s", report)
+    for warning in report.warnings:
+        _LOG.warning("%s", warning)
+
+
+def keep_zeros_(model: nn.Module, report: Report) -> None:
+    """Set pruned weights to zero that something wrote to since the training was finalized, and warn of it."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return  # processes may have parted, and to read the weights they would have to meet
+    changed = {name: count for name, count in apply_masks_(model, report).items() if count}
+    if changed:
+        warnings.warn(
+            f"{sum(changed.values()):,} pruned weights of {len(changed)} parameters, {next(iter(changed))!r} first, "
+            "were changed after the sparse training ended, such as by the module's own on_train_end. They have been "
+            "set to zero again.",
+            stacklevel=2,
+        )
+
+
+def warn_of_lost_zeros(model: nn.Module, report: Report) -> None:
+    """Warn if something wrote to pruned weights since the training was finalized."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return
+    try:
+        report.verify(model)
+    except PatternError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

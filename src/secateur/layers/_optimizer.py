@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from secateur._sharding import local_part, sharded_like
 from secateur._types import Mask
-from secateur.layers._sharding import local_part, sharded_like
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from secateur.layers._sharding import is_sharded
+from secateur._sharding import is_sharded
 
 
 class Replaceability:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from secateur._checks import globs
 from secateur._errors import RecipeError, naming
+from secateur._sharding import full_tensor, is_sharded, write_whole_
 from secateur._types import Weight, dtype_name
 from secateur.layers._kinds import LayerKind, kind_of
 from secateur.layers._replace import reads_without_calling
-from secateur.layers._sharding import full_tensor, is_sharded, write_whole_
 from secateur.patterns import SparsityPattern, with_channel_width
 from secateur.reports import SkippedLayer
 

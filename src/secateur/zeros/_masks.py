@@ -1,0 +1,59 @@
+"""Masks of a model's parameters: from the masks of its layers, or from its zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from secateur._types import Mask
+from secateur.layers import Layer, select_layers
+from secateur.reports import PackedMask, StoredMasks
+
+
+def masks(model: nn.Module, *, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> dict[str, Mask]:
+    """Return masks that are read from the zeros of a model: every weight that is zero now counts as pruned.
+
+    For a model whose report has no masks any more, because it was read from a file. Give them to
+    :func:`apply_masks_` to put the zeros back into a copy.
+
+    Args:
+        model: any module, dense; call ``unpack_`` on a packed one first.
+        include: glob patterns on qualified names of layers. By default all layers that :func:`prune_` would prune.
+        exclude: glob patterns that win over ``include``.
+
+    Returns:
+        Masks by the qualified name of their parameter, as in a ``state_dict``: bool, in its shape and on its device,
+        True = kept. A layer without zeros has a mask that prunes nothing.
+
+    Raises:
+        RecipeError: no layer is left, or a glob that matches nothing.
+
+    Example:
+        >>> import torch, secateur
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> _ = secateur.prune_(model, pattern="2:4", method="magnitude")
+        >>> {name: int((~mask).sum()) for name, mask in secateur.masks(model).items()}
+        {'0.weight': 16}
+    """
+    pairs = [(layer, layer.matrix().ne(0)) for layer in select_layers(model, include, exclude)[0]]
+    found: dict[str, Mask] = {}
+    for layer, mask in pairs:
+        own = layer.from_matrix(mask)
+        found[layer.parameter_name] = own & found[layer.parameter_name] if layer.parameter_name in found else own
+    return found
+
+
+def parameter_names(layer: Layer) -> tuple[str, ...]:
+    """Return the qualified names of a layer's parameter, under each module that uses it."""
+    return layer.parameter_name, *(f"{name}.{layer.kind.parameter}" for name in layer.tied_to)
+
+
+def packed_mask(layer: Layer, mask: Mask) -> PackedMask:
+    """Return the mask ``[out, in]`` of a layer, packed, in the shape of its parameter."""
+    return PackedMask.of(parameter_names(layer), layer.from_matrix(mask))
+
+
+def stored_masks(pairs: Iterable[tuple[Layer, Tensor]]) -> StoredMasks:
+    """Return the masks ``[out, in]`` of layers as a report keeps them."""
+    return StoredMasks(packed_mask(layer, mask) for layer, mask in pairs)
