@@ -67,7 +67,10 @@ BARE = LayerReport(
 )
 REPORT = Report(
     layers=(LAYER, BARE),
-    skipped=(SkippedLayer("embed", "Embedding", "its weight is a table"), SkippedLayer("", "Root", "no weight matrix")),
+    skipped=(
+        SkippedLayer("embed", "Embedding", "its weight is a table", 1000, 1000),
+        SkippedLayer("", "Root", "no weight matrix"),
+    ),
     recipe={"pattern": "2:4", "method": {"name": "refit", "inner": {"name": "wanda"}}, "include": []},
     versions={"secateur": "0.1.0", "torch": "2.9.0"},
     seconds=75.0,
@@ -286,7 +289,7 @@ def test_markdown_has_a_row_for_each_layer_and_skipped_module():
         "| blocks.0.mlp.up | 4 x 4 | 2:4 | 0.5 | 50.00% | 0.1250 | 2 | 0.25 | shared with decoder.up; damping" in text
     )
     assert "| head | 2 x 3 | unstructured | 0.3 | 33.33% |  |  | 0.00 |  |" in text
-    assert "| embed | Embedding | its weight is a table |\n| (root) | Root | no weight matrix |" in text
+    assert "| embed | Embedding | 1,000 | its weight is a table |\n| (root) | Root |  | no weight matrix |" in text
     assert "| perplexity | 4,096 | 12.50 | 15.25 | 1.220 |" in text
 
 
@@ -305,7 +308,7 @@ def test_markdown_of_a_packing_report():
     wanted = "50.0% | nm | int8 | 0.013 | 0.25 | 0.38 | 1: 2.00 (1.50-2.50) lanes:2:4, 8: 1.25 (1.00-2.00) rows |"
     assert f"| blocks.0.mlp.up | 4 x 8 | 2:4 | {wanted}" in lines
     assert "| head | 2 x 0 | row | 100.0% | dense |  |  |  |  | nothing is faster |" in lines
-    assert "| embed | Embedding | embedding |" in lines
+    assert "| embed | Embedding |  | embedding |" in lines
 
 
 # HTML

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur._errors import FormatError, PatternError, RecipeError
 from secateur._sharding import is_sharded
 from secateur.files import open_safetensors, write_safetensors
-from secateur.nn import MaskSettings, sparse_layers, sparsify_
+from secateur.nn import MaskSettings, replaceable_layers, sparse_layers, sparsify_
 from secateur.patterns import Unstructured
 from secateur.reports import Report
 from secateur.training import SparseTraining, TrainingSettings
@@ -28,15 +28,21 @@ _METADATA = "secateur.SparseTraining"
 _LOG = logging.getLogger("secateur")
 
 
-def swap_(model: nn.Module, settings: TrainingSettings) -> None:
+def swap_(model: nn.Module, settings: TrainingSettings) -> dict[str, str]:
     """Swap in the layers of a method that learns its mask, before the model is wrapped or a checkpoint is loaded.
 
     Until the training begins they compute what the plain layers did. A model that has sparse layers is left as it is.
+
+    Returns:
+        Why other modules stay plain, by name, for :func:`finish`: the training itself only sees that they do.
     """
-    if settings.method.learns and not sparse_layers(model):
-        masks = MaskSettings(pattern=settings.pattern or Unstructured(), sparsity=settings.sparsity)
-        for layer in sparsify_(model, settings=masks, include=settings.include, exclude=settings.exclude).values():
-            layer.solve_threshold(0.0)
+    if not settings.method.learns or sparse_layers(model):
+        return {}
+    _, skipped = replaceable_layers(model, settings.include, settings.exclude)
+    masks = MaskSettings(pattern=settings.pattern or Unstructured(), sparsity=settings.sparsity)
+    for layer in sparsify_(model, settings=masks, include=settings.include, exclude=settings.exclude).values():
+        layer.solve_threshold(0.0)
+    return {entry.name: entry.reason for entry in skipped}
 
 
 def begin(
@@ -110,6 +116,13 @@ def known_steps(steps: float) -> int:
     if not math.isfinite(steps) or steps < 1:
         raise RecipeError(f"the Trainer expects {steps} optimizer steps. Tell the callback how many: steps=...")
     return int(steps)
+
+
+def finish(training: SparseTraining, reasons: Mapping[str, str]) -> Report:
+    """Finalize a training, and return its report with the reasons that :func:`swap_` found."""
+    report = training.finalize()
+    skipped = (replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped)
+    return replace(report, skipped=tuple(skipped))
 
 
 def tell(report: Report) -> None:

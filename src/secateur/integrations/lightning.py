@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from secateur._errors import FormatError, RecipeError
-from secateur.integrations._shared import begin, keep_zeros_, known_steps, restore, swap_, tell
+from secateur.integrations._shared import begin, finish, keep_zeros_, known_steps, restore, swap_, tell
 from secateur.patterns import SparsityPattern
 from secateur.reports import Report
 from secateur.schedules import Schedule
@@ -111,6 +111,7 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         )
         self._state: dict[str, Any] | None = None  # loaded before there is a training
         self._hook: RemovableHandle | None = None
+        self._reasons: dict[str, str] = {}  # why modules stay plain
         self.training: SparseTraining | None = None
         self.report: Report | None = None
 
@@ -122,8 +123,9 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         if self.training is not None:  # it was interrupted
             self.training.release()
         self.training = self.report = self._state = None
+        self._reasons = {}
         if not is_overridden("configure_model", pl_module):
-            swap_(pl_module, self._settings)
+            self._reasons = swap_(pl_module, self._settings)
         # A new list, because the Trainer is going through the old one. Checkpoints are to hold what this one leaves.
         others = [callback for callback in trainer.callbacks if callback is not self]
         savers = [callback for callback in others if isinstance(callback, Checkpoint)]
@@ -146,7 +148,7 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         """Leave a plain model with real zeros, and the report. Later the strategy moves the model off its device."""
         assert self.training is not None
         self._let_go()
-        self.report = self.training.finalize()
+        self.report = finish(self.training, self._reasons)
         if trainer.is_global_zero:
             tell(self.report)
 

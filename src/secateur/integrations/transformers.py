@@ -14,6 +14,7 @@ from secateur._errors import FormatError, RecipeError
 from secateur.integrations._shared import (
     STATE_FILE,
     begin,
+    finish,
     known_steps,
     read_state,
     restore,
@@ -123,12 +124,13 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
             seed=seed,
         )
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._reasons: dict[str, str] = {}  # why modules stay plain
         self.training: SparseTraining | None = None
         self.report: Report | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Swap layers, before the Trainer wraps the model or loads a checkpoint into it."""
-        swap_(model, self._settings)
+        self._reasons = swap_(model, self._settings)
 
     def on_train_begin(
         self,
@@ -181,7 +183,7 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint) / STATE_FILE
             restore(self.training, read_state(path), source=str(path))
-        self.report = self.training.finalize()
+        self.report = finish(self.training, self._reasons)
         if state.is_world_process_zero:
             tell(self.report)
 

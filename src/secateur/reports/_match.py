@@ -92,7 +92,9 @@ def _tensors_of(holder: object, attributes: set[str], computed: bool) -> dict[st
         return lambda: tensor
 
     def computer(module: nn.Module, attribute: str) -> Callable[[], Tensor]:
-        return lambda: getattr(module, attribute)
+        # A packed layer that took the place of transformers' Conv1D, whose parameter is [in, out].
+        turned = getattr(module, "transposed", False)
+        return lambda: getattr(module, attribute).T if turned else getattr(module, attribute)
 
     if isinstance(holder, Mapping):
         return {str(name): reader(tensor) for name, tensor in holder.items() if isinstance(tensor, Tensor)}

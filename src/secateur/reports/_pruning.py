@@ -93,7 +93,7 @@ class Report:
             >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
             >>> report = secateur.prune_(model, pattern="2:4", method="magnitude")
             >>> print(report.verify(model))
-            all 16 pruned weights of 1 parameters are zero
+            all 16 pruned weights are zero, in 1 parameter
         """
         masks: StoredMasks | None = vars(self)["stored_masks"]
         return verify_counts(model, self.layers) if masks is None else verify_masks(model, masks)

@@ -115,8 +115,8 @@ class SkippedLayer:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether ``include`` or ``exclude`` left it out."""
-        return self.reason in ("excluded", "not included")
+        """Whether the user left it out: by ``include`` or ``exclude``, or by the layers that ``sparsify_`` replaced."""
+        return self.reason in ("excluded", "not included", "not a sparse layer")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ class Verification:
 
     def __str__(self) -> str:
         if self.by_masks:
-            return f"all {self.pruned:,} pruned weights of {self.parameters} parameters are zero"
+            return f"all {self.pruned:,} pruned weights are zero, in {_parameters(self.parameters)}"
         return (
-            f"{self.parameters} parameters have as many zeros as were pruned, {self.pruned:,}; their places were not "
+            f"as many zeros as were pruned, {self.pruned:,} in {_parameters(self.parameters)}; their places were not "
             "compared, because the report was read from a file and has no masks"
         )
 
@@ -100,7 +100,11 @@ def _values(name: str, tensor: Tensor) -> Tensor:
     return whole.to(torch.float32) if is_narrow else whole
 
 
+def _parameters(count: int) -> str:
+    return "1 parameter" if count == 1 else f"{count} parameters"
+
+
 def _raise_if(lost: Sequence[str], advice: str) -> None:
     if lost:
         lines = "".join(f"\n  {line}" for line in lost[:10]) + (f"\n  and {len(lost) - 10} more" if lost[10:] else "")
-        raise PatternError(f"{len(lost)} parameters have lost zeros:{lines}\n{advice}")
+        raise PatternError(f"zeros were lost in {_parameters(len(lost))}:{lines}\n{advice}")

@@ -59,7 +59,7 @@ def apply_masks_(target: Holder, source: Report | HasMasks | Mapping[str, Mask])
         >>> secateur.apply_masks_(average, report)
         {'module.0.weight': 16}
         >>> print(report.verify(average))
-        all 16 pruned weights of 1 parameters are zero
+        all 16 pruned weights are zero, in 1 parameter
     """
     stored = _masks_of(source)
     found = find_tensors(target, wanted_by(stored))
@@ -101,6 +101,8 @@ def _masks_of(source: object) -> StoredMasks:
 def _check_writable(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise RecipeError(f"{name}: it is on the meta device, without values. Load the weights first.")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RecipeError(f"{name}: it was made in inference mode and cannot change outside of it. Clone it first.")
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         raise RecipeError(
             f"{name}: it is {dtype_name(tensor.dtype)}, but zeros can be set only in weights of 16 or more "
