@@ -19,6 +19,7 @@ from secateur.reports import (
     Evaluation,
     Histogram,
     LayerReport,
+    ModelWeights,
     Report,
     SkippedLayer,
     Table,
@@ -191,6 +192,39 @@ def test_totals_count_the_pruned_layers():
     assert REPORT.to_dict()["totals"] == {"weights": 22, "pruned": 10, "sparsity": 10 / 22}
     assert EMPTY.sparsity == 0.0
     assert str(REPORT) == "pruned 10 of 22 weights (45.45%) in 2 layers, skipped 2 modules, 75.0 s"
+
+
+WHOLE = replace(REPORT, whole=ModelWeights(1030, 103, 4120, 7), calibration_mode="one pass")
+LEFT = replace(WHOLE, skipped=(SkippedLayer("a", HOSTILE, "no known kind", 900, 900), *REPORT.skipped))
+
+
+def test_every_text_begins_with_the_whole_model():
+    first = "10.00% of the model's 1,030 weights are zero now; 2.14% were considered"
+    first += "; 7 have no values (meta device) and do not count as zero"
+    assert str(WHOLE).splitlines() == [first, f"{REPORT}; calibration one pass"]
+    assert WHOLE.to_markdown().splitlines()[2] == f"{first}."
+    text = Page(WHOLE.to_html()).text
+    assert f"{first}." in text
+    assert text.index(first) < text.index("Weights pruned")
+    assert Report.from_json(WHOLE.to_json()) == WHOLE
+
+
+def test_every_text_warns_of_what_was_left_alone():
+    warning = "97.61% of the weights in matrices were left alone (900 of 922, without embeddings and output heads): "
+    assert f"warning: {warning}1,000 in embeddings, 900 in 1 <script>" in str(LEFT)
+    assert f"Warning: {warning}" in LEFT.to_markdown()
+    assert f"Warning: {warning}" in Page(LEFT.to_html()).text
+    assert "<script>" not in LEFT.to_markdown() + LEFT.to_html()
+    assert "warning" not in str(replace(LEFT, skipped=(replace(LEFT.skipped[0], weights=2, matrix_weights=2),)))
+
+
+def test_a_warning_lists_a_few_classes():
+    skipped = tuple(SkippedLayer(str(size), f"Kind{size}", "unknown", size, size) for size in range(100, 110))
+    (warning,) = replace(REPORT, skipped=skipped).warnings
+    assert warning.endswith(
+        "109 in 1 Kind109 (unknown), 108 in 1 Kind108 (unknown), 107 in 1 Kind107 (unknown), "
+        "106 in 1 Kind106 (unknown), 105 in 1 Kind105 (unknown), 510 in other classes"
+    )
 
 
 def test_a_packing_report_survives_json_and_names_routes():

@@ -420,7 +420,7 @@ def test_what_was_left_alone_is_told_by_class_and_reason():
     (warning,) = secateur.prune_(model, sparsity=0.5, method="magnitude").warnings
     assert warning == (
         "88.24% of the weights in matrices were left alone (120 of 136, without embeddings and output heads): 120 in 2 "
-        "Experts (Experts is no known kind of layer; see secateur.register_layer), 40 in 1 embeddings, 40 in 1 output "
+        "Experts (Experts is no known kind of layer; see secateur.register_layer), 40 in embeddings, 40 in output "
         "heads"
     )
 

@@ -27,7 +27,7 @@ def packing_line(whole: ModelWeights | None, packed: int, considered: int) -> st
     if whole is None:
         return ""
     return (
-        f"{_share(packed, whole.nbytes)} of the model's {whole.nbytes:,} bytes are packed now (dense bytes); "
+        f"{_share(packed, whole.nbytes)} of the model's {whole.nbytes:,} dense bytes are packed now; "
         f"{_share(considered, whole.nbytes)} were considered"
     )
 
@@ -49,7 +49,10 @@ def left_alone(layers: Sequence[LayerReport], skipped: Sequence[SkippedLayer]) -
             classes.setdefault(entry.role or f"{entry.kind} ({entry.reason})", []).append(entry)
     sizes = {title: sum(entry.matrix_weights for entry in entries) for title, entries in classes.items()}
     ranked = sorted(sizes, key=lambda title: -sizes[title])
-    lines = [f"{sizes[title]:,} in {len(classes[title])} {title}" for title in ranked[:_CLASSES]]
+    lines = []
+    for title in ranked[:_CLASSES]:
+        entries = classes[title]
+        lines.append(f"{sizes[title]:,} in {title if entries[0].role else f'{len(entries)} {title}'}")
     if len(ranked) > _CLASSES:
         lines.append(f"{sum(sizes[title] for title in ranked[_CLASSES:]):,} in other classes")
     return (
