@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy
 import torch
 from torch import Tensor
 
 from secateur._types import Mask
+
+_Bits: TypeAlias = numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,31 +24,47 @@ class PackedMask:
         names: qualified names of the parameter: that under its first module, and those under the modules that share it.
         shape: of the parameter.
         pruned: weights that the mask prunes.
-        bits: of the flattened mask, 1 = kept.
+        parts: which part of the parameter (None for all), its shape, and the bits of its flattened mask, 1 = kept. What
+            no part covers is kept.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     pruned: int
-    bits: numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]
+    parts: tuple[tuple[int | slice | None, tuple[int, ...], _Bits], ...]
 
     @classmethod
-    def of(cls, names: Sequence[str], mask: Tensor) -> PackedMask:
-        """Pack a bool mask in the shape of the parameter, True = kept."""
+    def of(
+        cls, names: Sequence[str], mask: Tensor, shape: Sequence[int] | None = None, part: int | slice | None = None
+    ) -> PackedMask:
+        """Pack a bool mask, True = kept.
+
+        Args:
+            names: see the class.
+            mask: in the shape of the parameter, or of a part of it.
+            shape: of the parameter; by default that of the mask.
+            part: index of the part.
+        """
         pruned = mask.numel() - int(mask.count_nonzero())
         bits = numpy.packbits(mask.detach().cpu().contiguous().numpy().reshape(-1))
-        return cls(tuple(names), tuple(mask.shape), pruned, bits)
+        return cls(tuple(names), tuple(shape or mask.shape), pruned, ((part, tuple(mask.shape), bits),))
 
     def merged(self, other: PackedMask) -> PackedMask:
-        """Return the mask that prunes what either of two masks of one parameter prunes."""
-        bits = self.bits & other.bits
-        kept = int(numpy.unpackbits(bits, count=math.prod(self.shape)).sum())
-        return replace(self, pruned=math.prod(self.shape) - kept, bits=bits)
+        """Return the mask of two parts of one parameter that do not overlap."""
+        return replace(self, pruned=self.pruned + other.pruned, parts=(*self.parts, *other.parts))
 
     def mask(self) -> Tensor:
         """Return the mask, bool, in the shape of the parameter, on the CPU."""
-        flat = numpy.unpackbits(self.bits, count=math.prod(self.shape)).view(numpy.bool_)
-        return torch.from_numpy(flat).view(self.shape)
+        whole = torch.ones(self.shape, dtype=torch.bool)
+        for part, shape, bits in self.parts:
+            flat = numpy.unpackbits(bits, count=math.prod(shape)).view(numpy.bool_)
+            (whole if part is None else whole[part]).copy_(torch.from_numpy(flat).view(shape))
+        return whole
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the mask takes."""
+        return sum(bits.nbytes for _, _, bits in self.parts)
 
 
 class StoredMasks(Mapping[str, Mask]):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
+from secateur._sharding import full_tensor
 from secateur._types import Mask
 from secateur.layers import Layer, select_layers
 from secateur.reports import PackedMask, StoredMasks
@@ -36,11 +38,10 @@ def masks(model: nn.Module, *, include: Iterable[str] = (), exclude: Iterable[st
         >>> {name: int((~mask).sum()) for name, mask in secateur.masks(model).items()}
         {'0.weight': 16}
     """
-    pairs = [(layer, layer.matrix().ne(0)) for layer in select_layers(model, include, exclude)[0]]
     found: dict[str, Mask] = {}
-    for layer, mask in pairs:
-        own = layer.from_matrix(mask)
-        found[layer.parameter_name] = own & found[layer.parameter_name] if layer.parameter_name in found else own
+    for layer in select_layers(model, include, exclude)[0]:
+        mask = found.setdefault(layer.parameter_name, torch.ones_like(full_tensor(layer.parameter), dtype=torch.bool))
+        mask.copy_(layer.from_matrix(layer.matrix().ne(0)))
     return found
 
 
