@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from html import unescape
 
 import pytest
 import torch
@@ -419,7 +420,11 @@ def test_report_as_text(monkeypatch):
     assert "| 0 | 64 x 64 | unstructured | 30.0% | bitmask | float32 | 0 |" in text
     assert "1: 4.00 (4.00-4.00) bitmask" in text
     assert "no weight matrix" in text
-    assert str(report).startswith("packed 1 of 1 layers with zeros, skipped 1 modules; 16,384 bytes dense, ")
+    first, run = str(report).splitlines()
+    assert first == "95.52% of the model's 17,152 dense bytes are packed now; 95.52% were considered"
+    assert run.startswith("packed 1 of 1 layers with zeros, skipped 1 modules; 16,384 bytes dense, ")
+    assert text.splitlines()[2] == f"{first}."
+    assert first in unescape(report.to_html())
     assert set(report.machine) == {"processor", "kernels", "threads", "secateur", "torch"}
     for wrong in ("[]", "{}", "nothing", '{"layers": [{}]}'):
         with pytest.raises(ValueError, match=r"report|JSON|Expecting"):

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from secateur._checks import globs
 from secateur._errors import RecipeError, naming
+from secateur._sharding import full_tensor, is_sharded, write_whole_
 from secateur._types import Weight, dtype_name
 from secateur.layers._kind import LayerKind
 from secateur.layers._kinds import kinds_of
 from secateur.layers._observed import NEVER_REACHED, Observed
 from secateur.layers._plain import why_not_plain
 from secateur.layers._roles import roles
-from secateur.layers._sharding import full_tensor, is_sharded, write_whole_
 from secateur.layers._stacks import observed_kinds
 from secateur.patterns import SparsityPattern, with_channel_width
 from secateur.reports import SkippedLayer

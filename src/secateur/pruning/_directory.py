@@ -19,7 +19,7 @@ from secateur.layers import Layer, select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.reports import PRUNING_REPORT, Report, SkippedLayer
+from secateur.reports import PRUNING_REPORT, Report
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -98,9 +98,7 @@ def prune_directory(
         evaluation=None if quality is None else quality.compare(model, progress),
         calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
         versions={**report.versions, "transformers": transformers_library().__version__},
-        skipped=tuple(
-            SkippedLayer(entry.name, entry.kind, reasons.get(entry.name, entry.reason)) for entry in report.skipped
-        ),
+        skipped=tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped),
     )
     progress("writing", 0, 1)
     directory.write_pruned(

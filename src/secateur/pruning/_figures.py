@@ -8,8 +8,9 @@ from torch import Tensor
 from secateur._types import Weight
 from secateur.calibration import LayerStatistics
 from secateur.layers import Layer
-from secateur.reports import LayerReport, histogram, thumbnail
+from secateur.reports import LayerReport, empty_rows, histogram, thumbnail
 from secateur.solvers import LayerProblem, Solution
+from secateur.zeros import parameter_names
 
 
 def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, seconds: float) -> LayerReport:
@@ -40,6 +41,8 @@ def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, second
         notes=solution.notes,
         histogram=histogram(solution.scores, solution.mask),
         thumbnail=thumbnail(solution.mask),
+        parameters=parameter_names(layer),
+        empty_rows=empty_rows(stored),
     )
 
 

@@ -31,8 +31,9 @@ from secateur.patterns import SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
 from secateur.pruning._recipe import Recipe
-from secateur.reports import LayerReport, Report, SkippedLayer, versions
+from secateur.reports import LayerReport, PackedMask, Report, SkippedLayer, StoredMasks, versions
 from secateur.solvers import Importance, LayerProblem, Solver, verify
+from secateur.zeros import considered_of, packed_mask, weigh_skipped, weights_of
 
 
 def prune_(
@@ -129,11 +130,14 @@ def prune_(
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
     reports: list[LayerReport] = []
-    digest = None
+    masks: list[PackedMask] = []
+    digest, mode = None, ""
 
     def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
         with naming(layer.title):
-            reports.append(_prune_layer_(layer, patterns[layer.name], sparsity, statistics, recipe.method))
+            report, mask = _prune_layer_(layer, patterns[layer.name], sparsity, statistics, recipe.method)
+        reports.append(report)
+        masks.append(mask)
 
     def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
         return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
@@ -153,6 +157,7 @@ def prune_(
             shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
             del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
+            mode = source.mode
             for index, stage in enumerate(source.stages):
                 # Half of a stage's share of the work is calibrating it, half is solving its layers.
                 done, size = len(reports), len(stage.layers)
@@ -170,11 +175,14 @@ def prune_(
 
     return Report(
         layers=tuple(reports),
-        skipped=tuple(SkippedLayer(entry.name, entry.kind, entry.reason) for entry in skipped),
+        skipped=weigh_skipped(model, skipped, considered_of(reports)),
         recipe=recipe.to_dict(),
         versions=versions(),
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
+        whole=weights_of(model),
+        calibration_mode=mode,
+        stored_masks=StoredMasks(masks),
     )
 
 
@@ -210,8 +218,8 @@ def _tell_unreached(names: Sequence[str], others: Sequence[str], strict: bool) -
 
 def _prune_layer_(
     layer: Layer, pattern: SparsityPattern, sparsity: float, statistics: LayerStatistics | None, method: Solver
-) -> LayerReport:
-    """Solve a layer, check the solution, write it to the model, and report it."""
+) -> tuple[LayerReport, PackedMask]:
+    """Solve a layer, check the solution, write it to the model, and return its report and its mask."""
     began = time.perf_counter()
     dense = layer.matrix()
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True).contiguous()
@@ -225,4 +233,5 @@ def _prune_layer_(
         note = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
         solution = replace(solution, notes=(*solution.notes, note))
     layer.write_(solution.weight)
-    return layer_report(layer, problem, solution, seconds=time.perf_counter() - began)
+    mask = packed_mask(layer, solution.mask)
+    return layer_report(layer, problem, solution, seconds=time.perf_counter() - began), mask
