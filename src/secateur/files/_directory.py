@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ class ModelDirectory:
             name: qualified name of the parameter in the model.
             weight: its value, as it was loaded.
         """
-        alike = [n for n in self.tensors if n == name or n.endswith(f".{name}") or name.endswith(f".{n}")]
+        shorter = [ending for ending in _endings(name) if ending in self.tensors]
+        alike = dict.fromkeys([*self._longer_names.get(name, ()), *shorter])
         for stored in sorted(alike, key=lambda n: n != name):  # the same name first: others may be copies of it
             tensor = self.read(stored)
             if tensor.shape == weight.shape:
@@ -104,6 +105,15 @@ class ModelDirectory:
                 if bool(((loaded == tensor) | (loaded.isnan() & tensor.isnan())).all()):
                     return stored
         return None
+
+    @cached_property
+    def _longer_names(self) -> dict[str, list[str]]:
+        """The stored names that end with a name, which may itself be stored."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            for ending in _endings(name):
+                found.setdefault(ending, []).append(name)
+        return found
 
     def write_pruned(
         self, output: str | Path, replaced: Mapping[str, Tensor], extra: Mapping[str, str], overwrite: bool = False
@@ -127,7 +137,9 @@ class ModelDirectory:
                 with open_safetensors(self.path / shard) as file:
                     metadata = file.metadata()
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                for name in tensors.keys() & replaced.keys():
+                for name in tensors:  # in this order, because values may be made when they are asked for
+                    if name not in replaced:
+                        continue
                     tensors[name] = replaced[name].detach().cpu().to(tensors[name].dtype).contiguous()
                 write_safetensors(partial / shard, tensors, metadata)
                 shutil.copymode(self.path / shard, partial / shard)
@@ -178,6 +190,12 @@ def find_shards(path: Path) -> tuple[str, ...]:
             "(from_pretrained) and save it again with model.save_pretrained(NEW_DIRECTORY)."
         )
     raise FormatError(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")
+
+
+def _endings(name: str) -> list[str]:
+    """The name, and all that remains of it without its first parts."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:

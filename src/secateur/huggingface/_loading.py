@@ -37,7 +37,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     with_head: bool = False,
 ) -> tuple[nn.Module, set[str]]:
-    """Return the model in a directory, in evaluation mode, and the names of modules that the checkpoint lacks.
+    """Return the model in a directory, in evaluation mode, and the names of tensors that the checkpoint lacks.
 
     The class comes from transformers' own tables by the config's model type, and no code in the directory is run.
 
@@ -80,13 +80,7 @@ def load_model(
         raise  # says what to install
     except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise FormatError(
-            f"{directory.path} is an encoder-decoder model, which needs pairs of texts to calibrate on.\n"
-            "Use secateur.prune_ in Python, with batches of your own."
-        )
-    missing = {name.removesuffix(".weight") for name in info["missing_keys"] if name.endswith(".weight")}
-    return model.to(device).eval(), missing
+    return model.to(device).eval(), set(info["missing_keys"])
 
 
 def model_class(config: Any, name: object) -> type[nn.Module] | None:

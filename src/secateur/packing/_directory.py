@@ -67,7 +67,7 @@ def pack_directory(
     settings = PackSettings() if settings is None else settings
     if settings.value_dtype is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
-    untrained = [name for name, _ in model.named_modules() if name in missing]
+    untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
     history = _history(directory.path, model)
     report = pack_(
         model,
@@ -76,7 +76,7 @@ def pack_directory(
         history=history,
         progress=progress,
     )
-    absent = [name for name in model.state_dict() if name.rpartition(".")[0] in missing]
+    absent = [name for name in model.state_dict() if name in missing]
     progress("writing", 0, 1)
     extra = {REPORT: report.to_json() + "\n"}
     save_with(

@@ -14,8 +14,15 @@ from secateur._types import Progress
 from secateur.calibration import batched, read_text
 from secateur.evaluation import DenseQuality
 from secateur.files import ModelDirectory, check_output
-from secateur.huggingface import CalibrationText, TextReader, is_causal, load_model, transformers_library
-from secateur.layers import Layer, select_layers
+from secateur.huggingface import (
+    CalibrationText,
+    StoredWeights,
+    TextReader,
+    is_causal,
+    load_model,
+    transformers_library,
+)
+from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
@@ -71,6 +78,12 @@ def prune_directory(
 
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, device, dtype)
+    if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
+            "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), each batch such "
+            "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
+        )
     recipe, stored = _match_checkpoint(model, directory, recipe, missing)
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text or heldout else None
@@ -89,10 +102,9 @@ def prune_directory(
         quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
 
     report = prune_(model, batches, recipe, progress=progress)
-    for stored_name, parameter_name in stored.items():
-        _round_like_stored_(model, parameter_name, directory, stored_name)
+    stored.round_()
 
-    reasons = {entry.name: _NOT_STORED for entry in report.skipped if entry.name in missing}
+    reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
     report = replace(
         report,
         evaluation=None if quality is None else quality.compare(model, progress),
@@ -105,7 +117,7 @@ def prune_directory(
     progress("writing", 0, 1)
     directory.write_pruned(
         output,
-        {name: model.get_parameter(parameter) for name, parameter in stored.items()},
+        stored,
         {"config.json": _config_with_sparsity(directory, report), PRUNING_REPORT: report.to_json() + "\n"},
         overwrite,
     )
@@ -124,35 +136,20 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
 
 def _match_checkpoint(
     model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
-) -> tuple[Recipe, dict[str, str]]:
-    """Map stored names to parameters to prune, and leave out layers whose values do not come from the checkpoint."""
+) -> tuple[Recipe, StoredWeights]:
+    """Find where the parameters to prune are stored, and leave out layers whose values are not in the checkpoint."""
     layers, _ = select_layers(model, recipe.include, recipe.exclude)
-    untrained = tuple(layer.name for layer in layers if layer.name in missing)
+    untrained = tuple(layer.name for layer in layers if layer.parameter_name in missing)
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
-    names: dict[int, list[str]] = {}  # of each parameter; a tied one may be stored under some or all of them
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    stored: dict[str, str] = {}
-    lost: list[Layer] = []
-    for layer in layers:
-        if layer.name in untrained:
-            continue
-        found = {directory.find(name, layer.parameter) for name in names[id(layer.parameter)]} - {None}
-        if not found:
-            lost.append(layer)
-        stored.update({name: layer.parameter_name for name in found if name is not None})
-    if lost:
-        listed = ", ".join(layer.name for layer in lost[:5])
+    # Several layers may be parts of one parameter.
+    changing = dict.fromkeys(layer.parameter_name for layer in layers if layer.name not in untrained)
+    stored = StoredWeights(model, directory, changing)
+    if stored.lost:
+        listed = ", ".join(stored.lost[:5])
         raise FormatError(
-            f"{directory.path} stores {len(lost)} layers in another form than the model uses them ({listed}), so they "
-            "cannot be written back.\nUse secateur.prune_ in Python and model.save_pretrained, or exclude them."
+            f"{directory.path} stores {len(stored.lost)} weights in another form than the model uses them ({listed}), "
+            "and transformers has no way back, so they cannot be written.\n"
+            "Exclude them, or use secateur.prune_ in Python and model.save_pretrained."
         )
     return recipe, stored
-
-
-@torch.no_grad()
-def _round_like_stored_(model: nn.Module, parameter_name: str, directory: ModelDirectory, stored_name: str) -> None:
-    """Give a computed weight the precision that it will have on disk."""
-    parameter = model.get_parameter(parameter_name)
-    parameter.copy_(parameter.to(directory.read(stored_name).dtype))
