@@ -1,6 +1,5 @@
 """Weights go back to where the checkpoint has them, whatever transformers makes of the checkpoint when it loads it."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

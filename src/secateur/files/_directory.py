@@ -97,7 +97,7 @@ class ModelDirectory:
             weight: its value, as it was loaded.
         """
         shorter = [ending for ending in _endings(name) if ending in self.tensors]
-        alike = dict.fromkeys([*self._longer_names.get(name, ()), *shorter])
+        alike: dict[str, None] = dict.fromkeys([*self._longer_names.get(name, ()), *shorter])
         for stored in sorted(alike, key=lambda n: n != name):  # the same name first: others may be copies of it
             tensor = self.read(stored)
             if tensor.shape == weight.shape:
@@ -137,10 +137,9 @@ class ModelDirectory:
                 with open_safetensors(self.path / shard) as file:
                     metadata = file.metadata()
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                for name in tensors:  # in this order, because values may be made when they are asked for
-                    if name not in replaced:
-                        continue
-                    tensors[name] = replaced[name].detach().cpu().to(tensors[name].dtype).contiguous()
+                for name, old in tensors.items():  # in this order, because values may be made when they are asked for
+                    if name in replaced:
+                        tensors[name] = replaced[name].detach().cpu().to(old.dtype).contiguous()
                 write_safetensors(partial / shard, tensors, metadata)
                 shutil.copymode(self.path / shard, partial / shard)
             for name, text in extra.items():

@@ -81,7 +81,7 @@ def prune_directory(
     if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
         raise RecipeError(
             f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
-            "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), each batch such "
+            "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
             "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
         )
     recipe, stored = _match_checkpoint(model, directory, recipe, missing)

@@ -24,7 +24,7 @@ from secateur.calibration import (
     replayed,
 )
 from secateur.layers import Layer, select_layers
-from secateur.patterns import SparsityPattern
+from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
 from secateur.pruning._recipe import Recipe
@@ -45,6 +45,7 @@ def prune_(
     exclude: Iterable[str] | None = None,
     sequential: bool | None = None,
     measure_error: bool | None = None,
+    remainder: Remainder | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -62,7 +63,8 @@ def prune_(
             or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
-        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error: see :class:`Recipe`.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, remainder: see
+            :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
         progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
 
@@ -95,6 +97,7 @@ def prune_(
         "exclude": exclude,
         "sequential": sequential,
         "measure_error": measure_error,
+        "remainder": remainder,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs

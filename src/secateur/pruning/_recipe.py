@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur._checks import flag, globs, instance, known_keys, one_of
 from secateur._errors import RecipeError, naming
-from secateur.patterns import SparsityPattern, Unstructured
+from secateur.patterns import Remainder, SparsityPattern, Unstructured, with_dense_remainder
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.solvers import (
     Importance,
@@ -43,6 +43,9 @@ class Recipe:
             dense model.
         measure_error: measure each layer's relative output error. It needs the Gram matrix of each layer's inputs,
             which second-order methods gather anyway and which about doubles the cost of calibrating for Wanda.
+        remainder: for layers whose size the pattern's groups or tiles do not divide, ``"error"`` raises and ``"dense"``
+            leaves the columns and rows beyond the last whole one dense, as a pattern with ``remainder="dense"`` does.
+            The report notes how many. A pattern that says so itself wins.
 
     Raises:
         RecipeError: an unknown method or allocation.
@@ -65,6 +68,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     sequential: bool = True
     measure_error: bool = True
+    remainder: Remainder = "error"
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -74,6 +78,9 @@ class Recipe:
         elif isinstance(self.method, Importance):
             object.__setattr__(self, "method", Select(self.method))
         instance("pattern", self.pattern, SparsityPattern, "a SparsityPattern or its name")  # type: ignore[type-abstract]
+        if one_of("remainder", self.remainder, ("error", "dense")) == "dense":
+            object.__setattr__(self, "pattern", with_dense_remainder(self.pattern))
+        object.__setattr__(self, "remainder", getattr(self.pattern, "remainder", self.remainder))
         instance("method", self.method, Solver, "a Solver or its name")  # type: ignore[type-abstract]
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
