@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import FormatError
+from secateur.files._claims import first_part, without_claims
 from secateur.files._place import check_output
 from secateur.files._safetensors import open_safetensors
 from secateur.files._whole import whole_directory, write_safetensors
@@ -21,7 +22,8 @@ from secateur.files._whole import whole_directory, write_safetensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
-_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_OTHER_WEIGHTS = _PICKLES | {".h5", ".msgpack", ".onnx", ".gguf"}
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -80,6 +82,16 @@ class ModelDirectory:
                 stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
             dtypes |= {_DTYPES[name] for name in stored if name in _DTYPES}
         return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    @property
+    def first_part(self) -> tuple[str, str] | None:
+        """Name and dtype of the first stored tensor that is part of a packed or quantized weight, or None."""
+        for shard in self.shards:
+            with open_safetensors(self.path / shard) as file:
+                found = first_part((name, file.get_slice(name).get_dtype()) for name in file.keys())  # noqa: SIM118
+            if found is not None:
+                return found
+        return None
 
     @property
     def num_bytes(self) -> int:
@@ -149,6 +161,8 @@ class ModelDirectory:
 def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) -> None:
     """Copy the config, tokenizer and other files of a model directory into another one.
 
+    The copy of the config says nothing of quantized weights, because those that are written beside it are not.
+
     Args:
         source: the model.
         target: an existing directory.
@@ -160,6 +174,10 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(entry, target / relative)
+    if (target / "config.json").is_file():
+        config = _read_json(target / "config.json")
+        if (plain := without_claims(config)) != config:
+            (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def find_shards(path: Path) -> tuple[str, ...]:
@@ -181,11 +199,17 @@ def find_shards(path: Path) -> tuple[str, ...]:
         return tuple(dict.fromkeys(weight_map.values()))
     if (path / SINGLE).is_file():
         return (SINGLE,)
-    pickled = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"})
+    packed = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(".sparse.safetensors"))
+    if packed:
+        raise FormatError(
+            f"{path} has packed weights ({packed[0]}), and dense ones are needed here.\n"
+            "Write them dense first: secateur export DIRECTORY --output DENSE."
+        )
+    pickled = sorted(entry for entry in path.iterdir() if entry.suffix in _PICKLES)
     if pickled:
         raise FormatError(
-            f"{path} has its weights as {pickled[0]}, a pickle, which can run any code when it is loaded; secateur "
-            "reads safetensors only.\nIf you trust the file, convert it once: load the model with transformers "
+            f"{path} has its weights as {pickled[0].name}, a pickle, which can run any code when it is loaded; "
+            "secateur reads safetensors only.\nIf you trust the file, convert it once: load the model with transformers "
             "(from_pretrained) and save it again with model.save_pretrained(NEW_DIRECTORY)."
         )
     raise FormatError(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")
@@ -195,6 +219,27 @@ def _endings(name: str) -> list[str]:
     """The name, and all that remains of it without its first parts."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def check_no_pickle(path: Path) -> None:
+    """Raise if a file of weights is a pickle, by its name or its first bytes.
+
+    Raises:
+        FormatError: it is one, which is said instead of an error of the reader of safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return  # the reader says why
+    # torch.save writes a zip archive, and wrote a bare pickle. Safetensors have the length of their header, then "{".
+    begins_like_one = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+    if start[8:] != b"{" and (path.suffix in _PICKLES or begins_like_one):
+        raise FormatError(
+            f"{path} is a pickle, as torch.save writes it, which can run any code when it is loaded; secateur reads "
+            "safetensors only.\nIf you trust the file, convert it once in Python: "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')."
+        )
 
 
 def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:

@@ -52,24 +52,26 @@ def load_model(
         FormatError: transformers does not know the model type, or cannot load the weights.
     """
     transformers = transformers_library()
-    if directory.config.get("quantization_config"):
+    if (part := directory.first_part) is not None:
+        name, stored = part
+        advice = "Prune the model in full or half precision, and quantize it afterwards."
+        if name.endswith((".compressed", ".bitmask", ".row_offsets")):
+            advice = f"Write it dense first: secateur export {directory.path} --output DENSE."
         raise FormatError(
-            f"{directory.path} is quantized, and its packed weights cannot be pruned.\n"
-            "Prune the model in full or half precision, and quantize it afterwards."
+            f"{directory.path} is quantized or packed: it stores {name!r} as {stored}, no plain weight.\n{advice}"
         )
     device = _usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else directory.widest_dtype
     auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
     try:
+        config = _config(directory.path)
         if with_head:
             names = directory.config.get("architectures")
-            config = transformers.AutoConfig.from_pretrained(
-                directory.path, local_files_only=True, trust_remote_code=False
-            )
             auto = model_class(config, names[0] if isinstance(names, list) and names else None) or auto
         model, info = auto.from_pretrained(
             directory.path,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
@@ -81,6 +83,15 @@ def load_model(
     except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
     return model.to(device).eval(), set(info["missing_keys"])
+
+
+def _config(path: Path) -> Any:
+    """The config in a directory, without what it claims of quantized weights: what is stored was looked at."""
+    config = transformers_library().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def model_class(config: Any, name: object) -> type[nn.Module] | None:
@@ -118,9 +129,7 @@ def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Modu
         )
     transformers = transformers_library()
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # of compressed-tensors, which what is read now has no longer
+        config = _config(path)
         names = [name, *(getattr(config, "architectures", None) or ())]
         made_by = next(filter(None, (model_class(config, known) for known in names)), None)
         if made_by is None:

@@ -13,7 +13,7 @@ from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
 from secateur.calibration import batched, read_text
 from secateur.evaluation import DenseQuality
-from secateur.files import ModelDirectory, check_output
+from secateur.files import ModelDirectory, check_output, without_claims
 from secateur.huggingface import (
     CalibrationText,
     StoredWeights,
@@ -131,7 +131,7 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
         "sparsity": report.sparsity,
         "layers": [layer.name for layer in report.layers],
     }
-    return json.dumps({**directory.config, "sparsity": sparsity}, indent=2) + "\n"
+    return json.dumps({**without_claims(directory.config), "sparsity": sparsity}, indent=2) + "\n"
 
 
 def _match_checkpoint(
