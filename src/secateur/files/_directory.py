@@ -209,7 +209,7 @@ def find_shards(path: Path) -> tuple[str, ...]:
     if pickled:
         raise FormatError(
             f"{path} has its weights as {pickled[0].name}, a pickle, which can run any code when it is loaded; "
-            "secateur reads safetensors only.\nIf you trust the file, convert it once: load the model with transformers "
+            "secateur reads safetensors only.\nIf you trust it, convert it once: load the model with transformers "
             "(from_pretrained) and save it again with model.save_pretrained(NEW_DIRECTORY)."
         )
     raise FormatError(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")

@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur.files import ModelDirectory
+from secateur.huggingface._architecture import check_named, classes, named
 
 
 def transformers_library() -> ModuleType:
@@ -29,6 +30,25 @@ def transformers_library() -> ModuleType:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def open_model(path: str | Path) -> ModelDirectory:
+    """Return a model directory, checked, with the class of the model in its config: read off its tensors if need be.
+
+    Raises:
+        FormatError: it is not a model directory with safetensors weights.
+        ImportError: transformers is missing.
+    """
+    directory = ModelDirectory.open(path)
+    if directory.config.get("architectures"):
+        return directory
+    try:
+        config = _config(directory.path)
+    except ImportError:
+        raise
+    except Exception:  # a config that transformers cannot read: loading says why
+        return directory
+    return named(directory, config)
 
 
 def load_model(
@@ -49,7 +69,7 @@ def load_model(
             the checkpoint is left out; else a causal language model or a base model.
 
     Raises:
-        FormatError: transformers does not know the model type, or cannot load the weights.
+        FormatError: transformers does not know the model type, or cannot load the weights; or the class is not known.
     """
     transformers = transformers_library()
     if (part := directory.first_part) is not None:
@@ -67,7 +87,8 @@ def load_model(
     try:
         config = _config(directory.path)
         if with_head:
-            names = directory.config.get("architectures")
+            check_named(directory, config)
+            names = directory.config["architectures"]
             auto = model_class(config, names[0] if isinstance(names, list) and names else None) or auto
         model, info = auto.from_pretrained(
             directory.path,
@@ -78,8 +99,8 @@ def load_model(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except ImportError:
-        raise  # says what to install
+    except (ImportError, FormatError):
+        raise  # says what to do
     except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
     return model.to(device).eval(), set(info["missing_keys"])
@@ -99,16 +120,7 @@ def model_class(config: Any, name: object) -> type[nn.Module] | None:
 
     A name in a checkpoint chooses from transformers' tables and nothing else.
     """
-    for table in vars(importlib.import_module("transformers.models.auto.modeling_auto")).values():
-        mapping = getattr(table, "_model_mapping", None)
-        try:
-            found = () if mapping is None else mapping[type(config)]
-        except KeyError:
-            continue
-        for made in found if isinstance(found, tuple | list) else (found,):
-            if made.__name__ == name:
-                return made  # type: ignore[no-any-return]
-    return None
+    return next((made for made in classes(config) if made.__name__ == name), None)
 
 
 def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Module:

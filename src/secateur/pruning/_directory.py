@@ -20,6 +20,7 @@ from secateur.huggingface import (
     TextReader,
     is_causal,
     load_model,
+    open_model,
     transformers_library,
 )
 from secateur.layers import select_layers
@@ -67,7 +68,7 @@ def prune_directory(
         SparsityError: its other children, for recipes and texts that do not fit.
         ImportError: transformers is missing.
     """
-    directory = ModelDirectory.open(source)
+    directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     if (recipe.method.needs or ALLOCATIONS[recipe.allocation].needs) and calibration is None:
         raise RecipeError(
