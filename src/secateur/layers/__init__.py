@@ -5,6 +5,8 @@ from secateur.layers._kinds import LayerKind as LayerKind
 from secateur.layers._kinds import is_transposed_linear as is_transposed_linear
 from secateur.layers._kinds import kind_of as kind_of
 from secateur.layers._kinds import register_layer as register_layer
+from secateur.layers._models import check_model as check_model
+from secateur.layers._models import computed_by as computed_by
 from secateur.layers._optimizer import clear_state_ as clear_state_
 from secateur.layers._replace import Replaceability as Replaceability
 from secateur.layers._replace import swap_modules_ as swap_modules_

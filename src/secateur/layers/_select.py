@@ -13,6 +13,7 @@ from secateur._checks import globs
 from secateur._errors import RecipeError, naming
 from secateur._types import Weight, dtype_name
 from secateur.layers._kinds import LayerKind, kind_of
+from secateur.layers._models import check_model, computed_by, why_no_values
 from secateur.layers._replace import reads_without_calling
 from secateur.layers._sharding import full_tensor, is_sharded, write_whole_
 from secateur.patterns import SparsityPattern, with_channel_width
@@ -90,7 +91,7 @@ class Layer:
         weight = self.matrix()
         with naming(self.title):
             if weight.is_meta:
-                raise RecipeError("its weight is on the meta device, without values. Load the weights first.")
+                raise RecipeError(why_no_values(self.modules))
             if not (finite := weight.isfinite()).all():
                 raise RecipeError(f"{int((~finite).sum())} of its weights are NaN or infinite. Exclude the layer.")
             pattern.validate(weight.shape)
@@ -120,6 +121,7 @@ def select_layers(
         RecipeError: a glob matches no module with parameters, or no layer is left to prune.
         TypeError: a glob that is not a str.
     """
+    check_model(model)
     include, exclude = globs("include", include), globs("exclude", exclude)
     owners = [(name, module) for name, module in model.named_modules() if _own_parameters(module)]
     for glob in (*include, *exclude):
@@ -168,7 +170,8 @@ def select_layers(
             found[weight] = Layer(first.name, (*first.modules, module), first.kind, (*first.tied_to, name))
     if not found:
         listed = "\n".join(f"  {s.name or '(the model itself)'} ({s.kind}): {s.reason}" for s in skipped[:10])
-        raise RecipeError(f"the model has no layer to prune. Its modules with parameters:\n{listed or '  none'}")
+        nothing = "  none; a packed model has none until secateur.unpack_"
+        raise RecipeError(f"the model has no layer to prune. Its modules with parameters:\n{listed or nothing}")
     return list(found.values()), skipped
 
 
@@ -184,10 +187,14 @@ def _why_not_possible(name: str, module: nn.Module, attention: set[str]) -> str 
             return "embedding"
         if all(parameter.ndim < 2 for parameter in _own_parameters(module).values()):
             return "no weight matrix"
+        if isinstance(module, torch.jit.ScriptModule):
+            return "scripted or traced by torch.jit; prune the module that it was made from"
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            return "holds the weight of a parametrized layer"
         return f"{type(module).__name__} is no known kind of layer; see secateur.register_layer"
     weight = getattr(module, kind.parameter, None)
     if not isinstance(weight, nn.Parameter):
-        return f"its {kind.parameter} is computed from other parameters (parametrized or pruned by torch.nn.utils)"
+        return f"its {kind.parameter} is computed by {computed_by(module, kind.parameter)}"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet; run the model once"
     if not weight.is_floating_point() or weight.element_size() == 1:

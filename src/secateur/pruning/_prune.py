@@ -17,13 +17,14 @@ from secateur.calibration import (
     LayerStatistics,
     Need,
     call_model,
+    fit_arguments,
     gather,
     hash_batches,
     load_batches,
     quiet,
     replayed,
 )
-from secateur.layers import Layer, select_layers
+from secateur.layers import Layer, check_model, select_layers
 from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
@@ -60,7 +61,9 @@ def prune_(
     Args:
         model: any module. Layers are found by class; see :func:`register_layer` for your own.
         batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts
-            or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
+            or ``BatchEncoding`` (``model(**batch)``); numpy arrays count as tensors. A label beside the inputs, as a
+            ``DataLoader`` gives it, is left out where the model takes one input. A ``SentenceTransformer`` also takes
+            texts. Tokens whose ``attention_mask`` is 0 do not count. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
         pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, remainder: see
@@ -86,6 +89,7 @@ def prune_(
         (0.5, 64)
     """
     began = time.perf_counter()
+    check_model(model)
     if isinstance(batches, Recipe):
         raise TypeError("batches must be calibration inputs, got a Recipe; pass recipe=Recipe(...)")
     keywords = {
@@ -118,7 +122,7 @@ def prune_(
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
     reports: list[LayerReport] = []
-    digest = None
+    digest, ignored = None, ""
 
     def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
         with naming(layer.title):
@@ -134,7 +138,11 @@ def prune_(
             tell(layer.name, len(reports), total)
     else:
         run = forward or call_model
-        loaded = load_batches(batches, layers[0].parameter.device)
+        device = layers[0].parameter.device
+        loaded = load_batches(batches, device)
+        if forward is None:
+            fitted = fit_arguments(model, loaded, device)
+            loaded, ignored = fitted.batches, fitted.ignored
         digest = hash_batches(loaded)
         if recipe.measure_error:
             needs = needs | {"gram"}
@@ -163,6 +171,7 @@ def prune_(
         versions=versions(),
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
+        calibration={"ignored": ignored} if ignored else {},
     )
 
 
