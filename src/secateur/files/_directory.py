@@ -76,22 +76,27 @@ class ModelDirectory:
     @property
     def widest_dtype(self) -> torch.dtype:
         """The dtype that holds all stored floating-point tensors, whatever the config says; else float32."""
-        dtypes: set[torch.dtype] = set()
+        dtypes = {_DTYPES[name] for name in self.dtypes.values() if name in _DTYPES}
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every stored tensor by its name, in safetensors' spelling."""
+        found: dict[str, str] = {}
         for shard in self.shards:
             with open_safetensors(self.path / shard) as file:
-                stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            dtypes |= {_DTYPES[name] for name in stored if name in _DTYPES}
-        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+                found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        return found
 
     @property
     def first_part(self) -> tuple[str, str] | None:
         """Name and dtype of the first stored tensor that is part of a packed or quantized weight, or None."""
-        for shard in self.shards:
-            with open_safetensors(self.path / shard) as file:
-                found = first_part((name, file.get_slice(name).get_dtype()) for name in file.keys())  # noqa: SIM118
-            if found is not None:
-                return found
-        return None
+        return first_part(self.dtypes.items())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a stored tensor."""
+        stored = _DTYPES.get(self.dtypes[name])
+        return self.read(name).dtype if stored is None else stored
 
     @property
     def num_bytes(self) -> int:
@@ -114,7 +119,7 @@ class ModelDirectory:
             tensor = self.read(stored)
             if tensor.shape == weight.shape:
                 loaded = weight.detach().cpu().to(tensor.dtype)
-                if bool(((loaded == tensor) | (loaded.isnan() & tensor.isnan())).all()):
+                if torch.equal(loaded, tensor) or torch.allclose(loaded, tensor, rtol=0, atol=0, equal_nan=True):
                     return stored
         return None
 

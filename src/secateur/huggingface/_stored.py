@@ -49,7 +49,7 @@ class StoredWeights(Mapping[str, Tensor]):
                 self._places[stored] = (group, made)
                 found.update(counts)
                 for name in counts:
-                    dtypes.setdefault(id(self._parameters[name]), {})[directory.read(stored).dtype] = None
+                    dtypes.setdefault(id(self._parameters[name]), {})[directory.dtype(stored)] = None
         whole = {id(self._parameters[name]) for name, count in found.items() if count == self._parameters[name].numel()}
         self.lost = tuple(name for name in names if id(self._parameters[name]) not in whole)
         self._dtypes = {name: tuple(dtypes.get(id(self._parameters[name]), ())) for name in names}
