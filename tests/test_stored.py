@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from secateur import FormatError
 from secateur.cli import app
 from secateur.files import ModelDirectory
 from secateur.huggingface import StoredWeights, load_model
@@ -189,6 +190,48 @@ def test_values_that_are_not_those_of_the_checkpoint_are_lost_by_name(saved, fam
     assert name in lost
     together = {"three weights in one": 3}.get(family, 1)  # its neighbours in the same stored tensor are lost, too
     assert len(lost) == together
+
+
+@torch.no_grad()
+def test_a_change_that_cannot_be_written_is_named_and_only_changes_are_written(saved):
+    directory = ModelDirectory.open(saved("experts one by one, of Mixtral"))
+    model, _ = load_model(directory, "cpu", with_head=True)
+    stack, query = "model.layers.0.mlp.experts.down_proj", "model.layers.0.self_attn.q_proj.weight"
+    model.get_parameter(stack)[1, 0, 0] += 1
+    stored = StoredWeights(model, directory, matrices(model))
+    assert stored.lost == (stack,)
+    assert (list(stored), len(stored), stored.unwritable) == ([], 0, ())
+    assert query not in stored
+    with pytest.raises(KeyError):
+        stored[query]
+    model.get_parameter(query)[0] = 0
+    assert (list(stored), stored.unwritable) == ([query], ())
+    assert torch.equal(stored[query], model.get_parameter(query))
+    model.get_parameter(stack)[0] = 0
+    model.get_parameter("model.norm.weight")[0] = 0
+    assert stored.unwritable == (stack, "model.norm.weight")
+
+
+def test_what_turns_out_to_be_a_layer_while_the_model_runs_is_written_too(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning._directory.select_layers", lambda *given: ([], []))
+    source = saved("as it is")
+    report = prune_directory(source, tmp_path / "out", Recipe(pattern="2:4", method="magnitude"))
+    written = {n: t for found in tensors(tmp_path / "out").values() for n, t in found.items()}
+    assert len(report.layers) == 14
+    assert all((written[f"{layer.name}.weight"] == 0).sum() == layer.pruned for layer in report.layers)
+
+
+def test_a_pruned_weight_that_the_checkpoint_lacks_is_an_error_and_nothing_is_written(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pruning._directory.select_layers", lambda *given: ([], []))
+    source = tmp_path / "model"
+    stored = {n: t for found in tensors(saved("as it is")).values() for n, t in found.items()}
+    source.mkdir()
+    stored.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text((saved("as it is") / "config.json").read_text())
+    with pytest.raises(FormatError, match=r"stores 1 weights.*layers\.1\.mlp\.up_proj\.weight.*Nothing was"):
+        prune_directory(source, tmp_path / "out", Recipe(pattern="2:4", method="magnitude"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

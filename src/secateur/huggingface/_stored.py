@@ -14,16 +14,19 @@ from secateur.files import ModelDirectory
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """The tensors of a checkpoint that hold some parameters of a model, by stored name: always the model's own values.
+    """The tensors of a checkpoint that hold changed parameters of a model, by stored name, with the model's values.
 
     transformers renames, joins and cuts tensors while it loads them: it stacks the experts of a layer, or cuts a fused
     projection into three. It can turn this around, which ``save_pretrained`` does. Here its word is not taken for it:
     a tensor belongs to a parameter only if the reverse of the freshly loaded values is the stored tensor, bit for bit.
 
+    A parameter counts as changed when it was written to after this object was made. All other tensors are not among
+    these, so that they are copied as they are.
+
     Args:
         model: as it was loaded from the directory, before any weight changed.
         directory: of the model.
-        parameters: qualified names of the parameters that will change.
+        parameters: qualified names of the parameters that may change.
     """
 
     def __init__(self, model: nn.Module, directory: ModelDirectory, parameters: Iterable[str]) -> None:
@@ -32,7 +35,9 @@ class StoredWeights(Mapping[str, Tensor]):
         self._groups: dict[str, list[str]] = {}
         for name in self._parameters:
             self._groups.setdefault(_neighbourhood(name), []).append(name)
-        self._places: dict[str, tuple[str, str]] = {}  # of a stored tensor: the group, and its name when reversed
+        self._versions = {name: parameter._version for name, parameter in self._parameters.items()}
+        # Of a stored tensor: the group, its name when reversed, and the parameters that it holds.
+        self._places: dict[str, tuple[str, str, tuple[str, ...]]] = {}
         self._group, self._reversed = "", dict[str, Tensor]()
         dtypes: dict[int, dict[torch.dtype, None]] = {}
         found: Counter[str] = Counter()  # weights of each parameter that were found
@@ -46,36 +51,49 @@ class StoredWeights(Mapping[str, Tensor]):
                 stored = None if tensor is None else directory.find(made, tensor)
                 if stored is None or stored in self._places:
                     continue
-                self._places[stored] = (group, made)
+                self._places[stored] = (group, made, tuple(counts))
                 found.update(counts)
                 for name in counts:
                     dtypes.setdefault(id(self._parameters[name]), {})[directory.dtype(stored)] = None
-        whole = {id(self._parameters[name]) for name, count in found.items() if count == self._parameters[name].numel()}
-        self.lost = tuple(name for name in names if id(self._parameters[name]) not in whole)
+        self._whole = {
+            id(self._parameters[name]) for name, count in found.items() if count == self._parameters[name].numel()
+        }
+        self.lost = tuple(name for name in names if id(self._parameters[name]) not in self._whole)
         self._dtypes = {name: tuple(dtypes.get(id(self._parameters[name]), ())) for name in names}
         self._group, self._reversed = "", {}
 
+    @property
+    def unwritable(self) -> tuple[str, ...]:
+        """Names of parameters that were changed, but are not known to be in the checkpoint."""
+        names = dict(self._model.named_parameters())  # each once
+        return tuple(name for name in names if self._changed(name) and id(self._parameters[name]) not in self._whole)
+
     @torch.no_grad()
     def round_(self) -> None:
-        """Give the parameters the precision that they will have on disk."""
+        """Give the changed parameters the precision that they will have on disk."""
         for name, dtypes in self._dtypes.items():
-            parameter = self._parameters[name]
-            for dtype in dtypes:
-                parameter.copy_(parameter.to(dtype))
+            if self._changed(name):
+                for dtype in dtypes:
+                    self._parameters[name].copy_(self._parameters[name].to(dtype))
         self._group, self._reversed = "", {}
 
     def __getitem__(self, stored: str) -> Tensor:
-        group, made = self._places[stored]
+        if stored not in self:
+            raise KeyError(stored)
+        group, made, _ = self._places[stored]
         return self._in_group(group)[made]
 
     def __contains__(self, stored: object) -> bool:
-        return stored in self._places
+        return stored in self._places and any(map(self._changed, self._places[stored][2]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return filter(self.__contains__, self._places)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return sum(1 for _ in self)
+
+    def _changed(self, name: str) -> bool:
+        return self._parameters[name]._version != self._versions[name]  # PyTorch counts the changes of a tensor
 
     def _in_group(self, group: str) -> dict[str, Tensor]:
         """The parameters of a group as they are stored. Only the last group is kept: its tensors may be copies."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def prune_directory(
         quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
 
     report = prune_(model, batches, recipe, progress=progress)
+    _check_writable(directory, stored.unwritable)
     stored.round_()
 
     reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
@@ -143,14 +145,18 @@ def _match_checkpoint(
     untrained = tuple(layer.name for layer in layers if layer.parameter_name in missing)
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
-    # Several layers may be parts of one parameter.
-    changing = dict.fromkeys(layer.parameter_name for layer in layers if layer.name not in untrained)
-    stored = StoredWeights(model, directory, changing)
-    if stored.lost:
-        listed = ", ".join(stored.lost[:5])
+    # Which weights are layers may turn out only while the model runs, so that all that may be one are looked for.
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name not in missing]
+    stored = StoredWeights(model, directory, matrices)
+    _check_writable(directory, set(stored.lost) & {layer.parameter_name for layer in layers})
+    return recipe, stored
+
+
+def _check_writable(directory: ModelDirectory, lost: Collection[str]) -> None:
+    if lost:
+        listed = ", ".join(sorted(lost)[:5])
         raise FormatError(
-            f"{directory.path} stores {len(stored.lost)} weights in another form than the model uses them ({listed}), "
-            "and transformers has no way back, so they cannot be written.\n"
+            f"{directory.path} stores {len(lost)} weights in another form than the model uses them ({listed}), or not "
+            "at all, and transformers has no way back, so they cannot be written. Nothing was.\n"
             "Exclude them, or use secateur.prune_ in Python and model.save_pretrained."
         )
-    return recipe, stored
