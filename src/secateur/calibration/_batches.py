@@ -7,19 +7,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from secateur._errors import StatisticsError
+from secateur.calibration._arguments import is_sentence_transformer
 
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
 
 
 def call_model(model: nn.Module, batch: Any) -> object:
-    """Call the model as the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``."""
+    """Call the model as the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``.
+
+    A ``SentenceTransformer`` is called with a mapping itself, of which it gets a copy, because it adds its outputs.
+    """
     if isinstance(batch, Mapping):
+        if is_sentence_transformer(model):
+            return model(dict(batch))
         return model(**batch)
     if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         return model(*batch)
@@ -33,7 +40,7 @@ def load_batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
         StatisticsError: there are no batches.
         TypeError: a single batch instead of an iterable of batches.
     """
-    if isinstance(batches, Tensor | Mapping | str):
+    if isinstance(batches, Tensor | Mapping | str | np.ndarray):
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in a list")
     loaded = []
     for batch in batches:

@@ -13,6 +13,8 @@ from secateur.layers._kinds import is_transposed_linear as is_transposed_linear
 from secateur.layers._kinds import kind_of as kind_of
 from secateur.layers._kinds import kinds_of as kinds_of
 from secateur.layers._kinds import register_layer as register_layer
+from secateur.layers._models import check_model as check_model
+from secateur.layers._models import computed_by as computed_by
 from secateur.layers._observed import NEVER_REACHED as NEVER_REACHED
 from secateur.layers._observed import Observed as Observed
 from secateur.layers._observed import Reading as Reading

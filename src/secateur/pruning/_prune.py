@@ -19,6 +19,7 @@ from secateur.calibration import (
     LayerStatistics,
     Need,
     call_model,
+    fit_arguments,
     gather,
     hash_batches,
     load_batches,
@@ -26,8 +27,8 @@ from secateur.calibration import (
     quiet,
     replayed,
 )
-from secateur.layers import NEVER_REACHED, Layer, Observed, globs_of, select_layers
-from secateur.patterns import SparsityPattern
+from secateur.layers import NEVER_REACHED, Layer, Observed, check_model, globs_of, select_layers
+from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
 from secateur.pruning._recipe import Recipe
@@ -50,6 +51,7 @@ def prune_(
     sequential: bool | None = None,
     measure_error: bool | None = None,
     strict: bool | None = None,
+    remainder: Remainder | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -64,10 +66,13 @@ def prune_(
     Args:
         model: any module. Layers are found by class; see :func:`register_layer` for your own.
         batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts
-            or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
+            or ``BatchEncoding`` (``model(**batch)``); numpy arrays count as tensors. A label beside the inputs, as a
+            ``DataLoader`` gives it, is left out where the model takes one input. A ``SentenceTransformer`` also takes
+            texts. Tokens whose ``attention_mask`` is 0 do not count. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
-        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict: see :class:`Recipe`.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder: see
+            :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
         progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
 
@@ -89,6 +94,7 @@ def prune_(
         (0.5, 64)
     """
     began = time.perf_counter()
+    check_model(model)
     if isinstance(batches, Recipe):
         raise TypeError("batches must be calibration inputs, got a Recipe; pass recipe=Recipe(...)")
     keywords = {
@@ -101,6 +107,7 @@ def prune_(
         "sequential": sequential,
         "measure_error": measure_error,
         "strict": strict,
+        "remainder": remainder,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
@@ -118,9 +125,16 @@ def prune_(
 
     run = forward or call_model
     loaded: list[Any] = []
-    observed = None
+    observed, ignored = None, ""
     if batches is not None:
-        loaded = load_batches(batches, _device_of(model))
+        if any(parameter.is_meta for parameter in model.parameters()):  # before a forward pass fails on it
+            for layer in select_layers(model, recipe.include, recipe.exclude)[0]:
+                layer.fit(recipe.pattern)
+        device = _device_of(model)
+        loaded = load_batches(batches, device)
+        if forward is None:
+            fitted = fit_arguments(model, loaded, device)
+            loaded, ignored = fitted.batches, fitted.ignored
         with quiet(model):
             observed = observe(model, loaded, run, lambda seen: not _unreached(model, recipe, seen))
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
@@ -183,6 +197,7 @@ def prune_(
         whole=weights_of(model),
         calibration_mode=mode,
         stored_masks=StoredMasks(masks),
+        calibration={"ignored": ignored} if ignored else {},
     )
 
 

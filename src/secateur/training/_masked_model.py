@@ -13,7 +13,7 @@ from torch import nn
 from secateur._checks import instance
 from secateur._errors import PatternError, RecipeError
 from secateur._types import Mask
-from secateur.layers import Layer, reshard, sharded_modules
+from secateur.layers import Layer, check_model, reshard, sharded_modules
 from secateur.patterns import SparsityPattern
 from secateur.reports import LayerReport, Report, SkippedLayer, StoredMasks, empty_rows, thumbnail, versions
 from secateur.training._weights import TrainedWeight
@@ -136,7 +136,7 @@ class MaskedModel(Generic[W]):
 
 def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise unless these are a model and an optimizer; then give up the whole copies of weights that FSDP holds."""
-    instance("model", model, nn.Module, "an nn.Module")
+    check_model(model)
     instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     reshard(sharded_modules(model))
 

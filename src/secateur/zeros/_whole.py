@@ -88,7 +88,7 @@ def _owned(model: nn.Module, name: str) -> list[tuple[nn.Parameter, int]]:
     """The parameters that a name stands for, each with how many of its weights."""
     module: nn.Module = model
     parts = name.split(".") if name else []
-    while parts and isinstance(child := module._modules.get(parts[0]), nn.Module):
+    while parts and isinstance(child := dict(module.named_children()).get(parts[0]), nn.Module):
         module, parts = child, parts[1:]
     if not parts:
         return [(parameter, parameter.numel()) for parameter in module.parameters(recurse=False)]
