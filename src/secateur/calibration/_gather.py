@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,8 @@ from torch import Tensor
 from secateur._errors import StatisticsError, naming
 from secateur.calibration._accumulators import Accumulator, Hook
 from secateur.calibration._inputs import INPUTS, Gram, InputNorm
-from secateur.calibration._padding import padding_masks, without_padding
-from secateur.calibration._replay import StageSource
+from secateur.calibration._padding import Kept, Padding, left_out
+from secateur.calibration._replay import RouteChanged, StageSource
 from secateur.calibration._statistics import LayerStatistics, Need
 from secateur.layers import Layer
 
@@ -28,6 +27,7 @@ def gather(
     stage_index: int,
     needs: Iterable[Need],
     on_batch: Callable[[int], None] = lambda done: None,
+    paddings: Sequence[Padding] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Run a stage on all batches and return the statistics of each of its layers, by layer name.
 
@@ -36,6 +36,7 @@ def gather(
         stage_index: which of its stages.
         needs: the statistics to gather.
         on_batch: called after each batch with the number of batches done.
+        paddings: what is padding in each batch, the same objects for all stages. None looks for it in the batches.
 
     Raises:
         StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask.
@@ -44,11 +45,16 @@ def gather(
     needs = frozenset(needs)
     hooks = dict.fromkeys([INPUTS, *(STATISTICS[need].hook for need in sorted(needs))])  # tokens are counted on inputs
     watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook]) for hook in hooks]
-    for index, batch in enumerate(source.batches):
-        with ExitStack() as stack:
-            for watch in watches:
-                stack.enter_context(watch.watching(batch))
-            source.run(stage_index, index)
+    paddings = [Padding.of(batch) for batch in source.batches] if paddings is None else paddings
+    for index, padding in enumerate(paddings):
+        finished = False
+        while not finished:
+            with suppress(RouteChanged), ExitStack() as stack:
+                for watch in watches:
+                    stack.enter_context(watch.watching(padding))
+                stack.enter_context(padding.following())
+                source.run(stage_index, index)
+                finished = True
         on_batch(index + 1)
     return _statistics(layers, watches)
 
@@ -117,21 +123,25 @@ class _Watch:
         self.sums = dict.fromkeys((layer.name for layer in layers), RowSums(self._needs))
 
     @contextmanager
-    def watching(self, batch: Any) -> Iterator[None]:
+    def watching(self, padding: Padding) -> Iterator[None]:
         """Add what the hook sees while one batch runs."""
-        masks = padding_masks(batch)
         # By tensor. The tensor is kept alive, so that no other tensor can take its place in memory.
         parts: dict[Hashable, tuple[Tensor, RowSums]] = {}
         seen: dict[str, list[RowSums]] = {layer.name: [] for layer in self._layers}
+        judged: list[tuple[str, Kept, int]] = []  # the judgement of each input, kept alive like the tensors
 
         def report(layer: Layer, x: Tensor, rows: Tensor) -> None:
             # Rows that are a copy, or a tensor that does not count its changes, cannot be recognised in another layer.
             view = not x.is_inference() and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-            key = (rows.data_ptr(), rows.shape, rows.stride(), x.shape, x._version) if view else object()
+            with naming(layer.title):
+                kept = padding.judged(layer.name, x, layer.modules[0])
+            judged.append((layer.name, kept, rows.shape[1]))
+            real = None if kept.real is None else id(kept)
+            key = (rows.data_ptr(), rows.shape, rows.stride(), x.shape, x._version, real) if view else object()
             if key not in parts:
                 part = RowSums(self._needs)
                 with naming(layer.title):
-                    part.add(without_padding(rows, x, masks))
+                    part.add(left_out(rows, kept))
                 parts[key] = (x if view else rows.new_empty(0), part)
             seen[layer.name].append(parts[key][1])
 
@@ -141,6 +151,9 @@ class _Watch:
                     stack.callback(self._hook.attach(layer, module, partial(report, layer)).remove)
             yield
         self._absorb(seen)
+        if self._hook is INPUTS:
+            for name, kept, total in judged:
+                padding.count(name, kept, total)
 
     def _absorb(self, seen: dict[str, list[RowSums]]) -> None:
         """Add what each layer saw in one batch, once for all layers that have seen the same tensors so far."""

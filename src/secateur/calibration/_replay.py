@@ -152,6 +152,13 @@ class Replay:
         return output
 
 
+class RouteChanged(BaseException):
+    """A batch took another route than the rehearsal. What was gathered of it is void; the next run computes it in full.
+
+    Not an Exception, so that no model's own handler catches it.
+    """
+
+
 class _Reached(BaseException):
     """Ends a forward pass once the stage has run. Not an Exception, so that no model's own handler catches it."""
 

@@ -16,10 +16,15 @@ from secateur.calibration import (
     Forward,
     LayerStatistics,
     Need,
+    Padding,
+    PaddingSource,
     call_model,
+    check_padding,
     gather,
     hash_batches,
     load_batches,
+    padding_by_stage,
+    parameter_names,
     quiet,
     replayed,
 )
@@ -46,6 +51,7 @@ def prune_(
     sequential: bool | None = None,
     measure_error: bool | None = None,
     forward: Forward | None = None,
+    padding: PaddingSource | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prune a model in place and report what was done.
@@ -59,11 +65,15 @@ def prune_(
     Args:
         model: any module. Layers are found by class; see :func:`register_layer` for your own.
         batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts
-            or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
+            or ``BatchEncoding`` (``model(**batch)``). Padding does not count where a mask in the batch says what it is:
+            ``attention_mask``, ``decoder_attention_mask`` or others, ``labels != -100`` for a decoder. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
         pattern, sparsity, method, allocation, include, exclude, sequential, measure_error: see :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
+        padding: which tokens are real, where the batch does not say so itself: a function that returns a bool tensor
+            ``[batch, length]``, True = real, of a batch (on the model's device), or None if nothing is padded; or a
+            dict of such functions, by glob of layer names. The report says for each stage what was left out.
         progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
 
     Returns:
@@ -111,11 +121,13 @@ def prune_(
         )
 
     layers, skipped = select_layers(model, recipe.include, recipe.exclude)
+    check_padding(padding, [layer.name for layer in layers])
     patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
     reports: list[LayerReport] = []
     digest = None
+    padded: dict[str, str] = {}
 
     def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
         with naming(layer.title):
@@ -135,9 +147,11 @@ def prune_(
         digest = hash_batches(loaded)
         if recipe.measure_error:
             needs = needs | {"gram"}
+        names = parameter_names(model) if forward is None else ()
+        paddings = [Padding.of(batch, names, padding) for batch in loaded]
         with quiet(model):
             whole = replayed(model, loaded, layers, run, sequential=False)
-            dense = gather(whole, 0, dense_needs) if dense_needs else {}
+            dense = gather(whole, 0, dense_needs, paddings=[pad.fresh() for pad in paddings]) if dense_needs else {}
             shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
             del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
@@ -148,10 +162,11 @@ def prune_(
                 def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
                     tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
 
-                gathered = gather(source, index, needs, on_batch)
+                gathered = gather(source, index, needs, on_batch, paddings)
                 for layer in stage.layers:
                     finish(layer, shares[layer.name], gathered.pop(layer.name))
                     tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
+        padded = padding_by_stage([(stage.name, [layer.name for layer in stage.layers]) for stage in source.stages], paddings)
 
     return Report(
         layers=tuple(reports),
@@ -160,6 +175,7 @@ def prune_(
         versions=versions(),
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
+        padding=padded,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ class Report:
         calibration_hash: SHA-256 over the calibration batches, None without any.
         evaluation: measured before and after, if asked.
         calibration: where the batches came from, such as file, samples, sequence length and seed, if the caller says.
+        padding: by the name of a stage (a block of the model), which rows of the batches were left out of its
+            calibration as padding, or why none.
     """
 
     layers: tuple[LayerReport, ...]
@@ -36,6 +39,7 @@ class Report:
     calibration_hash: str | None = None
     evaluation: Evaluation | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    padding: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_weights(self) -> int:
@@ -95,6 +99,10 @@ class Report:
         tables = [] if self.evaluation is None else [evaluation_table(self.evaluation)]
         tables += [pruned_table(self.layers), skipped_table(self.skipped)]
         parts = ["# Pruning report", f"{str(self).capitalize()}."]
+        if self.padding:
+            stages = Counter(self.padding.values())
+            counted = (f"{count} {'stage' if count == 1 else 'stages'}: {text}" for text, count in stages.items())
+            parts.append(f"Padding: {'. '.join(counted)}.")
         return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
 
     def to_html(self) -> str:
