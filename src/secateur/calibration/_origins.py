@@ -19,14 +19,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
+REAL, PADDED, NEUTRAL = 0, 1, 2  # in this order, so that a minimum says what several elements together stand for
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a tensor stands for.
 
     Args:
         inputs: the inputs of the batch, by index.
-        padded: uint8 in the tensor's shape, mostly a view without memory of its own: 1 where an element stands at a
-            padded position. None where that is not known.
+        padded: uint8 in the tensor's shape, mostly a view without memory of its own: ``REAL``, ``PADDED``, or
+            ``NEUTRAL`` for an element that no input is behind. None where that is not known.
         gathered: whether its rows were picked by index, so that their order is not that of the input.
     """
 
@@ -49,6 +52,7 @@ _WRITES = {
     "index_copy": (0, 3), "index_add": (0, 3), "slice_scatter": (0, 1), "select_scatter": (0, 1),
 }  # fmt: skip
 _PICKS = frozenset({"index_select", "gather", "take_along_dim", "masked_select", "roll", "flip"})
+_ADDS = frozenset({"index_add", "scatter_add"})
 _DATA_KEYWORDS = frozenset({"input", "tensors", "source", "src", "value", "values"})
 # Functions whose result stands where one of their arguments stood, with the number of that argument.
 _MIXES = dict.fromkeys(
@@ -152,19 +156,33 @@ class Origins(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 return value
             origin = self.of(value)
-            padded = _nothing(value) if origin is None else origin.padded
+            padded = _neutral(value) if origin is None else origin.padded
+            if padded is None or not writes:
+                return padded
             # Sums of labels must not overflow, and what is written to must be memory of its own.
-            return padded if not writes or padded is None else padded.to(torch.int32, copy=True).contiguous()
+            return (padded == PADDED if name in _ADDS else padded).to(torch.int32, copy=True).contiguous()
 
         if writes and name == "setitem" and not isinstance(args[2], Tensor):
-            return [label(args[0]).ne(0).to(torch.uint8)]  # a constant brings no other origin
+            origin = self.of(args[0])
+            return [None if origin is None else origin.padded]  # a constant brings no other origin
         moved_args = [label(value) if number in numbers else value for number, value in enumerate(args)]
         moved_kwargs = {key: label(value) if key in _DATA_KEYWORDS else value for key, value in kwargs.items()}
+        # Labels lie in memory in another way than the elements that they speak of.
+        func = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(name, func)
+        if name == "as_strided":
+            moved_args[0] = torch.empty_strided(args[0].shape, args[0].stride(), dtype=torch.uint8, device=args[0].device).copy_(
+                moved_args[0]
+            )
         if name == "pad":
-            moved_args, moved_kwargs = moved_args[:2], {key: moved_kwargs[key] for key in ("pad",) if key in moved_kwargs}
+            # Tokens that a model itself adds to a text are padding, too; zeros beside an image or a sound are its edge.
+            ids = not args[0].is_floating_point() if args else False
+            moved_args = moved_args[:2]
+            moved_kwargs = {key: value for key, value in moved_kwargs.items() if key in ("input", "pad")}
+            moved_kwargs["value"] = PADDED if ids else NEUTRAL
         result = func(*moved_args, **moved_kwargs)
         if writes:
-            return [(moved_args[0] if name == "setitem" else result).ne(0).to(torch.uint8)]
+            written = moved_args[0] if name == "setitem" else result
+            return [(written > 0 if name in _ADDS else written).to(torch.uint8)]
         results = result if isinstance(result, tuple | list) else [result]
         return [leaf for leaf in results if isinstance(leaf, Tensor)]
 
@@ -195,8 +213,8 @@ class Origins(TorchFunctionMode):
             place = 0 if source is first else 1
             return source, origin, lambda output: _einsum(str(args[0]), place, padded, output)
         if other is not None:
-            return source, origin, lambda output: _expanded(_all(padded, -2, keepdim=True), output)
-        return source, origin, lambda output: _expanded(_all(padded, -1, keepdim=True), output) if padded.ndim else None
+            return source, origin, lambda output: _expanded(together(padded, -2, keepdim=True), output)
+        return source, origin, lambda output: _expanded(together(padded, -1, keepdim=True), output) if padded.ndim else None
 
     # Everything else: functions of elements, of rows, and of windows.
 
@@ -218,7 +236,7 @@ class Origins(TorchFunctionMode):
             if label is not None:
                 union = label if union is None or union is label else _either(union, label)
         if union is None and output.shape[:-1] == source.shape[:-1]:
-            union = _expanded(_all(padded, -1, keepdim=True), output)
+            union = _expanded(together(padded, -1, keepdim=True), output)
         return union
 
 
@@ -248,21 +266,28 @@ def _indices(index: Any) -> Iterator[Any]:
             yield part
 
 
-def _nothing(tensor: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.uint8, device=tensor.device).expand(tensor.shape)
+def _neutral(tensor: Tensor) -> Tensor:
+    return torch.full((), NEUTRAL, dtype=torch.uint8, device=tensor.device).expand(tensor.shape)
 
 
-def _all(padded: Tensor, dims: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """Where all elements along some dimensions are padding; nowhere if there are none."""
+def together(padded: Tensor, dims: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """What all elements along some dimensions together stand for: padding only if none of them is real."""
+    for dim in (dims,) if isinstance(dims, int) else dims:
+        if padded.shape[dim] and not padded.stride(dim):
+            padded = padded.narrow(dim, 0, 1)  # all alike
     if padded.numel():
         return padded.amin(dims, keepdim=keepdim)
     return padded.sum(dims, keepdim=keepdim).to(torch.uint8)
 
 
 def _expanded(padded: Tensor, output: Tensor) -> Tensor | None:
-    """The label in the shape of an output, if it can be broadcast to it."""
+    """The label in the shape of an output, if it can be broadcast to it. A dimension in which all are alike fits any."""
     if padded.ndim > output.ndim:
         return None
+    if padded.ndim == output.ndim:
+        for dim in range(padded.ndim):
+            if padded.shape[dim] and not padded.stride(dim):
+                padded = padded.narrow(dim, 0, 1)
     pairs = zip(reversed(padded.shape), reversed(output.shape), strict=False)
     return padded.expand(output.shape) if all(size in (1, wanted) for size, wanted in pairs) else None
 
@@ -273,7 +298,9 @@ def _either(a: Tensor, b: Tensor) -> Tensor:
         slice(0, 1) if not (stride_a or stride_b) else slice(None)
         for stride_a, stride_b in zip(a.stride(), b.stride(), strict=True)
     )
-    return (a[index] | b[index]).expand(a.shape)
+    a_part, b_part = a[index], b[index]
+    either = torch.where(a_part == NEUTRAL, b_part, torch.where(b_part == NEUTRAL, a_part, a_part | b_part))
+    return either.expand(a.shape)
 
 
 def _reduced(args: Any, kwargs: Any, padded: Tensor, output: Tensor) -> Tensor | None:
@@ -283,7 +310,7 @@ def _reduced(args: Any, kwargs: Any, padded: Tensor, output: Tensor) -> Tensor |
         dims = (dims,)
     if not isinstance(dims, tuple | list) or not all(isinstance(dim, int) for dim in dims):
         return None
-    return _all(padded, tuple(dims), keepdim=output.ndim == padded.ndim)
+    return together(padded, tuple(dims), keepdim=output.ndim == padded.ndim)
 
 
 def _einsum(equation: str, place: int, padded: Tensor, output: Tensor) -> Tensor | None:
@@ -293,7 +320,7 @@ def _einsum(equation: str, place: int, padded: Tensor, output: Tensor) -> Tensor
         return None
     letters = terms[place]
     gone = tuple(number for number, letter in enumerate(letters) if letter not in right)
-    label = _all(padded, gone) if gone else padded
+    label = together(padded, gone) if gone else padded
     kept = [letter for letter in letters if letter in right]
     label = label.permute([kept.index(letter) for letter in right if letter in kept])
     for number, letter in enumerate(right):
@@ -333,7 +360,7 @@ def frames(padded: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, d
         pads = [(size + 1) // 2 for size in reach]
     else:
         pads = list(_each(0 if padding == "valid" else padding, space))
-    label = _all(padded, -space - 1, keepdim=True)
+    label = (together(padded, -space - 1, keepdim=True) == PADDED).to(torch.uint8)
     for axis in range(-space, 0):
         length, pad = label.shape[axis], pads[axis]
         count = length if padding == "same" else (length + 2 * pad - reach[axis] - 1) // strides[axis] + 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur._errors import RecipeError, StatisticsError, naming
 from secateur.calibration._masks import EXAMPLE, Input, Mask, PaddingFunction, find_inputs
-from secateur.calibration._origins import Origin, Origins, frames_of
+from secateur.calibration._origins import PADDED, Origin, Origins, frames_of, together
 
 PaddingSource: TypeAlias = PaddingFunction | Mapping[str, PaddingFunction]
 
@@ -161,9 +161,9 @@ class Padding:
         if origin.padded is None:
             return None
         if module is None:
-            return origin.padded.sum(-1) < x.shape[-1]
+            return together(origin.padded, -1) != PADDED
         label = frames_of(origin.padded, module)
-        return None if label is None else label == 0
+        return None if label is None else label != PADDED
 
     def _by_shape(self, x: Tensor, module: nn.Module | None) -> Kept:
         """For inputs that come from no input of the batch, or by ways that cannot be followed."""
