@@ -12,8 +12,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 # Functions by which values become numbers of Python, or the size of a tensor.
 _LOOKS = frozenset(
-    "__bool__ __int__ __float__ __complex__ __index__ __array__ __contains__ item tolist numpy equal allclose is_nonzero "
-    "nonzero argwhere masked_select unique unique_consecutive".split()
+    {"__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__", "__contains__", "item", "tolist"}
+    | {"numpy", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "masked_select", "unique"}
+    | {"unique_consecutive"}
 )
 
 
@@ -28,7 +29,7 @@ class Decisions(TorchFunctionMode):
         super().__init__()
         self.found = False
         self._depth = 0
-        self._computed: WeakTensorKeyDictionary[bool] = WeakTensorKeyDictionary()
+        self._computed = WeakTensorKeyDictionary()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -58,7 +59,9 @@ def _sizes(name: str, args: tuple[Any, ...]) -> bool:
     if name == "where":
         return len(args) == 1
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return any(isinstance(part, Tensor) and not part.dtype.is_floating_point and part.element_size() == 1 for part in index)
+    return any(
+        isinstance(part, Tensor) and not part.dtype.is_floating_point and part.element_size() == 1 for part in index
+    )
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

@@ -50,9 +50,9 @@ def gather(
         finished = False
         while not finished:
             with suppress(RouteChanged), ExitStack() as stack:
+                stack.enter_context(padding.following())
                 for watch in watches:
                     stack.enter_context(watch.watching(padding))
-                stack.enter_context(padding.following())
                 source.run(stage_index, index)
                 finished = True
         on_batch(index + 1)

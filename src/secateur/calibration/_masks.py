@@ -18,7 +18,9 @@ PaddingFunction: TypeAlias = Callable[[Any], Tensor | None]
 EXAMPLE = "padding=lambda batch: batch['attention_mask'] != 0"
 
 # A mask's name is that of its inputs and one of these words. In PyTorch's own layers True means padding.
-_MASK = re.compile(r"^(?P<inputs>|.*?_)(?P<word>attention_mask|key_padding_mask|padding_mask|pad_mask|input_mask|mask)$")
+_MASK = re.compile(
+    r"^(?P<inputs>|.*?_)(?P<word>attention_mask|key_padding_mask|padding_mask|pad_mask|input_mask|mask)$"
+)
 _NO_MASK = re.compile(r"(global|cross)_att(entio)?n_mask$|head_mask$|(src|tgt|memory|loss|labels?)_mask$")
 _DECODER = re.compile(r"^(decoder|tgt|target)_|^(tgt|target|trg)$|(^|_)labels$")
 _IGNORED = -100  # the label of a token without a loss
@@ -107,8 +109,8 @@ def find_inputs(
     contents = [leaf for leaf in leaves if id(leaf) not in named]
     masks = [(leaf, Mask(leaf.title, _real(leaf, named[id(leaf)], contents))) for leaf in leaves if id(leaf) in named]
     for leaf in list(contents):
-        if (mask := _unnamed_mask(leaf, contents)) is not None:
-            masks.append((leaf, mask))
+        if (unnamed := _unnamed_mask(leaf, contents)) is not None:
+            masks.append((leaf, unnamed))
             contents.remove(leaf)
     inputs = []
     for leaf in contents:
@@ -217,7 +219,9 @@ def _by_name(leaf: _Leaf, contents: list[_Leaf], masks: list[tuple[_Leaf, Mask]]
 
 def _masks_of_labels(leaf: _Leaf, contents: list[_Leaf]) -> list[Mask]:
     labels = [other for other in contents if other.name.endswith("labels") and not other.tensor.is_floating_point()]
-    masks = [Mask(f"{other.title} != {_IGNORED}", other.tensor != _IGNORED) for other in labels if other.tensor.ndim == 2]
+    masks = [
+        Mask(f"{other.title} != {_IGNORED}", other.tensor != _IGNORED) for other in labels if other.tensor.ndim == 2
+    ]
     return [mask for mask in masks if _fits(mask, leaf)][:1]
 
 
@@ -225,4 +229,6 @@ def _fits(mask: Mask, leaf: _Leaf) -> bool:
     shape, (batch, length) = leaf.tensor.shape, mask.real.shape
     if len(shape) < 2:
         return False
-    return shape[:2] in ((batch, length), (length, batch)) or (len(shape) > 2 and (shape[0], shape[-1]) == (batch, length))
+    return shape[:2] in ((batch, length), (length, batch)) or (
+        len(shape) > 2 and (shape[0], shape[-1]) == (batch, length)
+    )

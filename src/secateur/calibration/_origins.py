@@ -3,13 +3,13 @@
 Every tensor that is computed from the batch carries its *origin*: which inputs it stands for, and which of its elements
 stand at a padded position. A layer's output stands where its first argument stood, an attention's where its queries
 did, a sum's where its parts did; an operation that only moves elements moves their padding with them. So tokens that a
-router sends to an expert, frames of sound, and texts with images between them are all recognised by where they came from.
+router sends to an expert, frames of sound, and texts with images between them are recognised by where they came from.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-
-REAL, PADDED, NEUTRAL = 0, 1, 2  # in this order, so that a minimum says what several elements together stand for
+from secateur.calibration._decisions import tensors
+from secateur.calibration._labels import (
+    CONVOLUTIONS,
+    NEUTRAL,
+    PADDED,
+    POOLS,
+    einsum_of,
+    either_of,
+    expanded,
+    framed,
+    neutral,
+    reduced,
+    together,
+)
 
 
 @dataclass(frozen=True)
@@ -38,37 +50,40 @@ class Origin:
     gathered: bool = False
 
 
-# Functions that only move elements. The number of the argument that is moved, and of another that is written into it.
-_MOVES = dict.fromkeys(
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Functions that only move elements: their first argument, or for some another one that is written into the first.
+_MOVES = _names(
     "view view_as reshape reshape_as flatten unflatten ravel transpose swapaxes swapdims permute movedim moveaxis t "
     "T mT H mH squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile narrow select getitem "
     "index_select gather take_along_dim masked_select split split_with_sizes chunk tensor_split unbind cat concat "
     "concatenate stack hstack vstack dstack roll flip unfold pad diagonal as_strided rot90 pack_padded_sequence "
-    "pad_packed_sequence".split(),
-    (0,),
+    "pad_packed_sequence"
 )
 _WRITES = {
-    "setitem": (0, 2), "index_put": (0, 2), "masked_scatter": (0, 2), "scatter": (0, 3), "scatter_add": (0, 3),
-    "index_copy": (0, 3), "index_add": (0, 3), "slice_scatter": (0, 1), "select_scatter": (0, 1),
+    "setitem": 2, "index_put": 2, "masked_scatter": 2, "scatter": 3, "scatter_add": 3, "index_copy": 3, "index_add": 3,
+    "slice_scatter": 1, "select_scatter": 1,
 }  # fmt: skip
-_PICKS = frozenset({"index_select", "gather", "take_along_dim", "masked_select", "roll", "flip"})
 _ADDS = frozenset({"index_add", "scatter_add"})
-_DATA_KEYWORDS = frozenset({"input", "tensors", "source", "src", "value", "values"})
+_PICKS = frozenset({"index_select", "gather", "take_along_dim", "masked_select", "roll", "flip"})
+_MOVED_KEYWORDS = frozenset({"input", "tensors", "source", "src", "value", "values"})
 # Functions whose result stands where one of their arguments stood, with the number of that argument.
 _MIXES = dict.fromkeys(
-    "linear matmul mm bmm mv rnn_tanh rnn_relu lstm gru bilinear scaled_dot_product_attention grouped_mm scaled_mm "
-    "multi_head_attention_forward scaled_dot_product_flash_attention flex_attention".split(),
+    _names(
+        "linear matmul mm bmm mv rnn_tanh rnn_relu lstm gru bilinear scaled_dot_product_attention grouped_mm scaled_mm "
+        "multi_head_attention_forward scaled_dot_product_flash_attention flex_attention einsum"
+    ),
     0,
-) | {"addmm": 1, "baddbmm": 1, "addbmm": 1, "rmatmul": 1, "einsum": 1}
-_REDUCTIONS = frozenset(
+) | {"addmm": 1, "baddbmm": 1, "addbmm": 1, "rmatmul": 1}
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "rmatmul", "einsum"})
+_REDUCTIONS = _names(
     "sum mean amax amin max min prod logsumexp norm vector_norm var std any all argmax argmin median nansum "
-    "count_nonzero".split()
+    "count_nonzero"
 )
-_POOLS = frozenset({"avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d"})
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-_NEW = frozenset(
-    "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like rand_like "
-    "randn_like".split()
+_NEW = _names(
+    "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like rand_like randn_like"
 )
 
 
@@ -77,7 +92,7 @@ class Origins(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: WeakTensorKeyDictionary[Origin] = WeakTensorKeyDictionary()
+        self._known = WeakTensorKeyDictionary()  # of origins
 
     def begin(self, tensor: Tensor, index: int, padded: Tensor) -> None:
         """Say that a tensor is an input of the batch."""
@@ -85,7 +100,7 @@ class Origins(TorchFunctionMode):
 
     def of(self, tensor: Tensor) -> Origin | None:
         """Return where a tensor comes from; None for one that comes from no input, or is not known to."""
-        found = self._known.get(tensor)
+        found: Origin | None = self._known.get(tensor)
         if found is not None and found.padded is not None and found.padded.shape != tensor.shape:
             return Origin(found.inputs, None, found.gathered)  # the tensor was given another shape in place
         return found
@@ -97,9 +112,11 @@ class Origins(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = _name(func)
         target = args[0] if name == "setitem" else result
-        outputs = [leaf for leaf in (target if isinstance(target, tuple | list) else [target]) if isinstance(leaf, Tensor)]
+        outputs = [
+            leaf for leaf in (target if isinstance(target, tuple | list) else [target]) if isinstance(leaf, Tensor)
+        ]
         if outputs and name not in _NEW:
-            parts = list(_tensors(args[0] if name == "deepcopy" else (args, kwargs)))  # its memo is none of its inputs
+            parts = list(tensors(args[0] if name == "deepcopy" else (args, kwargs)))  # its memo is none of its inputs
             if any(part in self._known for part in parts):
                 self._follow(name, func, args, kwargs, parts, outputs)
         return result
@@ -108,46 +125,41 @@ class Origins(TorchFunctionMode):
         self, name: str, func: Callable[..., Any], args: Any, kwargs: Any, parts: list[Tensor], outputs: list[Tensor]
     ) -> None:
         origins = [(part, origin) for part in parts if (origin := self.of(part)) is not None]
-        found: list[Tensor | None] | None
-        gathered = any(origin.gathered for part, origin in origins if part.ndim == outputs[0].ndim)
+        found: Sequence[Tensor | None]
         if name in _MIXES:
-            source, origin, padded = self._mixed(name, args, kwargs)
-            if origin is None:
+            mixed = self._mixed(name, args, kwargs, outputs)
+            if mixed is None:
                 return
-            inputs, gathered = origin.inputs, origin.gathered
-            found = [padded(output) for output in outputs]
+            (inputs, gathered), found = (mixed[0].inputs, mixed[0].gathered), mixed[1]
         elif name in _MOVES or name in _WRITES:
             moved = [(part, origin) for part, origin in origins if self._is_moved(name, part, args, kwargs)]
             if not moved:
                 return
-            inputs = frozenset().union(*(origin.inputs for _, origin in moved))
-            if name in _WRITES:
-                gathered = any(origin.gathered for part, origin in moved if part is args[0])
-            else:
-                gathered = gathered or name in _PICKS or (name == "getitem" and any(True for _ in _indices(args[1])))
-            found = None
+            inputs = frozenset[int]().union(*(origin.inputs for _, origin in moved))
+            kept = [origin.gathered for part, origin in moved if name not in _WRITES or part is args[0]]
+            gathered = any(kept) or name in _PICKS or (name == "getitem" and _picks(args[1]))
+            found = []
             if all(origin.padded is not None for _, origin in moved):
                 # Whatever is unusual about the call, the origin is lost then, and not wrong.
-                with contextlib.suppress(RuntimeError, TypeError, IndexError, ValueError, AttributeError):
+                with suppress(RuntimeError, TypeError, IndexError, ValueError, AttributeError):
                     found = self._moved(name, func, args, kwargs)
         else:
-            inputs = frozenset().union(*(origin.inputs for _, origin in origins))
+            inputs = frozenset[int]().union(*(origin.inputs for _, origin in origins))
+            gathered = any(origin.gathered for part, origin in origins if part.ndim == outputs[0].ndim)
             found = [self._beside(name, args, kwargs, origins, output) for output in outputs]
-        found = found if found is not None and len(found) == len(outputs) else [None] * len(outputs)
-        for output, padded_output in zip(outputs, found, strict=True):
-            fits = padded_output is not None and padded_output.shape == output.shape
-            self._known[output] = Origin(inputs, padded_output if fits else None, gathered)
-
-    # Functions that move elements.
+        if len(found) != len(outputs):
+            found = [None] * len(outputs)
+        for output, padded in zip(outputs, found, strict=True):
+            fits = padded is not None and padded.shape == output.shape
+            self._known[output] = Origin(inputs, padded if fits else None, gathered)
 
     def _is_moved(self, name: str, part: Tensor, args: Any, kwargs: Any) -> bool:
-        numbers = _MOVES.get(name) or _WRITES[name]
-        data = [args[number] for number in numbers if number < len(args)]
-        data += [value for key, value in kwargs.items() if key in _DATA_KEYWORDS]
-        return any(part is leaf for leaf in _tensors(data))
+        moved = [args[number] for number in (0, _WRITES.get(name, 0)) if number < len(args)]
+        moved += [value for key, value in kwargs.items() if key in _MOVED_KEYWORDS]
+        return any(part is leaf for leaf in tensors(moved))
 
     def _moved(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor | None]:
-        numbers = _MOVES.get(name) or _WRITES[name]
+        """Do with the labels what the function does with the elements."""
         writes = name in _WRITES
 
         def label(value: Any) -> Any:
@@ -156,87 +168,82 @@ class Origins(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 return value
             origin = self.of(value)
-            padded = _neutral(value) if origin is None else origin.padded
+            padded = neutral(value) if origin is None else origin.padded
             if padded is None or not writes:
                 return padded
             # Sums of labels must not overflow, and what is written to must be memory of its own.
             return (padded == PADDED if name in _ADDS else padded).to(torch.int32, copy=True).contiguous()
 
-        if writes and name == "setitem" and not isinstance(args[2], Tensor):
+        if name == "setitem" and not isinstance(args[2], Tensor):
             origin = self.of(args[0])
             return [None if origin is None else origin.padded]  # a constant brings no other origin
-        moved_args = [label(value) if number in numbers else value for number, value in enumerate(args)]
-        moved_kwargs = {key: label(value) if key in _DATA_KEYWORDS else value for key, value in kwargs.items()}
+        numbers = (0, _WRITES.get(name, 0))
+        moved = [label(value) if number in numbers else value for number, value in enumerate(args)]
+        options = {key: label(value) if key in _MOVED_KEYWORDS else value for key, value in kwargs.items()}
         # Labels lie in memory in another way than the elements that they speak of.
-        func = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(name, func)
+        if name in ("view", "view_as"):
+            func = getattr(Tensor, name.replace("view", "reshape"))
         if name == "as_strided":
-            moved_args[0] = torch.empty_strided(args[0].shape, args[0].stride(), dtype=torch.uint8, device=args[0].device).copy_(
-                moved_args[0]
-            )
+            layout = torch.empty_strided(args[0].shape, args[0].stride(), dtype=torch.uint8, device=args[0].device)
+            moved[0] = layout.copy_(moved[0])
         if name == "pad":
             # Tokens that a model itself adds to a text are padding, too; zeros beside an image or a sound are its edge.
-            ids = not args[0].is_floating_point() if args else False
-            moved_args = moved_args[:2]
-            moved_kwargs = {key: value for key, value in moved_kwargs.items() if key in ("input", "pad")}
-            moved_kwargs["value"] = PADDED if ids else NEUTRAL
-        result = func(*moved_args, **moved_kwargs)
+            value = NEUTRAL if args and args[0].is_floating_point() else PADDED
+            moved, options = (
+                moved[:2],
+                {key: options[key] for key in ("input", "pad") if key in options} | {"value": value},
+            )
+        result = func(*moved, **options)
         if writes:
-            written = moved_args[0] if name == "setitem" else result
+            written = moved[0] if name == "setitem" else result
             return [(written > 0 if name in _ADDS else written).to(torch.uint8)]
-        results = result if isinstance(result, tuple | list) else [result]
-        return [leaf for leaf in results if isinstance(leaf, Tensor)]
-
-    # Functions whose result stands where one argument stood.
+        return list(tensors(result))
 
     def _mixed(
-        self, name: str, args: Any, kwargs: Any
-    ) -> tuple[Tensor | None, Origin | None, Callable[[Tensor], Tensor | None]]:
-        number = _MIXES[name]
+        self, name: str, args: Any, kwargs: Any, outputs: list[Tensor]
+    ) -> tuple[Origin, list[Tensor | None]] | None:
+        """Where one argument stood: the inputs of a layer, the queries of an attention."""
         operands = args[1:] if name == "einsum" else args
         if name == "einsum" and len(operands) == 1 and isinstance(operands[0], tuple | list):
             operands = operands[0]
-        if name == "einsum":
-            number = 0
-        first = operands[number] if number < len(operands) else kwargs.get("query", kwargs.get("input"))
-        other = None
-        if isinstance(first, nn.Parameter) and name in ("matmul", "mm", "bmm", "rmatmul", "einsum"):
+        place, number = 0, _MIXES[name]
+        source = operands[number] if number < len(operands) else kwargs.get("query", kwargs.get("input"))
+        if isinstance(source, nn.Parameter) and name in _PRODUCTS and len(operands) == 2:
             # A weight times the inputs: the columns of the result stand where those of the inputs did.
-            other = operands[1 - number] if len(operands) == 2 else None
-        source = other if isinstance(other, Tensor) else first
+            place, source = 1, operands[1 - number]
         origin = self.of(source) if isinstance(source, Tensor) else None
         if origin is None:
-            return None, None, lambda output: None
+            return None
         padded = origin.padded
-        if padded is None:
-            return source, origin, lambda output: None
+        if padded is None or not padded.ndim:
+            return origin, [None] * len(outputs)
         if name == "einsum":
-            place = 0 if source is first else 1
-            return source, origin, lambda output: _einsum(str(args[0]), place, padded, output)
-        if other is not None:
-            return source, origin, lambda output: _expanded(together(padded, -2, keepdim=True), output)
-        return source, origin, lambda output: _expanded(together(padded, -1, keepdim=True), output) if padded.ndim else None
-
-    # Everything else: functions of elements, of rows, and of windows.
+            return origin, [einsum_of(str(args[0]), place, padded, output) for output in outputs]
+        if place and padded.ndim < 2:
+            return origin, [None] * len(outputs)
+        rows = together(padded, -2 if place else -1, keepdim=True)
+        return origin, [expanded(rows, output) for output in outputs]
 
     def _beside(
         self, name: str, args: Any, kwargs: Any, origins: list[tuple[Tensor, Origin]], output: Tensor
     ) -> Tensor | None:
+        """Functions of elements, of rows, and of windows."""
         source, padded = origins[0][0], origins[0][1].padded
         if padded is None or not output.ndim:
             return None
         if name in ("embedding", "one_hot"):
-            return _expanded(padded.unsqueeze(-1), output)
-        if name in _CONVOLUTIONS or name in _POOLS:
-            return _expanded_frames(name, args, kwargs, padded, output)
+            return expanded(padded.unsqueeze(-1), output)
+        if name in CONVOLUTIONS or name in POOLS:
+            return framed(name, args, kwargs, padded, output)
         if name in _REDUCTIONS and output.shape != source.shape and len(origins) == 1:
-            return _reduced(args, kwargs, padded, output)
+            return reduced(args, kwargs, padded, output)
         union = None
         for _, origin in origins:
-            label = None if origin.padded is None else _expanded(origin.padded, output)
+            label = None if origin.padded is None else expanded(origin.padded, output)
             if label is not None:
-                union = label if union is None or union is label else _either(union, label)
+                union = label if union is None or union is label else either_of(union, label)
         if union is None and output.shape[:-1] == source.shape[:-1]:
-            union = _expanded(together(padded, -1, keepdim=True), output)
+            union = expanded(together(padded, -1, keepdim=True), output)
         return union
 
 
@@ -248,146 +255,10 @@ def _name(func: Callable[..., Any]) -> str:
     return str(name).partition(".")[0].strip("_")
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for entry in tree:
-            yield from _tensors(entry)
-    elif isinstance(tree, dict):
-        for entry in tree.values():
-            yield from _tensors(entry)
-
-
-def _indices(index: Any) -> Iterator[Any]:
-    """The parts of an index that pick entries in an order of their own."""
-    for part in index if isinstance(index, tuple) else (index,):
-        if isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim or part.dtype == torch.bool)):
-            yield part
-
-
-def _neutral(tensor: Tensor) -> Tensor:
-    return torch.full((), NEUTRAL, dtype=torch.uint8, device=tensor.device).expand(tensor.shape)
-
-
-def together(padded: Tensor, dims: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """What all elements along some dimensions together stand for: padding only if none of them is real."""
-    for dim in (dims,) if isinstance(dims, int) else dims:
-        if padded.shape[dim] and not padded.stride(dim):
-            padded = padded.narrow(dim, 0, 1)  # all alike
-    if padded.numel():
-        return padded.amin(dims, keepdim=keepdim)
-    return padded.sum(dims, keepdim=keepdim).to(torch.uint8)
-
-
-def _expanded(padded: Tensor, output: Tensor) -> Tensor | None:
-    """The label in the shape of an output, if it can be broadcast to it. A dimension in which all are alike fits any."""
-    if padded.ndim > output.ndim:
-        return None
-    if padded.ndim == output.ndim:
-        for dim in range(padded.ndim):
-            if padded.shape[dim] and not padded.stride(dim):
-                padded = padded.narrow(dim, 0, 1)
-    pairs = zip(reversed(padded.shape), reversed(output.shape), strict=False)
-    return padded.expand(output.shape) if all(size in (1, wanted) for size, wanted in pairs) else None
-
-
-def _either(a: Tensor, b: Tensor) -> Tensor:
-    """Union of two labels of one shape; memory is only taken for the dimensions in which one of them varies."""
-    index = tuple(
-        slice(0, 1) if not (stride_a or stride_b) else slice(None)
-        for stride_a, stride_b in zip(a.stride(), b.stride(), strict=True)
+def _picks(index: Any) -> bool:
+    """Whether an index picks entries in an order of its own."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(
+        isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool))
+        for part in parts
     )
-    a_part, b_part = a[index], b[index]
-    either = torch.where(a_part == NEUTRAL, b_part, torch.where(b_part == NEUTRAL, a_part, a_part | b_part))
-    return either.expand(a.shape)
-
-
-def _reduced(args: Any, kwargs: Any, padded: Tensor, output: Tensor) -> Tensor | None:
-    """A sum over positions stands at a padded one only if all its parts do."""
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if isinstance(dims, int) and not isinstance(dims, bool):
-        dims = (dims,)
-    if not isinstance(dims, tuple | list) or not all(isinstance(dim, int) for dim in dims):
-        return None
-    return together(padded, tuple(dims), keepdim=output.ndim == padded.ndim)
-
-
-def _einsum(equation: str, place: int, padded: Tensor, output: Tensor) -> Tensor | None:
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow or "." in equation or place >= len(terms) or len(set(terms[place])) != len(terms[place]):
-        return None
-    letters = terms[place]
-    gone = tuple(number for number, letter in enumerate(letters) if letter not in right)
-    label = together(padded, gone) if gone else padded
-    kept = [letter for letter in letters if letter in right]
-    label = label.permute([kept.index(letter) for letter in right if letter in kept])
-    for number, letter in enumerate(right):
-        if letter not in kept:
-            label = label.unsqueeze(number)
-    return _expanded(label, output)
-
-
-def _expanded_frames(name: str, args: Any, kwargs: Any, padded: Tensor, output: Tensor) -> Tensor | None:
-    given = {"stride": None, "padding": 0, "dilation": 1}
-    if name in _CONVOLUTIONS:
-        kernel = tuple(args[1].shape[2:]) if len(args) > 1 else tuple(kwargs["weight"].shape[2:])
-        given["stride"] = 1
-        names = ("stride", "padding", "dilation")
-        values = dict(zip(names, args[3:6], strict=False))
-    else:
-        kernel = args[1] if len(args) > 1 else kwargs["kernel_size"]
-        names = ("stride", "padding", "dilation" if name.startswith("max") else "ceil_mode")
-        values = dict(zip(names, args[2:5], strict=False))
-    values |= {key: value for key, value in kwargs.items() if key in given}
-    space = int(name[-2])
-    shape = _each(kernel, space)
-    options = given | {key: value for key, value in values.items() if key in given and value is not None}
-    label = frames(padded, shape, options["stride"] or shape, options["padding"], options["dilation"])
-    return None if label is None else _expanded(label, output)
-
-
-def frames(padded: Tensor, kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor | None:
-    """Which of a convolution's frames are padding, of inputs ``[batch, channels, *positions]``: ``[batch, 1, *frames]``.
-
-    A frame is real if it would be there without the padding. A frame at every position stands at that position.
-    """
-    space = len(kernel)
-    strides, dilations = _each(stride, space), _each(dilation, space)
-    reach = [dilation * (size - 1) for size, dilation in zip(kernel, dilations, strict=True)]
-    if padding == "same":
-        pads = [(size + 1) // 2 for size in reach]
-    else:
-        pads = list(_each(0 if padding == "valid" else padding, space))
-    label = (together(padded, -space - 1, keepdim=True) == PADDED).to(torch.uint8)
-    for axis in range(-space, 0):
-        length, pad = label.shape[axis], pads[axis]
-        count = length if padding == "same" else (length + 2 * pad - reach[axis] - 1) // strides[axis] + 1
-        if count < 1:
-            return None
-        if strides[axis] == 1 and pad:
-            positions = torch.arange(count, device=label.device).clamp(max=length - 1)
-            label = label.index_select(axis, positions)
-            continue
-        label = label.movedim(axis, -1)
-        if pad:  # as at the true end of a sequence, a frame may reach that far beyond it
-            edge = label.new_zeros(*label.shape[:-1], pad)
-            real = torch.cat([edge, 1 - label, edge], -1)
-            real = torch.cat([edge, real, edge], -1).unfold(-1, 2 * pad + 1, 1).amax(-1)
-            label = 1 - real
-        windows = label.unfold(-1, reach[axis] + 1, strides[axis])[..., :: dilations[axis]]
-        label = windows.amax(-1).movedim(-1, axis)
-    return label
-
-
-def _each(value: Any, space: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, tuple | list | torch.Size) else (value,)
-    return values * space if len(values) == 1 else values
-
-
-def frames_of(padded: Tensor, module: nn.Module) -> Tensor | None:
-    """Which of the rows that a convolution reads are padding, in one dimension and in their order."""
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    label = frames(padded, module.kernel_size, module.stride, module.padding, module.dilation)
-    return None if label is None else label.reshape(-1)

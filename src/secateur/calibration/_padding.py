@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import RecipeError, StatisticsError, naming
+from secateur.calibration._labels import PADDED, frames_of, together
 from secateur.calibration._masks import EXAMPLE, Input, Mask, PaddingFunction, find_inputs
-from secateur.calibration._origins import PADDED, Origin, Origins, frames_of, together
+from secateur.calibration._origins import Origin, Origins
 
 PaddingSource: TypeAlias = PaddingFunction | Mapping[str, PaddingFunction]
 
@@ -298,9 +298,17 @@ def _sentence(why: str, removed: int, total: int) -> str:
 
 
 def left_out(rows: Tensor, kept: Kept) -> Tensor:
-    """The rows ``[groups, tokens, in]`` of real tokens."""
+    """The rows ``[groups, tokens, in]`` of real tokens.
+
+    Raises:
+        StatisticsError: there are more or fewer rows than positions that are known to be padding or not.
+    """
     if kept.real is None:
         return rows
     real = kept.real.reshape(-1).to(rows.device)
-    assert math.prod(real.shape) == rows.shape[1]
+    if len(real) != rows.shape[1]:
+        raise StatisticsError(
+            f"it reads {rows.shape[1]} rows, but {kept.why} speaks of {len(real)} positions, so padding cannot be kept "
+            f"out of the statistics.\n{_ADVICE}"
+        )
     return rows[:, real]

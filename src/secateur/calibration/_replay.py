@@ -92,7 +92,7 @@ class Route:
     """Which modules a batch runs.
 
     Args:
-        calls: the modules in order, those of the stages and their neighbours; None if that may be another one each time.
+        calls: the modules in order, those of the stages and their neighbours; None if that may differ each time.
         skips: whether all but two stages may be skipped.
         why: a batch is computed in full, or empty.
     """
@@ -106,7 +106,7 @@ _NO_BLOCKS = Route(None, skips=False, why="the model has no repeated blocks")
 
 
 def _rehearsed(model: nn.Module, stages: tuple[Stage, ...], run: PlainRun, forward: Forward) -> Route:
-    """The route of a batch, and whether replaying the dense model stage by stage gives what a plain forward pass gave."""
+    """The route of a batch, and whether replaying the dense model on it gives what a plain forward pass gave."""
     if run.decides:
         return Route(None, skips=False, why="the model decides by its data what to run")
     replayable = [id(stage.module) for stage in stages if stage.once]
@@ -169,8 +169,9 @@ class Replay:
         full = Counter(route.why for route in self._routes if not route.skips)
         if not full:
             return "block by block, replayed"
-        reasons = "; ".join(f"{count} of {len(self._routes)} batches: {why}" for why, count in full.items())
-        return f"block by block, {'in full' if full.total() == len(self._routes) else 'replayed, some in full'} ({reasons})"
+        total = len(self._routes)
+        reasons = "; ".join(f"{count} of {total} batches: {why}" for why, count in full.items())
+        return f"block by block, {'in full' if full.total() == total else 'replayed, some in full'} ({reasons})"
 
     def run(self, stage_index: int, batch_index: int) -> object:
         """Run one batch up to and including a stage, and return the stage's output if it runs once.

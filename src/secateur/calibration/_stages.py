@@ -120,7 +120,7 @@ def _repeated_blocks(module: nn.Module, prunable: set[int]) -> list[nn.Module]:
 
 
 def _examples(batches: list[Any]) -> list[Any]:
-    """One batch of each code path shows which parts run, how often, in what order: the largest, where loops are longest."""
+    """One batch of each code path shows which parts run, and how often: the largest one, where loops are longest."""
     largest: dict[str, tuple[int, Any]] = {}
     for batch in batches:
         size = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))

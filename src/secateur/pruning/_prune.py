@@ -166,7 +166,9 @@ def prune_(
                 for layer in stage.layers:
                     finish(layer, shares[layer.name], gathered.pop(layer.name))
                     tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
-        padded = padding_by_stage([(stage.name, [layer.name for layer in stage.layers]) for stage in source.stages], paddings)
+        padded = padding_by_stage(
+            [(stage.name, [layer.name for layer in stage.layers]) for stage in source.stages], paddings
+        )
 
     return Report(
         layers=tuple(reports),
