@@ -65,6 +65,15 @@ def reduced(args: Any, kwargs: Any, padded: Tensor, output: Tensor) -> Tensor | 
     return together(padded, tuple(dims), keepdim=output.ndim == padded.ndim)
 
 
+def varies(name: str, padded: Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether elements along the dimension that a function sorts stand for different things."""
+    numbers = [value for value in args[1:] if isinstance(value, int) and not isinstance(value, bool)]
+    if name in ("topk", "kthvalue") and "k" not in kwargs:
+        numbers = numbers[1:]
+    dim = 0 if name == "msort" else kwargs.get("dim", numbers[0] if numbers else -1)
+    return bool(padded.numel()) and not torch.equal(padded.amin(dim), padded.amax(dim))
+
+
 def einsum_of(equation: str, place: int, padded: Tensor, output: Tensor) -> Tensor | None:
     """The label of a product, of which one operand has this label; None for an equation that is not plain."""
     left, arrow, right = equation.replace(" ", "").partition("->")

@@ -210,7 +210,7 @@ def _by_name(leaf: _Leaf, contents: list[_Leaf], masks: list[tuple[_Leaf, Mask]]
             if bool(_DECODER.search(other.name)) == decoder or not (decoder or decoders)]  # fmt: skip
     if decoder and leaf.name.endswith("labels") and not leaf.name.startswith("decoder_"):
         return []  # what labels say themselves
-    named = [(prefix, mask) for prefix, mask in side if prefix and leaf.name.startswith(prefix)]
+    named = [(prefix, mask) for prefix, mask in side if prefix and f"{leaf.name}_".startswith(prefix)]
     if named:
         longest = max(len(prefix) for prefix, _ in named)
         return [mask for prefix, mask in named if len(prefix) == longest]

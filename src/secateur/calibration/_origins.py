@@ -31,6 +31,7 @@ from secateur.calibration._labels import (
     neutral,
     reduced,
     together,
+    varies,
 )
 
 
@@ -59,7 +60,7 @@ _MOVES = _names(
     "view view_as reshape reshape_as flatten unflatten ravel transpose swapaxes swapdims permute movedim moveaxis t "
     "T mT H mH squeeze unsqueeze expand expand_as broadcast_to repeat repeat_interleave tile narrow select getitem "
     "index_select gather take_along_dim masked_select split split_with_sizes chunk tensor_split unbind cat concat "
-    "concatenate stack hstack vstack dstack roll flip unfold pad diagonal as_strided rot90 pack_padded_sequence "
+    "concatenate stack hstack vstack dstack roll flip unfold pad diagonal as_strided rot90 take pack_padded_sequence "
     "pad_packed_sequence"
 )
 _WRITES = {
@@ -67,7 +68,9 @@ _WRITES = {
     "slice_scatter": 1, "select_scatter": 1,
 }  # fmt: skip
 _ADDS = frozenset({"index_add", "scatter_add"})
-_PICKS = frozenset({"index_select", "gather", "take_along_dim", "masked_select", "roll", "flip"})
+_PICKS = frozenset({"index_select", "gather", "take_along_dim", "masked_select", "take", "roll", "flip"})
+_SORTS = frozenset({"sort", "argsort", "msort", "topk", "kthvalue"})
+_SCRAMBLES = frozenset({"scatter_reduce", "index_reduce", "put"})
 _MOVED_KEYWORDS = frozenset({"input", "tensors", "source", "src", "value", "values"})
 # Functions whose result stands where one of their arguments stood, with the number of that argument.
 _MIXES = dict.fromkeys(
@@ -230,6 +233,8 @@ class Origins(TorchFunctionMode):
         """Functions of elements, of rows, and of windows."""
         source, padded = origins[0][0], origins[0][1].padded
         if padded is None or not output.ndim:
+            return None
+        if name in _SCRAMBLES or (name in _SORTS and varies(name, padded, args, kwargs)):
             return None
         if name in ("embedding", "one_hot"):
             return expanded(padded.unsqueeze(-1), output)

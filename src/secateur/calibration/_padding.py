@@ -41,17 +41,23 @@ class Padding:
         inputs: of the batch, with their masks.
         masks: of the batch.
         named: what the caller said of the layers that match a glob.
+        whole: why all rows count, where there is no mask.
     """
 
     def __init__(
-        self, inputs: Sequence[Input] = (), masks: Sequence[Mask] = (), named: Mapping[str, Mask | None] | None = None
+        self,
+        inputs: Sequence[Input] = (),
+        masks: Sequence[Mask] = (),
+        named: Mapping[str, Mask | None] | None = None,
+        whole: str = "the batches have no mask",
     ) -> None:
         self._inputs = tuple(inputs)
         self._masks = tuple(masks)
         self._named = dict(named or {})
         everything = [*self._masks, *(entry.mask for entry in self._inputs if entry.mask is not None)]
         self._pads = any(mask.pads for mask in everything)
-        self._whole = ", ".join(dict.fromkeys(mask.name for mask in everything))
+        names = ", ".join(dict.fromkeys(mask.name for mask in everything))
+        self._whole = f"{names} has no zeros" if names else whole
         self._origins = Origins()
         self._last: tuple[Tensor, nn.Module | None, Kept] | None = None
         self.rows: dict[str, dict[str, tuple[int, int]]] = {}  # by layer: by reason: rows removed, of how many
@@ -77,11 +83,13 @@ class Padding:
             named = {glob: _asked(function, batch, f"padding[{glob!r}]") for glob, function in source.items()}
             return cls(*find_inputs(batch, names, ask=False), named)
         given = _asked(source, batch, "padding=")
-        return cls() if given is None else cls(*find_inputs(batch, names, given.real))
+        if given is None:
+            return cls(whole="padding= says that nothing is padded")
+        return cls(*find_inputs(batch, names, given.real))
 
     def fresh(self) -> Padding:
         """Return another one for the same batch, that has counted nothing yet."""
-        return Padding(self._inputs, self._masks, self._named)
+        return Padding(self._inputs, self._masks, self._named, self._whole)
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -112,7 +120,7 @@ class Padding:
             if fnmatchcase(layer_name, glob):
                 return self._by_caller(glob, mask, x)
         if not self._pads:
-            return Kept(None, f"{self._whole} has no zeros" if self._whole else "the batches have no mask")
+            return Kept(None, self._whole)
         if self._last is None or self._last[0] is not x or self._last[1] is not module:
             self._last = (x, module, self._judge(x, module))
         return self._last[2]
