@@ -240,7 +240,7 @@ def test_how_the_batches_were_run_is_told(name, text):
 
 
 def test_ordinary_models_do_not_decide_by_their_data():
-    for name in ("llama", "bert", "gpt2", "torch_encoder", "in_place", "mixture"):
+    for name in ("llama", "bert", "gpt2", "in_place", "mixture"):
         model, batches, _ = CASES[name]()
         assert source_of(model, batches).described() == "block by block, replayed", name
     model, batches, _ = CASES["mlp"]()

@@ -162,7 +162,7 @@ def prune_(
                 def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
                     tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
 
-                gathered = gather(source, index, needs, on_batch, paddings)
+                gathered = gather(source, index, needs, on_batch, paddings=paddings)
                 for layer in stage.layers:
                     finish(layer, shares[layer.name], gathered.pop(layer.name))
                     tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
