@@ -441,3 +441,27 @@ def experts_by_hand(model, ids):
     for handle in handles:
         handle.remove()
     return counts
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4"])
+def test_padding_is_kept_out_of_experts(family, way):
+    """Tokens are gathered by index on their way to an expert, so that no mask has the shape of its inputs."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"vocab_size": 40, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, kind)(**sizes, head_dim=8, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config._experts_implementation = way
+    ids, mask = torch.randint(1, 40, (4, 50)), torch.ones(4, 50, dtype=torch.long)
+    ids[1, 30:] = ids[3, 40:] = 0
+    mask[1, 30:] = mask[3, 40:] = 0
+    padded, _ = calibrated(model, [{"input_ids": ids, "attention_mask": mask}], strict=False)
+    alone = [{"input_ids": row[None, : int(keep.sum())]} for row, keep in zip(ids, mask, strict=True)]
+    expected, _ = calibrated(model, alone, strict=False)
+    assert padded.keys() == expected.keys()
+    assert any("experts.down_proj" in name for name in padded)
+    for name, statistics in padded.items():
+        assert statistics.tokens == expected[name].tokens, name
+        torch.testing.assert_close(statistics.require("gram"), expected[name].require("gram"), rtol=1e-3, atol=1e-4)

@@ -479,7 +479,7 @@ def test_the_report_says_how_it_was_calibrated(name):
     case, options, mode = MODES[name]
     model, batches, _ = CASES[case]()
     report = secateur.prune_(model, batches, sparsity=0.5, method="wanda", **options)
-    assert report.calibration_mode == mode
+    assert report.calibration_mode.startswith(mode)
     assert f"calibration {mode}" in str(report)
     assert secateur.Report.from_json(report.to_json()) == report
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from secateur._errors import StatisticsError, naming
 from secateur.calibration._accumulators import Accumulator, Hook
 from secateur.calibration._inputs import INPUTS, Gram, InputNorm
 from secateur.calibration._observe import key_of
-from secateur.calibration._padding import padding_masks, without_padding
+from secateur.calibration._padding import Kept, Padding, left_out
 from secateur.calibration._reads import FunctionWatch, Product
-from secateur.calibration._replay import StageSource
+from secateur.calibration._replay import RouteChanged, StageSource
 from secateur.calibration._statistics import LayerStatistics, Need
 from secateur.layers import Layer, Observed
 
@@ -33,6 +32,7 @@ def gather(
     on_batch: Callable[[int], None] = lambda done: None,
     observed: Observed | None = None,
     strict: bool = True,
+    paddings: Sequence[Padding] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Run a stage on all batches and return the statistics of each of its layers, by layer name.
 
@@ -46,6 +46,7 @@ def gather(
         on_batch: called after each batch with the number of batches done.
         observed: what forward passes showed, where weights may be multiplied without a call of their layer.
         strict: refuse a layer that too few inputs reach. If False, one that none reached is left out of the result.
+        paddings: what is padding in each batch, the same objects for all stages. None looks for it in the batches.
 
     Raises:
         StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask.
@@ -55,11 +56,16 @@ def gather(
     hooks = dict.fromkeys([INPUTS, *(STATISTICS[need].hook for need in sorted(needs))])  # tokens are counted on inputs
     read = frozenset[int]() if observed is None else frozenset(observed.read)
     watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook], read) for hook in hooks]
-    for index, batch in enumerate(source.batches):
-        with ExitStack() as stack:
-            for watch in watches:
-                stack.enter_context(watch.watching(batch))
-            source.run(stage_index, index)
+    paddings = [Padding.of(batch) for batch in source.batches] if paddings is None else paddings
+    for index, padding in enumerate(paddings):
+        finished = False
+        while not finished:
+            with suppress(RouteChanged), ExitStack() as stack:
+                stack.enter_context(padding.following())
+                for watch in watches:
+                    stack.enter_context(watch.watching(padding))
+                source.run(stage_index, index)
+                finished = True
         on_batch(index + 1)
     return _statistics(layers, watches, strict)
 
@@ -132,30 +138,39 @@ class _Watch:
         self.sums = dict.fromkeys((layer.name for layer in layers), RowSums(self._needs))
 
     @contextmanager
-    def watching(self, batch: Any) -> Iterator[None]:
+    def watching(self, padding: Padding) -> Iterator[None]:
         """Add what the hook sees while one batch runs."""
-        masks = padding_masks(batch)
         # By tensor. The tensor is kept alive, so that no other tensor can take its place in memory.
         parts: dict[Hashable, tuple[Tensor, RowSums]] = {}
         seen: dict[str, list[RowSums]] = {layer.name: [] for layer in self._layers}
+        judged: list[tuple[str, Kept, int]] = []  # the judgement of each input, kept alive like the tensors
 
-        def report(layer: Layer, x: Tensor, rows: Tensor) -> None:
+        def report(layer: Layer, x: Tensor, rows: Tensor, known: Kept | None = None) -> None:
             # Rows that are a copy, or a tensor that does not count its changes, cannot be recognised in another layer.
             view = not x.is_inference() and rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-            key = (rows.data_ptr(), rows.shape, rows.stride(), x.shape, x._version) if view else object()
+            with naming(layer.title):
+                kept = known or padding.judged(layer.name, x, layer.modules[0])
+            judged.append((layer.name, kept, rows.shape[1]))
+            real = None if kept.real is None else id(kept)
+            key = (rows.data_ptr(), rows.shape, rows.stride(), x.shape, x._version, real) if view else object()
             if key not in parts:
                 part = RowSums(self._needs)
                 with naming(layer.title):
-                    part.add(without_padding(rows, x, masks))
+                    part.add(left_out(rows, kept))
                 parts[key] = (x if view else rows.new_empty(0), part)
             seen[layer.name].append(parts[key][1])
 
         running: Counter[int] = Counter()  # by the id of a parameter, the calls of its layer that have not returned
 
         def multiplied(product: Product) -> None:
-            for layer, x in self._inputs_of(product):
-                if not running[id(layer.parameter)]:
-                    report(layer, x, x.reshape(1, -1, x.shape[-1]))
+            for layer, index in self._readers_of(product):
+                if running[id(layer.parameter)]:
+                    continue
+                with naming(layer.title):
+                    kept = padding.judged(layer.name, product.x)
+                x, real = product.inputs_of(index, kept.real)
+                if x.numel():
+                    report(layer, x, x.reshape(1, -1, x.shape[-1]), kept if real is kept.real else Kept(real, kept.why))
 
         with ExitStack() as stack:
             for layer in self._layers:
@@ -169,21 +184,22 @@ class _Watch:
                 stack.enter_context(FunctionWatch(multiplied, self._is_weight))
             yield
         self._absorb(seen)
+        if self._hook is INPUTS:
+            for name, kept, total in judged:
+                padding.count(name, kept, total)
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._memory
 
-    def _inputs_of(self, product: Product) -> Iterator[tuple[Layer, Tensor]]:
-        """The layers whose weights a function multiplies, each with its inputs."""
+    def _readers_of(self, product: Product) -> Iterator[tuple[Layer, int | None]]:
+        """The layers whose weights a function multiplies, each with its index among them; None for an only one."""
         if product.matrix.ndim == 2:
             if (layer := self._read.get(key_of(product.matrix))) is not None:
-                yield layer, product.x
+                yield layer, None
             return
         for index, matrix in enumerate(product.matrix):
             if (layer := self._read.get(key_of(matrix))) is not None:
-                rows = product.rows_of(index)
-                if len(rows):
-                    yield layer, rows
+                yield layer, index
 
     def _absorb(self, seen: dict[str, list[RowSums]]) -> None:
         """Add what each layer saw in one batch, once for all layers that have seen the same tensors so far."""

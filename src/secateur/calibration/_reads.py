@@ -34,17 +34,27 @@ class Product:
     x: Tensor
     ends: Tensor | None = None
 
-    def rows_of(self, index: int) -> Tensor:
-        """Return the inputs ``[..., in]`` of one of several matrices.
+    def inputs_of(self, index: int | None, real: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the inputs ``[..., in]`` of a matrix, and which of them are real: None if all are.
 
-        Inputs of a batch of matrices that are zero as a whole are left out: they fill up the places of tokens that
-        were routed elsewhere, and add nothing to any statistic.
+        Inputs of a batch of matrices that are zero as a whole do not count as real: they fill up the places of tokens
+        that were routed elsewhere, and add nothing to any statistic.
+
+        Args:
+            index: of the matrix among several; None if it is the only one.
+            real: bool, in the shape of the positions of ``x``; None if all are real.
         """
-        if self.ends is None:
-            rows = self.x[index] if self.x.ndim >= self.matrix.ndim else self.x
-            return rows[rows.any(dim=-1)]
-        begin = int(self.ends[index - 1]) if index else 0
-        return self.x[begin : int(self.ends[index])]
+        if index is None:
+            return self.x, real
+        if self.ends is not None:
+            rows = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+            return self.x[rows], None if real is None else real[rows]
+        is_batch = self.x.ndim >= self.matrix.ndim
+        x = self.x[index] if is_batch else self.x
+        filled = x.any(dim=-1)
+        if real is None:
+            return x, filled
+        return x, filled & (real[index] if is_batch else real)
 
 
 OnProduct: TypeAlias = Callable[[Product], None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration._batches import Forward, code_path
+from secateur.calibration._decisions import Decisions
 from secateur.layers import Layer
 
 Fingerprint: TypeAlias = list[Any]
@@ -46,16 +47,17 @@ class PlainRun:
 
     Args:
         batch: that was run.
-        outputs: which parts ran, in order, each with a fingerprint of its output.
+        calls: which watched modules ran, in order; a module that ran twice is listed twice. They are the modules of
+            the stages and their neighbours in lists of modules.
+        outputs: of each of these calls, a fingerprint, or None for a module that is no stage.
+        decides: whether code outside of the stages looks at what they computed, and may therefore run other modules on
+            another batch.
     """
 
     batch: Any
-    outputs: tuple[tuple[nn.Module, Fingerprint], ...]
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The parts in the order in which they ran; a part that ran twice is listed twice."""
-        return [module for module, _ in self.outputs]
+    calls: tuple[nn.Module, ...]
+    outputs: tuple[Fingerprint | None, ...]
+    decides: bool
 
 
 def find_stages(
@@ -69,12 +71,10 @@ def find_stages(
     members = _layers_by_part(model, layers)
     if not members:
         return (Stage("", model, layers),), []
-    # Batches with one code path show the same: one of each shows which parts run, how often, in what order.
-    examples = list({code_path(batch): batch for batch in reversed(batches)}.values())[::-1]
     parts = [module for module, _ in members.values() if module is not model]
-    runs = [_plain_run(model, parts, batch, forward) for batch in examples]
-    order = list(dict.fromkeys(id(module) for run in runs for module in run.modules))
-    repeated = {key for run in runs for key, count in Counter(map(id, run.modules)).items() if count > 1}
+    runs = [_plain_run(model, parts, batch, forward) for batch in _examples(batches)]
+    order = [key for key in dict.fromkeys(id(module) for run in runs for module in run.calls) if key in members]
+    repeated = {key for run in runs for key, count in Counter(map(id, run.calls)).items() if count > 1}
     names = {id(module): name for name, module in model.named_modules()}
     stages = tuple(
         Stage(names[key], members[key][0], tuple(members[key][1]), once=key in order and key not in repeated)
@@ -119,21 +119,53 @@ def _repeated_blocks(module: nn.Module, prunable: set[int]) -> list[nn.Module]:
     return deeper or list(repeated.values())
 
 
+def _examples(batches: list[Any]) -> list[Any]:
+    """One batch of each code path shows which parts run, and how often: the largest one, where loops are longest."""
+    largest: dict[str, tuple[int, Any]] = {}
+    for batch in batches:
+        size = sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        path = code_path(batch)
+        if path not in largest or size > largest[path][0]:
+            largest[path] = (size, batch)
+    return [batch for _, batch in largest.values()]
+
+
+def watched_modules(model: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """The parts, and their neighbours in lists of modules: enough to see which way a forward pass takes."""
+    found = {id(part): part for part in parts}
+    for container in model.modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            children = list(container.children())
+            if any(id(child) in found for child in children):
+                found |= {id(child): child for child in children}
+    return list(found.values())
+
+
 def _plain_run(model: nn.Module, parts: list[nn.Module], batch: Any, forward: Forward) -> PlainRun:
-    ran: list[tuple[nn.Module, Fingerprint]] = []
+    calls: list[nn.Module] = []
+    outputs: list[Fingerprint | None] = []
+    stages = {id(part) for part in parts}
+    decisions = Decisions()
     with ExitStack() as stack:
-        for part in parts:
+        for part in watched_modules(model, parts):
 
             def recorded(
                 *args: Any, part: nn.Module = part, run: Callable[..., Any] = part.forward, **kwargs: Any
             ) -> object:
-                output = run(*args, **kwargs)
-                ran.append((part, fingerprint(output)))
+                calls.append(part)
+                place = len(outputs)
+                outputs.append(None)
+                if id(part) not in stages:
+                    return run(*args, **kwargs)
+                with decisions.inside():
+                    output = run(*args, **kwargs)
+                outputs[place] = fingerprint(output)
                 return output
 
             stack.enter_context(forward_as(part, recorded))
+        stack.enter_context(decisions)
         forward(model, copy.deepcopy(batch))
-    return PlainRun(batch, tuple(ran))
+    return PlainRun(batch, tuple(calls), tuple(outputs), decisions.found)
 
 
 def fingerprint(output: Any) -> Fingerprint:

@@ -18,12 +18,17 @@ from secateur.calibration import (
     Forward,
     LayerStatistics,
     Need,
+    Padding,
+    PaddingSource,
     call_model,
+    check_padding,
     fit_arguments,
     gather,
     hash_batches,
     load_batches,
     observe,
+    padding_by_stage,
+    parameter_names,
     quiet,
     replayed,
 )
@@ -53,6 +58,7 @@ def prune_(
     strict: bool | None = None,
     remainder: Remainder | None = None,
     forward: Forward | None = None,
+    padding: PaddingSource | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Prune a model in place and report what was done.
@@ -68,12 +74,16 @@ def prune_(
         batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts
             or ``BatchEncoding`` (``model(**batch)``); numpy arrays count as tensors. A label beside the inputs, as a
             ``DataLoader`` gives it, is left out where the model takes one input. A ``SentenceTransformer`` also takes
-            texts. Tokens whose ``attention_mask`` is 0 do not count. A few thousand
+            texts. Padding does not count where a mask in the batch says what it is: ``attention_mask``,
+            ``decoder_attention_mask`` or others, ``labels != -100`` for a decoder. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
         pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder: see
             :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
+        padding: which tokens are real, where the batch does not say so itself: a function that returns a bool tensor
+            ``[batch, length]``, True = real, of a batch (on the model's device), or None if nothing is padded; or a
+            dict of such functions, by glob of layer names. The report says for each stage what was left out.
         progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
 
     Returns:
@@ -140,12 +150,14 @@ def prune_(
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
     unreached = [entry.name for entry in skipped if entry.reason == NEVER_REACHED]
     _tell_unreached(unreached, [layer.name for layer in layers], recipe.strict)
+    check_padding(padding, [layer.name for layer in layers])
     patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
     reports: list[LayerReport] = []
     masks: list[PackedMask] = []
     digest, mode = None, ""
+    padded: dict[str, str] = {}
 
     def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
         with naming(layer.title):
@@ -165,13 +177,17 @@ def prune_(
         digest = hash_batches(loaded)
         if recipe.measure_error:
             needs = needs | {"gram"}
+        names = parameter_names(model) if forward is None else ()
+        paddings = [Padding.of(batch, names, padding) for batch in loaded]
         with quiet(model):
             whole = replayed(model, loaded, layers, run, sequential=False)
-            dense = gather(whole, 0, dense_needs, observed=observed, strict=recipe.strict) if dense_needs else {}
+            dense = {}
+            if dense_needs:
+                fresh = [found.fresh() for found in paddings]
+                dense = gather(whole, 0, dense_needs, observed=observed, strict=recipe.strict, paddings=fresh)
             shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
             del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
-            mode = source.mode
             for index, stage in enumerate(source.stages):
                 # Half of a stage's share of the work is calibrating it, half is solving its layers.
                 done, size = len(reports), len(stage.layers)
@@ -179,13 +195,16 @@ def prune_(
                 def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
                     tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
 
-                gathered = gather(source, index, needs, on_batch, observed, recipe.strict)
+                gathered = gather(source, index, needs, on_batch, observed, recipe.strict, paddings)
                 for layer in stage.layers:
                     if layer.name not in gathered:  # such as an expert, after the layers before it were pruned
                         skipped.append(SkippedLayer(layer.name, type(layer.modules[0]).__name__, NEVER_REACHED))
                         continue
                     finish(layer, shares[layer.name], gathered.pop(layer.name))
                     tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
+        mode = source.mode
+        members = [(stage.name, [layer.name for layer in stage.layers]) for stage in source.stages]
+        padded = padding_by_stage(members, paddings)
 
     return Report(
         layers=tuple(reports),
@@ -198,6 +217,7 @@ def prune_(
         calibration_mode=mode,
         stored_masks=StoredMasks(masks),
         calibration={"ignored": ignored} if ignored else {},
+        padding=padded,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
@@ -35,7 +36,10 @@ class Report:
         whole: the weights of the whole model after the run; None in reports of 0.1.0.
         calibration_mode: ``"sequential with replay"`` (each stage on the outputs of the pruned stages before it, which
             are not computed again), ``"sequential in full"`` (the same, but each stage ran the model from its start),
-            or ``"one pass"`` (all layers on the dense model). Empty without calibration, and where it is not known.
+            or ``"one pass"`` (all layers on the dense model), and then why batches were computed in full. Empty without
+            calibration, and where it is not known.
+        padding: by the name of a stage (a block of the model), which rows of the batches were left out of its
+            calibration as padding, or why none.
         stored_masks: of the pruned layers. They stay in memory, one bit a weight, and are no part of JSON.
     """
 
@@ -49,6 +53,7 @@ class Report:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     whole: ModelWeights | None = None
     calibration_mode: str = ""
+    padding: Mapping[str, str] = field(default_factory=dict)
     # No field: asdict and equality leave the masks out. But dataclasses.replace hands on what __post_init__ kept.
     stored_masks: InitVar[StoredMasks | None] = None
 
@@ -174,6 +179,10 @@ class Report:
         tables = [] if self.evaluation is None else [evaluation_table(self.evaluation)]
         tables += [pruned_table(self.layers), skipped_table(self.skipped)]
         parts = ["# Pruning report", *(f"{sentence(markdown_text(line))}." for line in self._lines())]
+        if self.padding:
+            stages = Counter(self.padding.values())
+            counted = (f"{count} {'stage' if count == 1 else 'stages'}: {text}" for text, count in stages.items())
+            parts.append(f"Padding: {'. '.join(counted)}.")
         return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
 
     def to_html(self) -> str:
