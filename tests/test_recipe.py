@@ -30,7 +30,6 @@ FULL = {
     "sequential": False,
     "measure_error": False,
     "strict": True,
-    "remainder": "dense",
 }
 
 
@@ -72,7 +71,6 @@ def test_every_field_comes_back():
         False,
         False,
         True,
-        "dense",
     )
     assert recipe.to_dict() == FULL
     assert tomllib.loads(recipe.to_toml()) == FULL

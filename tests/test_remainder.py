@@ -81,15 +81,15 @@ def test_without_it_the_layer_is_refused_with_the_option_before_anything_changes
         ({"pattern": "2:4,remainder=dense"}, NM(2, 4, "dense"), "dense"),
         ({"pattern": "2:4"}, NM(2, 4), "error"),
         ({"pattern": Block(4, 4), "sparsity": 0.5, "remainder": "dense"}, Block(4, 4, "dense"), "dense"),
-        ({"pattern": "row", "sparsity": 0.5, "remainder": "dense"}, Row(), "dense"),
-        ({"pattern": Column(), "sparsity": 0.5, "remainder": "dense"}, Column(), "dense"),
-        ({"sparsity": 0.5, "remainder": "dense"}, Unstructured(), "dense"),
+        ({"pattern": "row", "sparsity": 0.5, "remainder": "dense"}, Row(), "error"),
+        ({"pattern": Column(), "sparsity": 0.5, "remainder": "dense"}, Column(), "error"),
+        ({"sparsity": 0.5, "remainder": "dense"}, Unstructured(), "error"),
     ],
 )
 def test_the_recipe_holds_the_pattern_that_is_used(given, pattern, remainder):
     recipe = Recipe(**given)
     assert (recipe.pattern, recipe.remainder) == (pattern, remainder)
-    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    assert Recipe.from_toml(recipe.to_toml()) == Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_another_word_is_refused():

@@ -242,6 +242,19 @@ def test_a_directory_of_every_form_is_pruned(saved, tmp_path, family):
     assert sum(zeros.values()) >= sum(layer.pruned for layer in report.layers) > 0
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.startswith("experts")])
+def test_experts_are_pruned_in_the_form_that_the_checkpoint_has(saved, tmp_path, family):
+    report = prune_directory(saved(family), tmp_path / "out", Recipe(pattern="2:4", method="magnitude"))
+    written = {n: t for found in tensors(tmp_path / "out").values() for n, t in found.items()}
+    experts = {n: t for n, t in written.items() if ".experts." in n and "bias" not in n}
+    assert len(experts) == (4 if family == "experts stacked" else 2 * 4 * 3)
+    for tensor in experts.values():
+        matrix = tensor.mT if family == "experts stacked" else tensor  # gpt-oss stores [experts, in, out]
+        assert ((matrix == 0).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+    pruned = sum(layer.pruned for layer in report.layers if ".experts." in layer.name)
+    assert pruned == sum(tensor.numel() for tensor in experts.values()) // 2
+
+
 def test_an_encoder_decoder_with_text_says_what_works(saved, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Some text. " * 100)

@@ -1,4 +1,4 @@
-"""What is no model that can be changed, and weights that are not there to be changed: each with what to do."""
+"""What is no model that can be changed, and weights that are no parameters: each with what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_model(model: object) -> nn.Module:
 
     Raises:
         TypeError: no module: a state dict, a path, an exported program.
-        RecipeError: a module whose code is frozen: scripted, traced or exported.
+        RecipeError: a module whose code is frozen (scripted, traced, exported), or whose weights are offloaded.
 
     Example:
         >>> import torch, secateur
@@ -29,7 +29,7 @@ def check_model(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         found, advice = type(model).__name__, ""
-        if isinstance(model, Mapping):
+        if isinstance(model, Mapping) and model and all(isinstance(value, torch.Tensor) for value in model.values()):
             found = f"a state dict of {len(model)} tensors"
             advice = "; load it into its module first: model.load_state_dict(state_dict)"
         elif isinstance(model, str):
@@ -45,6 +45,12 @@ def check_model(model: object) -> nn.Module:
         raise RecipeError(f"the model is scripted or traced by torch.jit, which freezes its code.\n{_BEFORE}")
     if _is_exported(model):
         raise RecipeError(f"the model is exported by torch.export, which freezes its code.\n{_BEFORE}")
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+            raise RecipeError(
+                f"{name or '(the model itself)'}: its weight is offloaded by accelerate, which loads it only while the "
+                "layer runs.\nLoad the model whole, without device_map or offloading, in a smaller dtype if it must."
+            )
     return model
 
 
@@ -81,13 +87,3 @@ def computed_by(module: nn.Module, name: str) -> str:
                 tool, call = calls[base.__name__]
                 return f"{tool}; torch.nn.utils.{call} makes it a parameter again"
     return "code that secateur does not know; make it a parameter first"
-
-
-def why_no_values(modules: tuple[nn.Module, ...]) -> str:
-    """Return why the weight of some modules is on the meta device, and what to do."""
-    if any(hasattr(module, "_hf_hook") for module in modules):
-        return (
-            "its weight is offloaded by accelerate, which loads it only while the layer runs.\n"
-            "Load the model whole, without device_map or offloading, in a smaller dtype if it must."
-        )
-    return "its weight is on the meta device, without values. Load the weights first."

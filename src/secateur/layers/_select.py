@@ -15,7 +15,7 @@ from secateur._sharding import full_tensor, is_sharded, write_whole_
 from secateur._types import Weight, dtype_name
 from secateur.layers._kind import LayerKind
 from secateur.layers._kinds import kinds_of
-from secateur.layers._models import check_model, computed_by, why_no_values
+from secateur.layers._models import check_model, computed_by
 from secateur.layers._observed import NEVER_REACHED, Observed
 from secateur.layers._plain import why_not_plain
 from secateur.layers._roles import roles
@@ -108,7 +108,7 @@ class Layer:
         weight = self.matrix()
         with naming(self.title):
             if weight.is_meta:
-                raise RecipeError(why_no_values(self.modules))
+                raise RecipeError("its weight is on the meta device, without values. Load the weights first.")
             if not (finite := weight.isfinite()).all():
                 raise RecipeError(f"{int((~finite).sum())} of its weights are NaN or infinite. Exclude the layer.")
             pattern.validate(weight.shape)

@@ -47,7 +47,7 @@ class Recipe:
             inputs, and reported: layers that no calibration input reaches, and experts that fewer than 64 reach.
         remainder: for layers whose size the pattern's groups or tiles do not divide, ``"error"`` raises and ``"dense"``
             leaves the columns and rows beyond the last whole one dense, as a pattern with ``remainder="dense"`` does.
-            The report notes how many. A pattern that says so itself wins.
+            The report notes how many. It is only a way to set the pattern's own ``remainder``, and shows that.
 
     Raises:
         RecipeError: an unknown method or allocation.
@@ -70,8 +70,9 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     sequential: bool = True
     measure_error: bool = True
-    strict: bool = False
-    remainder: Remainder = "error"
+    # Later than version 0.1.0, whose recipes keep their form.
+    strict: bool = field(default=False, repr=False)
+    remainder: Remainder = field(default="error", repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -83,7 +84,7 @@ class Recipe:
         instance("pattern", self.pattern, SparsityPattern, "a SparsityPattern or its name")  # type: ignore[type-abstract]
         if one_of("remainder", self.remainder, ("error", "dense")) == "dense":
             object.__setattr__(self, "pattern", with_dense_remainder(self.pattern))
-        object.__setattr__(self, "remainder", getattr(self.pattern, "remainder", self.remainder))
+        object.__setattr__(self, "remainder", getattr(self.pattern, "remainder", "error"))
         instance("method", self.method, Solver, "a Solver or its name")  # type: ignore[type-abstract]
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
@@ -95,6 +96,9 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as a table of plain values; fields that are None are left out."""
         table = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        del table["remainder"]  # the pattern says it
+        if not self.strict:
+            del table["strict"]
         return table | {
             "pattern": str(self.pattern),
             "method": method_to_dict(self.method),
