@@ -107,7 +107,7 @@ def save_with(
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
     check_output(None if source is None else Path(source), path, overwrite, size)
-    with whole_directory(path) as made:
+    with whole_directory(path, overwrite=overwrite) as made:
         if source is not None:
             directory = Path(source)
             shards = (FILE,) if (directory / FILE).exists() else find_shards(directory)
@@ -188,6 +188,10 @@ def load_directory(
             "secateur pack MODEL_DIR --output OUT."
         )
     # Tensors that the checkpoint lacks get the values that transformers would give them.
-    model = model_without_weights(path, contents.model, initialise=bool(contents.absent)) if into is None else into
+    model = into
+    if model is None:
+        shapes = [packed.shape for packed in contents.layers.values()]
+        shapes += [tuple(tensor.shape) for tensor in contents.tensors.values()]
+        model = model_without_weights(path, contents.model, initialise=bool(contents.absent), shapes=shapes)
     fill_(model, contents, dense, dtype, path)
     return model if into is not None else model.eval(), contents

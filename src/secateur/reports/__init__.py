@@ -7,6 +7,7 @@ from secateur.reports._html import Fact as Fact
 from secateur.reports._html import tables_page as tables_page
 from secateur.reports._packing import PackReport as PackReport
 from secateur.reports._page import comparison_page as comparison_page
+from secateur.reports._page import require_page_extra as require_page_extra
 from secateur.reports._pruning import PRUNING_REPORT as PRUNING_REPORT
 from secateur.reports._pruning import Report as Report
 from secateur.reports._records import Choice as Choice

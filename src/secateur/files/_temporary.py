@@ -1,0 +1,201 @@
+"""Folders for what is not complete yet: locked while their process lives, and swept by the next one when it died."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from secateur.files._rename import rename_new
+
+if sys.platform != "win32":
+    import fcntl
+
+NEW = "new"  # in such a folder: what is being made,
+OLD = "old"  # what it replaces, where the system cannot exchange two names at once,
+_LOCK = "lock"  # and a file whose lock the system gives back when the process ends, however it ends
+_SUFFIX = ".partial"
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, and so on the same disk. It is deleted afterwards.
+
+    Folders above it are made. If the block fails, those that are still empty are removed again.
+
+    Raises:
+        OSError: no folder can be made there.
+    """
+    made = _make_folders(path.parent)
+    try:
+        sweep(path)
+        folder, lock = _locked_folder(path)
+        try:
+            yield folder
+        finally:
+            _end(folder, path)
+            os.close(lock)
+    except BaseException:
+        for empty in made:
+            with suppress(OSError):
+                empty.rmdir()
+        raise
+
+
+def sweep(path: Path) -> None:
+    """Delete the temporary folders beside ``path`` whose processes died.
+
+    If one of them died between the two renames that replace a directory, the old directory is put back first. Where
+    files cannot be locked, nothing is deleted.
+    """
+    if sys.platform == "win32":
+        return
+    with suppress(OSError):  # a folder that may not be listed; what is in there does no harm
+        with os.scandir(path.parent) as entries:
+            found = [Path(entry) for entry in entries if _is_temporary(entry, path)]
+        for folder in found:
+            _sweep(folder, path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time pass, among those that lock the same path. Nothing is left behind.
+
+    Where files cannot be locked, all pass.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    name = path.with_name(f".{path.name[:30]}.{_LOCK}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_still(name, lock):  # else the one before us has removed it
+                try:
+                    yield
+                finally:
+                    name.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(lock)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it. Return those that were missing, the deepest first."""
+    missing = [folder] if not folder.exists() else []
+    missing += [above for above in folder.parents if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a new name in the same folder, which :func:`sweep` knows."""
+    return path.with_name(f"{_start(path)}{secrets.token_hex(4)}{_SUFFIX}")
+
+
+def _start(path: Path) -> str:
+    return f".{path.name[:30]}."  # of letters of 4 bytes: still short enough for every file system
+
+
+def _is_temporary(entry: os.DirEntry[str], path: Path) -> bool:
+    start = _start(path)
+    middle = entry.name[len(start) : -len(_SUFFIX)]
+    named = entry.name.startswith(start) and entry.name.endswith(_SUFFIX) and len(middle) == 8
+    return named and entry.is_dir(follow_symlinks=False)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder, and the descriptor of its locked file. Another process may sweep it before it is locked: again."""
+    while True:
+        folder = temporary_name(path)
+        folder.mkdir(0o700)
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileNotFoundError:
+            continue
+        except BaseException:
+            folder.rmdir()
+            raise
+        try:
+            if sys.platform == "win32" or (_take(lock) and _is_still(folder / _LOCK, lock)):
+                os.write(lock, os.fsencode(path.name))
+                return folder, lock
+        except BaseException:
+            os.close(lock)
+            _delete(folder)
+            raise
+        os.close(lock)
+
+
+def _take(lock: int) -> bool:
+    """Whether we hold the lock now. A file system without locks gives it to everybody, and sweeps nothing."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _sweep(folder: Path, path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        with suppress(OSError):  # it is not empty, and so not one that a process left while it made or deleted it
+            folder.rmdir()
+        return
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
+        if os.read(lock, 1024) == os.fsencode(path.name):
+            _end(folder, path)
+        elif not (folder / OLD).exists():  # of another path, whose name begins alike
+            _delete(folder)
+    except OSError:
+        pass
+    finally:
+        os.close(lock)
+
+
+def _end(folder: Path, path: Path) -> None:
+    """Put the old directory back if the new one has not taken its place, and delete the rest."""
+    with suppress(OSError):  # what cannot be put back stays, and the next one tries again
+        if os.path.lexists(folder / OLD):
+            with suppress(FileExistsError):
+                rename_new(folder / OLD, path)
+        _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a temporary folder, and its lock last: whoever is stopped in here leaves what the next one sweeps."""
+    with suppress(OSError):  # what cannot be deleted keeps its lock file, and the next one tries again
+        for name in (NEW, OLD):
+            if (folder / name).is_dir() and not (folder / name).is_symlink():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
