@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from secateur._errors import FormatError
-from secateur.files._directory import find_shards
+from secateur.files._directory import find_shards, is_there
 from secateur.files._safetensors import open_safetensors
 from secateur.patterns import SparsityPattern, satisfied
+
+_UNREADABLE = {"F6_E2M3", "F6_E3M2"}
 
 
 @dataclass(frozen=True)
@@ -41,23 +44,32 @@ def inspect(path: str | Path) -> Iterator[TensorSummary]:
     Only one tensor is in memory at a time.
 
     Raises:
-        FormatError: no such file, or not safetensors.
+        FormatError: no such file, not safetensors, or a tensor of a dtype that PyTorch lacks.
     """
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise FormatError(f"{path} does not exist. Give a .safetensors file or a model directory.")
     files = [path / shard for shard in find_shards(path)] if path.is_dir() else [path]
     for file_path in files:
         with open_safetensors(file_path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                dtype = file.get_slice(name).get_dtype()
+                if dtype in _UNREADABLE:
+                    raise FormatError(
+                        f"{file_path}: {name} has the dtype {dtype}, which PyTorch lacks. Its zeros cannot be counted."
+                    )
                 tensor: Tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and tensor.numel():
-                    yield summarize(name, tensor, file.get_slice(name).get_dtype())
+                    yield summarize(name, tensor, dtype)
 
 
 def summarize(name: str, tensor: Tensor, dtype: str) -> TensorSummary:
     """Return the summary of one tensor."""
-    zero = tensor == 0 if tensor.element_size() > 1 else tensor.float() == 0
+    if tensor.dtype == torch.float4_e2m1fn_x2:  # two numbers in a byte, of which PyTorch computes nothing
+        halves = tensor.view(torch.uint8)
+        zero = torch.stack([halves & 0b0111 == 0, halves & 0b0111_0000 == 0], -1).flatten(-2)  # but for the signs
+    else:
+        zero = tensor == 0 if tensor.element_size() > 1 else tensor.float() == 0
     zeros = int(zero.count_nonzero())
-    patterns = satisfied(zero.flatten(1)) if tensor.ndim > 1 else ()
-    return TensorSummary(name, tuple(tensor.shape), dtype, zeros / tensor.numel(), patterns)
+    patterns = satisfied(zero.flatten(1)) if zero.ndim > 1 else ()
+    return TensorSummary(name, tuple(zero.shape), dtype, zeros / zero.numel(), patterns)

@@ -83,7 +83,8 @@ def read_header(path: Path) -> tuple[set[str], dict[str, str]]:
 def _check_readable(path: Path) -> None:
     """safetensors calls every file missing that it cannot open, and nobody should wait for a named pipe."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise FormatError(f"{path} is not a readable safetensors file: it is no regular file.")
         path.open("rb").close()
     except OSError as error:

@@ -87,7 +87,7 @@ class TextReader:
 
 def _limit(directory: ModelDirectory, name: str, value: Any) -> int:
     """A limit that a directory sets, at most the longest of ours; it may set none."""
-    if value is None:
+    if value is None or value == 0:
         return MAX_SEQUENCE_LENGTH
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
         raise FormatError(

@@ -190,7 +190,7 @@ def load_directory(
     # Tensors that the checkpoint lacks get the values that transformers would give them.
     model = into
     if model is None:
-        shapes = [packed.shape for packed in contents.layers.values()]
+        shapes: list[tuple[int, ...]] = [packed.shape for packed in contents.layers.values()]
         shapes += [tuple(tensor.shape) for tensor in contents.tensors.values()]
         model = model_without_weights(path, contents.model, initialise=bool(contents.absent), shapes=shapes)
     fill_(model, contents, dense, dtype, path)
