@@ -1,4 +1,4 @@
-"""What the ``secateur`` script calls. It stands outside of the package, whose import takes seconds, to be there first."""
+"""What the ``secateur`` script calls: outside of the package, whose import takes seconds, and so there before it."""
 
 import sys
 

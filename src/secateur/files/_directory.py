@@ -154,7 +154,8 @@ def find_shards(path: Path) -> tuple[str, ...]:
             raise FormatError(f"{path / INDEX} has no weight_map; it should map tensor names to file names.")
         for shard in weight_map.values():
             # A name with a path in it could make us read, and later write, outside of the directory.
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            plain = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
+            if not plain or not shard.endswith(".safetensors"):
                 raise FormatError(f"{path / INDEX} names the file {shard!r}; expected a plain .safetensors file name.")
             if not is_there(path / shard):
                 raise FormatError(f"{path} lacks {shard}, which its index names. Complete the directory first.")

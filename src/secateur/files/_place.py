@@ -30,7 +30,7 @@ def check_output(source: Path | None, output: Path, overwrite: bool, num_bytes: 
         FormatError: the output exists and ``overwrite`` is off, is the source, is no directory, or does not fit on the
             disk; or the source has files that cannot be copied.
     """
-    existing = check_place(output)
+    existing = _check_place(output)
     place = real_path(output)
     sweep(place)
     if source is not None:
@@ -40,15 +40,15 @@ def check_output(source: Path | None, output: Path, overwrite: bool, num_bytes: 
         if place.is_dir() and not overwrite:
             raise FormatError(already_exists(output))
         check_replaceable(output)
-        if not os.access(place, os.W_OK):
+        if not os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             raise FormatError(f"{output} cannot be replaced: it is a directory that you may not write to.")
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise FormatError(f"{output} needs {num_bytes:,} bytes, but the disk has {free:,} left. Free some space first.")
 
 
-def check_file(path: Path, output: Path | None = None, *, inside: bool = True) -> None:
-    """Raise unless a file may be written, or an old one replaced.
+def check_file(path: Path, output: Path | None = None, *, inside: bool = True) -> Path:
+    """Return the nearest existing directory above a file that may be written, or replaced.
 
     Args:
         path: of the file.
@@ -58,7 +58,7 @@ def check_file(path: Path, output: Path | None = None, *, inside: bool = True) -
     Raises:
         FormatError: the path is a directory, or nothing can be made there.
     """
-    check_place(path)
+    existing = _check_place(path)
     place = real_path(path)
     if place.is_dir():
         raise FormatError(f"{path} is a directory. Give the path of a file.")
@@ -68,9 +68,10 @@ def check_file(path: Path, output: Path | None = None, *, inside: bool = True) -
         whole = real_path(output)
         if whole.is_relative_to(place) or (not inside and place.is_relative_to(whole)):
             raise FormatError(f"{path} is where the output {output} is made. Give the path of another file.")
+    return existing
 
 
-def check_place(path: Path) -> Path:
+def _check_place(path: Path) -> Path:
     """Return the nearest existing directory above a path to write.
 
     Raises:

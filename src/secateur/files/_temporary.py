@@ -30,8 +30,9 @@ def temporary(path: Path) -> Iterator[Path]:
     Raises:
         OSError: no folder can be made there.
     """
-    made = _make_folders(path.parent)
+    made: list[Path] = []
     try:
+        _make_folders(path.parent, made)
         sweep(path)
         folder, lock = _locked_folder(path)
         try:
@@ -40,7 +41,7 @@ def temporary(path: Path) -> Iterator[Path]:
             _end(folder, path)
             os.close(lock)
     except BaseException:
-        for empty in made:
+        for empty in reversed(made):
             with suppress(OSError):
                 empty.rmdir()
         raise
@@ -90,17 +91,24 @@ def locked(path: Path) -> Iterator[None]:
             os.close(lock)
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it. Return those that were missing, the deepest first."""
-    missing = [folder] if not folder.exists() else []
-    missing += [above for above in folder.parents if not above.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    """Make a folder and those above it, and add those that were missing to a list, the deepest last."""
+    if not folder.is_dir():
+        if folder != folder.parent:
+            _make_folders(folder.parent, made)
+        with suppress(FileExistsError):  # another process was faster, or it is a file, which the next step says
+            folder.mkdir()
+            made.append(folder)
 
 
 def temporary_name(path: Path) -> Path:
     """Return a new name in the same folder, which :func:`sweep` knows."""
     return path.with_name(f"{_start(path)}{secrets.token_hex(4)}{_SUFFIX}")
+
+
+def is_in_temporary(path: Path) -> bool:
+    """Return whether a path lies in a directory that is not complete yet."""
+    return any(above.name == NEW and above.parent.name.endswith(_SUFFIX) for above in path.parents)
 
 
 def _start(path: Path) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from secateur._errors import FormatError, SparsityError
 from secateur.files._place import already_exists, check_replaceable, real_path
 from secateur.files._rename import exchange, rename_new
-from secateur.files._temporary import NEW, OLD, temporary
+from secateur.files._temporary import NEW, OLD, is_in_temporary, temporary
 
 _written: ContextVar[list[tuple[Path, Path, os.stat_result]] | None] = ContextVar("_written", default=None)
 
@@ -178,7 +178,7 @@ def _replace(new: Path, place: Path) -> bool:
 
 def _note(path: Path, place: Path, new: Path) -> None:
     """Note what is about to be renamed. Whether it was, the disk says."""
-    if (noted := _written.get()) is not None:
+    if (noted := _written.get()) is not None and not is_in_temporary(place):
         noted.append((path, place, new.stat()))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from secateur._errors import FormatError, RecipeError, naming
 from secateur.files import (
     INDEX,
+    check_file,
     check_output,
     copy_all_but_weights,
     find_shards,
@@ -95,6 +96,7 @@ def save_with(
     """
     path = Path(path)
     if path.suffix == ".safetensors":
+        check_file(path)
         contents = take_apart(model, dtype, absent, history)
         write_packed(path, contents.layers, contents.tensors, contents.metadata())
         return
@@ -103,6 +105,7 @@ def save_with(
             f"{path}: only a transformers model can be written as a directory, because that needs a config; got "
             f"{type(model).__name__}.\nGive a path that ends in .safetensors."
         )
+    check_output(None if source is None else Path(source), path, overwrite, 0)
     contents = take_apart(model, dtype, absent, history)
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
