@@ -93,12 +93,10 @@ def locked(path: Path) -> Iterator[None]:
 
 def _make_folders(folder: Path, made: list[Path]) -> None:
     """Make a folder and those above it, and add those that were missing to a list, the deepest last."""
-    if not folder.is_dir():
-        if folder != folder.parent:
-            _make_folders(folder.parent, made)
+    for missing in (above for above in (*reversed(folder.parents), folder) if not above.is_dir()):
         with suppress(FileExistsError):  # another process was faster, or it is a file, which the next step says
-            folder.mkdir()
-            made.append(folder)
+            missing.mkdir()
+            made.append(missing)
 
 
 def temporary_name(path: Path) -> Path:
