@@ -192,13 +192,15 @@ def test_a_file_system_that_lacks_the_calls_gets_plain_renames(tmp_path, monkeyp
 
 def died(path, alive=False, **files):
     """Leave a temporary folder as a killed process does; the system gives its lock back."""
-    folder, lock = temporary._locked_folder(path)
+    locks = []
+    folder = temporary.temporary_name(path)
+    assert temporary._make_locked(folder, locks, path)
     for name, text in files.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(text)
     if not alive:
-        os.close(lock)
-    return folder, lock
+        os.close(locks[0])
+    return folder, locks[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")

@@ -155,8 +155,11 @@ def _try(folder: Path, place: Path) -> None:
     """Make something there, and remove it: permissions are not the only reason why it may fail."""
     made = folder / temporary_name(place).name
     try:
-        made.mkdir(0o700)
-        made.rmdir()
+        try:
+            made.mkdir(0o700)
+        finally:
+            with suppress(FileNotFoundError):
+                made.rmdir()
     except OSError as error:
         reason = f"{folder} is not a directory that you may write to ({error.strerror})"
         raise OSError(error.errno, reason) from None

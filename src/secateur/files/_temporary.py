@@ -31,15 +31,21 @@ def temporary(path: Path) -> Iterator[Path]:
         OSError: no folder can be made there.
     """
     made: list[Path] = []
+    locks: list[int] = []
+    folder = temporary_name(path)
     try:
-        _make_folders(path.parent, made)
-        sweep(path)
-        folder, lock = _locked_folder(path)
         try:
+            _make_folders(path.parent, made)
+            sweep(path)
+            while not _make_locked(folder, locks, path):
+                folder = temporary_name(path)
             yield folder
         finally:
-            _end(folder, path)
-            os.close(lock)
+            try:
+                _end(folder, locks, path)
+            except KeyboardInterrupt:  # who stops us in here waits until it is done
+                _end(folder, locks, path)
+                raise
     except BaseException:
         for empty in reversed(made):
             with suppress(OSError):
@@ -101,7 +107,7 @@ def _make_folders(folder: Path, made: list[Path]) -> None:
 
 def temporary_name(path: Path) -> Path:
     """Return a new name in the same folder, which :func:`sweep` knows."""
-    return path.with_name(f"{_start(path)}{secrets.token_hex(4)}{_SUFFIX}")
+    return path.parent / f"{_start(path)}{secrets.token_hex(4)}{_SUFFIX}"
 
 
 def is_in_temporary(path: Path) -> bool:
@@ -120,27 +126,18 @@ def _is_temporary(entry: os.DirEntry[str], path: Path) -> bool:
     return named and entry.is_dir(follow_symlinks=False)
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor of its locked file. Another process may sweep it before it is locked: again."""
-    while True:
-        folder = temporary_name(path)
-        folder.mkdir(0o700)
-        try:
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileNotFoundError:
-            continue
-        except BaseException:
-            folder.rmdir()
-            raise
-        try:
-            if sys.platform == "win32" or (_take(lock) and _is_still(folder / _LOCK, lock)):
-                os.write(lock, os.fsencode(path.name))
-                return folder, lock
-        except BaseException:
-            os.close(lock)
-            _delete(folder)
-            raise
-        os.close(lock)
+def _make_locked(folder: Path, locks: list[int], path: Path) -> bool:
+    """Make a folder with a locked file, and add its descriptor to a list. Return False if somebody swept it before."""
+    folder.mkdir(0o700)
+    try:
+        locks.append(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileNotFoundError:
+        return False
+    if sys.platform != "win32" and not (_take(locks[-1]) and _is_still(folder / _LOCK, locks[-1])):
+        os.close(locks.pop())
+        return False
+    os.write(locks[-1], os.fsencode(path.name))
+    return True
 
 
 def _take(lock: int) -> bool:
@@ -174,34 +171,42 @@ def _sweep(folder: Path, path: Path) -> None:
         return
     except OSError:
         return
+    locks = [lock]
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its process lives
-        if os.read(lock, 1024) == os.fsencode(path.name):
-            _end(folder, path)
-        elif not (folder / OLD).exists():  # of another path, whose name begins alike
-            _delete(folder)
+        mine = os.read(lock, 1024) == os.fsencode(path.name)
+        if mine or not os.path.lexists(folder / OLD):  # else it is of another path, whose name begins alike
+            _end(folder, locks, path)
     except OSError:
         pass
     finally:
-        os.close(lock)
+        _close(locks)
 
 
-def _end(folder: Path, path: Path) -> None:
-    """Put the old directory back if the new one has not taken its place, and delete the rest."""
-    with suppress(OSError):  # what cannot be put back stays, and the next one tries again
+def _end(folder: Path, locks: list[int], path: Path) -> None:
+    """Put the old directory back if the new one has not taken its place, delete the rest, and give the lock back.
+
+    The file of the lock is deleted last: whoever is stopped in here leaves what the next one sweeps. So does what
+    cannot be put back or deleted.
+    """
+    try:
         if os.path.lexists(folder / OLD):
             with suppress(FileExistsError):
                 rename_new(folder / OLD, path)
-        _delete(folder)
-
-
-def _delete(folder: Path) -> None:
-    """Delete a temporary folder, and its lock last: whoever is stopped in here leaves what the next one sweeps."""
-    with suppress(OSError):  # what cannot be deleted keeps its lock file, and the next one tries again
-        for name in (NEW, OLD):
-            if (folder / name).is_dir() and not (folder / name).is_symlink():
-                shutil.rmtree(folder / name)
+        for left in (folder / NEW, folder / OLD):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
             else:
-                (folder / name).unlink(missing_ok=True)
+                left.unlink(missing_ok=True)
+    except OSError:
+        return
+    finally:
+        _close(locks)  # before its file is deleted, because network disks keep files that are open
+    with suppress(OSError):
         (folder / _LOCK).unlink(missing_ok=True)
         folder.rmdir()
+
+
+def _close(locks: list[int]) -> None:
+    while locks:
+        os.close(locks.pop())

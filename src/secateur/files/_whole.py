@@ -25,6 +25,7 @@ from secateur.files._place import already_exists, check_replaceable, real_path
 from secateur.files._rename import exchange, rename_new
 from secateur.files._temporary import NEW, OLD, is_in_temporary, temporary
 
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _written: ContextVar[list[tuple[Path, Path, os.stat_result]] | None] = ContextVar("_written", default=None)
 
 
@@ -189,7 +190,7 @@ def _is_at(place: Path, made: os.stat_result) -> bool:
 
 
 def _not_written(path: Path, what: str, error: Exception) -> FormatError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in what
+    full = getattr(error, "errno", None) in _FULL or "No space left" in what
     advice = "The disk is full: free some space and run again." if full else "Check the path and its permissions."
     with suppress(OSError):  # a name that is too long
         if path.exists():

@@ -18,6 +18,7 @@ from secateur.files import (
     check_output,
     copy_all_but_weights,
     find_shards,
+    is_there,
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES
@@ -120,8 +121,8 @@ def export_directory(source: str | Path, output: str | Path, *, overwrite: bool 
         ImportError: transformers is missing.
     """
     source, output = Path(source), Path(output)
-    if not source.is_dir():
-        what = "is a file, not a directory" if source.exists() else "does not exist"
+    if not (is_there(source) and source.is_dir()):
+        what = "is a file, not a directory" if is_there(source) else "does not exist"
         raise FormatError(f"{source} {what}. Give a directory that secateur pack wrote.")
     check_output(source, output, overwrite, 0)
     model, contents = load_directory(source, dense=True, into=None, dtype=None)

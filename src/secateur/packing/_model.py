@@ -16,6 +16,7 @@ from secateur.files import (
     check_output,
     copy_all_but_weights,
     find_shards,
+    is_there,
     read_header,
     whole_directory,
 )
@@ -159,7 +160,7 @@ def load(
         secateur._errors.FormatError: nowhere.safetensors cannot be read: No such file or directory.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return load_directory(path, dense, into, dtype)[0]
     if into is None:
         if path.suffix != ".safetensors" and not path.exists():
@@ -181,7 +182,7 @@ def load_directory(
     path: Path, dense: bool, into: nn.Module | None, dtype: torch.dtype | None
 ) -> tuple[nn.Module, Contents]:
     """Return the model in a directory, and the contents of its file. For the arguments see :func:`load`."""
-    if (path / FILE).is_file():
+    if is_there(path / FILE):
         contents = _contents_of(path / FILE, read_packed(path / FILE))
     elif any(name.endswith(".compressed") for shard in find_shards(path) for name in read_header(path / shard)[0]):
         contents = Contents.of(read_compressed_tensors(path))
