@@ -204,7 +204,9 @@ def died(path, alive=False, **files):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks")
-@pytest.mark.parametrize("write", [fill, lambda path: write_text(path, "new"), temporary.sweep])
+@pytest.mark.parametrize(
+    "write", [fill, lambda path: write_text(path, "new"), check_file, lambda path: check_output(None, path, False, 0)]
+)
 def test_leftovers_of_dead_processes_are_swept_and_those_of_living_ones_kept(tmp_path, write):
     output = tmp_path / "out"
     died(output, new="half")
@@ -263,6 +265,43 @@ def test_an_overwrite_that_fails_between_two_renames_loses_nothing(tmp_path, mon
     temporary.sweep(output)
     assert (output / "config.json").read_text() == "old"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("step", ["shutil.rmtree", "os.close", "pathlib.Path.rmdir"])
+def test_an_interrupt_while_it_is_cleaned_up_waits_until_nothing_is_left(tmp_path, monkeypatch, step):
+    output = tmp_path / "out"
+    appear_model(output)
+    struck = []
+    name, _, attribute = step.rpartition(".")
+    owner = {"shutil": temporary.shutil, "os": os, "pathlib.Path": Path}[name]
+    usual = getattr(owner, attribute)
+
+    def strike(*args):
+        if not struck and (output / "config.json").read_text() == "new":  # once, after the last rename
+            struck.append(True)
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(owner, attribute, strike)
+    with pytest.raises(KeyboardInterrupt):
+        fill(output, overwrite=True)
+    monkeypatch.undo()
+    assert struck
+    assert names(tmp_path) == ["out"]
+    assert (output / "config.json").read_text() == "new"
+
+
+def test_an_interrupt_while_a_place_is_tried_leaves_nothing(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def made_but_interrupted(path, *args, **keep):
+        mkdir(path, *args, **keep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", made_but_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_file(tmp_path / "page.html")
+    assert names(tmp_path) == []
 
 
 def test_folders_that_were_made_on_the_way_are_removed_if_nothing_is_written(tmp_path):

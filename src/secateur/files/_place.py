@@ -18,7 +18,7 @@ _ROOM = 100  # bytes of a path that the names of temporary folders and of files 
 def check_output(source: Path | None, output: Path, overwrite: bool, num_bytes: int) -> None:
     """Raise unless a model directory may be written.
 
-    What an earlier run left beside the output when it was killed is deleted first.
+    What an earlier run left beside it when it was killed is deleted first.
 
     Args:
         source: directory that is read, or None.
@@ -32,7 +32,6 @@ def check_output(source: Path | None, output: Path, overwrite: bool, num_bytes: 
     """
     existing = _check_place(output)
     place = real_path(output)
-    sweep(place)
     if source is not None:
         num_bytes += check_source(source, num_bytes)
         _check_apart(source, output)
@@ -49,6 +48,8 @@ def check_output(source: Path | None, output: Path, overwrite: bool, num_bytes: 
 
 def check_file(path: Path, output: Path | None = None, *, inside: bool = True) -> Path:
     """Return the nearest existing directory above a file that may be written, or replaced.
+
+    What an earlier run left beside it when it was killed is deleted first.
 
     Args:
         path: of the file.
@@ -72,7 +73,7 @@ def check_file(path: Path, output: Path | None = None, *, inside: bool = True) -
 
 
 def _check_place(path: Path) -> Path:
-    """Return the nearest existing directory above a path to write.
+    """Return the nearest existing directory above a path to write, after deleting what killed runs left beside it.
 
     Raises:
         FormatError: nothing can be made there.
@@ -84,6 +85,7 @@ def _check_place(path: Path) -> Path:
             raise NotADirectoryError(errno.ENOTDIR, f"{existing} is not a directory that you may write to")
         _check_names(place, existing)
         _try(existing, place)
+        sweep(place)
     except OSError as error:
         raise FormatError(f"{path} cannot be made: {error.strerror}.") from None
     return existing
