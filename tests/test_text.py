@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,12 @@ def test_missing_text(tmp_path):
         read_text(tmp_path / "nowhere.txt")
     with pytest.raises(StatisticsError, match="cannot be read"):
         read_text(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device")
+def test_a_text_without_an_end():
+    with pytest.raises(StatisticsError, match="is a device"):
+        read_text("/dev/zero")
 
 
 class Counting(Letters):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import stat
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,9 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise StatisticsError(f"{path} is a device, which may have no end. Give a file.")
         content = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
     except OSError as error:
         raise StatisticsError(f"{path} cannot be read: {error.strerror}.") from None
