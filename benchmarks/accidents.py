@@ -23,8 +23,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -36,7 +36,7 @@ from _timing import describe
 import secateur
 from secateur import FormatError
 from secateur.cli import app
-from secateur.files import _rename, check_file, check_output
+from secateur.files import _rename, _whole, check_file, check_output
 from secateur.packing import read_packed
 from secateur.timing import MeasurementCache
 
@@ -238,23 +238,14 @@ class Campaign:
             check(self.case.output)
 
 
-@contextmanager
-def plain_renames() -> Iterator[None]:
-    """As on a system that cannot exchange two names."""
-    before = _rename._system_call
-    _rename._system_call = lambda: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _rename._system_call = before
-
-
-def with_plain_renames(action: Callable[[], object]) -> Callable[[], object]:
-    """The same, as on a system that cannot exchange two names."""
+def with_plain_renames(action: Callable[[], object], pause: float = 0.0) -> Callable[[], object]:
+    """The same, as on a system that cannot exchange two names, and is slow between two renames. It runs in a fork."""
 
     def run() -> None:
-        with plain_renames():
-            action()
+        rename = _whole.rename_new
+        _rename._system_call = lambda: None  # type: ignore[assignment]
+        _whole.rename_new = lambda path, target: time.sleep(pause) or rename(path, target)  # type: ignore[func-returns-value]
+        action()
 
     return run
 
@@ -291,7 +282,7 @@ def made_cases(model: Path, text: Path, work: Path) -> list[Case]:
         Case("prune --overwrite", prune(again, *magnitude, 0.9, "--overwrite"), again, copied(again)),
         Case(
             "prune --overwrite, two plain renames",
-            with_plain_renames(prune(aside, *magnitude, 0.9, "--overwrite")),
+            with_plain_renames(prune(aside, *magnitude, 0.9, "--overwrite"), pause=0.1),
             aside,
             copied(aside),
             may_step_aside=True,
@@ -441,6 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6, help="of each case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", default="", help="run only the cases with this in their names")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     imported = (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.AutoTokenizer)
@@ -456,11 +448,15 @@ def main() -> None:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((demo / name).read_bytes())
         for case in made_cases(model, demo / "calibration.txt", work):
+            if arguments.case not in case.name:
+                continue
             campaign = Campaign(case, work, draw)
             for index in range(arguments.kills):
                 campaign.kill(list(SIGNALS)[index % 3])
             results[case.name] = campaign.counts
             print(row(case.name, campaign.counts, KEYS), flush=True)
+        if arguments.case:
+            return
         results["two processes with one cache"] = kill_caches(work, arguments.kills, draw)
         print(row("two processes with one cache", results["two processes with one cache"], KEYS))
         results["two runs to one output"] = race(model, work, max(2, arguments.kills // 3))

@@ -4,12 +4,12 @@ from secateur.files._directory import INDEX as INDEX
 from secateur.files._directory import SINGLE as SINGLE
 from secateur.files._directory import ModelDirectory as ModelDirectory
 from secateur.files._directory import find_shards as find_shards
-from secateur.files._directory import is_there as is_there
 from secateur.files._directory import read_config as read_config
 from secateur.files._inspect import inspect as inspect
 from secateur.files._inspect import summarize as summarize
 from secateur.files._place import check_file as check_file
 from secateur.files._place import check_output as check_output
+from secateur.files._reading import is_there as is_there
 from secateur.files._safetensors import open_safetensors as open_safetensors
 from secateur.files._safetensors import parse_header as parse_header
 from secateur.files._safetensors import read_header as read_header

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError
 from secateur.files._place import check_output
+from secateur.files._reading import is_there, read_json, reading
 from secateur.files._safetensors import open_safetensors
 from secateur.files._source import copy_all_but_weights
 from secateur.files._whole import whole_directory, write_safetensors
@@ -149,7 +147,7 @@ def find_shards(path: Path) -> tuple[str, ...]:
         FormatError: there is none, only pickled weights, or an index that cannot be right.
     """
     if is_there(path / INDEX):
-        weight_map = _read_json(path / INDEX).get("weight_map")
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{path / INDEX} has no weight_map; it should map tensor names to file names.")
         for shard in weight_map.values():
@@ -162,7 +160,7 @@ def find_shards(path: Path) -> tuple[str, ...]:
         return tuple(dict.fromkeys(weight_map.values()))
     if is_there(path / SINGLE):
         return (SINGLE,)
-    with _reading(path):
+    with reading(path):
         entries = list(path.iterdir())
     pickled = sorted(entry.name for entry in entries if entry.suffix in {".bin", ".pt", ".pth"})
     if pickled:
@@ -182,40 +180,4 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not is_there(path / "config.json"):
         raise FormatError(f"{path} is not a model directory: it has no config.json.")
-    return _read_json(path / "config.json")
-
-
-def is_there(path: Path) -> bool:
-    """Return whether a path exists, where a file that may not be looked at is not called missing.
-
-    Raises:
-        FormatError: the path cannot be looked at, or is neither a file nor a directory.
-    """
-    with _reading(path):
-        try:
-            mode = path.stat().st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise FormatError(f"{path} is neither a file nor a directory, and is not read.")
-    return True
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with _reading(path):
-        content = path.read_bytes()
-    try:
-        table = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not readable JSON: {error}.") from None
-    if not isinstance(table, dict):
-        raise FormatError(f"{path} should hold a JSON object, but holds a {type(table).__name__}.")
-    return table
+    return read_json(path / "config.json")

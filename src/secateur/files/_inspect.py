@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur._errors import FormatError
-from secateur.files._directory import find_shards, is_there
+from secateur.files._directory import find_shards
+from secateur.files._reading import is_there
 from secateur.files._safetensors import open_safetensors
 from secateur.patterns import SparsityPattern, satisfied
 
