@@ -84,6 +84,7 @@ class Child:
             descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            torch.set_num_threads(1)  # after a fork, two threads that are first to ask for PyTorch's pool would fail
             action()
             status = 0
         except SystemExit as end:
@@ -242,9 +243,12 @@ def with_plain_renames(action: Callable[[], object], pause: float = 0.0) -> Call
     """The same, as on a system that cannot exchange two names, and is slow between two renames. It runs in a fork."""
 
     def run() -> None:
-        rename = _whole.rename_new
+        def slow(path: Path, target: Path) -> None:
+            time.sleep(pause)
+            _rename.rename_new(path, target)
+
         _rename._system_call = lambda: None  # type: ignore[assignment]
-        _whole.rename_new = lambda path, target: time.sleep(pause) or rename(path, target)  # type: ignore[func-returns-value]
+        vars(_whole)["rename_new"] = slow
         action()
 
     return run
