@@ -1,8 +1,12 @@
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import types
+import warnings
 from importlib.resources import as_file, files
 
 import pytest
@@ -255,6 +259,10 @@ MISTAKES = {
         ["MODEL", "--pattern", "2:4", "--method", "magnitude", "--html", "TEXT/report.html"],
         "cannot be made",
     ),
+    "page that is a directory": (
+        ["MODEL", "--pattern", "2:4", "--method", "magnitude", "--html", "MODEL"],
+        "is a directory. Give the path of a file",
+    ),
     "not a model": (["TEXT", "--pattern", "2:4"], "is a file, not a directory"),
 }
 
@@ -372,6 +380,149 @@ def test_an_interrupt_writes_nothing(llama, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert "nothing was written" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# What stops a command, and when: before its output has its place, and after. It says what was written, which is true.
+STOPS = {"interrupt": (signal.SIGINT, "interrupted", 130), "termination": (signal.SIGTERM, "terminated", 143)}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("when", ["secateur.files._whole._flush", "secateur.files._whole._flush_folder", "show"])
+def test_a_signal_cleans_up_and_says_what_was_written(llama, tmp_path, monkeypatch, stop, when):
+    number, word, status = STOPS[stop]
+    written = when != "secateur.files._whole._flush"
+    output = tmp_path / "out"
+    stopped = []
+
+    def strike(*args):
+        if not stopped and output.exists() == written:
+            stopped.append(True)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("secateur.cli._prune.show" if when == "show" else when, strike)
+    before = signal.getsignal(signal.SIGTERM)
+    result = prune(llama, output, "--pattern", "2:4", "--method", "magnitude")
+    assert stopped
+    assert result.exit_code == status, result.output
+    told = f"{output} was written before that, and is complete" if written else "nothing was written"
+    assert f"secateur: {word}; {told}." in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"][: int(written)]
+    assert not written or transformers.AutoModelForCausalLM.from_pretrained(output)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_after_the_output_is_complete_says_so(llama, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    monkeypatch.setattr("secateur.reports.Report.to_html", lambda self: page.mkdir() or "page")
+    result = prune(llama, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude", "--html", page)
+    assert result.exit_code == 2
+    assert re.search(rf"page.html could not be written(?s:.*)Written before that: {tmp_path / 'out'}\.", result.stderr)
+
+
+def test_links_out_of_a_model_are_named_once(llama, tmp_path, kernels_win):
+    pruned, source = tmp_path / "pruned", tmp_path / "source"
+    shutil.copytree(llama, source)
+    (tmp_path / "private").write_text("private")
+    (source / "notes.txt").symlink_to(tmp_path / "private")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = prune(source, pruned, "--pattern", "2:4", "--method", "magnitude")
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count(f"secateur: {source} has links that lead out of it") == 1
+        (pruned / "notes.txt").unlink()
+        (pruned / "notes.txt").symlink_to(tmp_path / "private")
+        result = run("pack", pruned, "--output", tmp_path / "packed")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("notes.txt -> ") == 1
+    assert ".py" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cache", "{}/file/cache.json"), "cannot be made"),
+        (("--cache", "{}"), "is a directory"),
+        (("--cache", "{}/out/cache.json"), "is where the output"),
+        (("--cache", "{}/file"), "not an autotune cache"),
+        (("--cache", "/proc/x/cache.json"), "cannot be made"),
+        (("--html", "{}"), "is a directory"),
+        (("--html", "{}/out"), "is where the output"),
+        (("--html", "{}/" + "x" * 300), "File name too long"),
+        (("--html", "{}/missing/" + "x" * 300), "File name too long"),
+    ],
+)
+def test_pack_says_what_cannot_be_written_before_it_loads_the_model(llama, tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "file").write_text("thesis")
+    monkeypatch.setattr("secateur.packing._directory.load_model", lambda *args, **keep: pytest.fail("loaded"))
+    result = run("pack", llama, "--output", tmp_path / "out", *(text.format(tmp_path) for text in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupt_while_the_command_is_imported(monkeypatch, capsys):
+    import secateur_command
+
+    class Slow(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "secateur.cli", Slow("secateur.cli"))
+    assert secateur_command.main() == 130
+    assert capsys.readouterr().err == "secateur: interrupted; nothing was written.\n"
+
+
+# A config that counts what the weights cannot have: refused before anything of that size is built.
+COUNTS = ["num_hidden_layers", "num_labels", "vocab_size", "hidden_size", "intermediate_size"]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_config_that_describes_a_far_larger_model_is_refused_at_once(llama, tmp_path, kernels_win, name):
+    pruned, packed = tmp_path / "pruned", tmp_path / "packed"
+    assert prune(llama, pruned, "--pattern", "2:4", "--method", "magnitude").exit_code == 0
+    assert run("pack", pruned, "--output", packed).exit_code == 0
+    for path in (pruned, packed):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps({**config, name: 10**9}))
+    for arguments in (
+        ("prune", pruned, "--output", tmp_path / "out", "--pattern", "2:4", "--method", "magnitude"),
+        ("pack", pruned, "--output", tmp_path / "out"),
+        ("export", packed, "--output", tmp_path / "out"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert re.search(rf"{name} = 1,000,000,000, but|describes a model of [\d,]+ numbers, but", result.stderr)
+    with pytest.raises(secateur.FormatError, match="Correct the config"):
+        secateur.load(packed)
+
+
+def test_counts_in_nested_configs_and_lists():
+    from secateur.huggingface import _plausible
+
+    shapes = [(64, 32)] * 20
+    _plausible.check_counts("m", {"num_hidden_layers": 1000, "max_window_layers": 28, "eos_token_id": 10**9}, shapes)
+    for config in (
+        {"text_config": {"decoder": {"n_layer": 1001}}},
+        {"depths": [2, 2, 10**6]},
+        {"num_local_experts": 5000},
+        {"num_labels": 1 << 21},
+    ):
+        with pytest.raises(secateur.FormatError, match=r"m: the config has .* but there are 20 tensors"):
+            _plausible.check_counts("m", config, shapes)
+
+
+@pytest.mark.parametrize("wrong", ["x", -1, [], True, float("nan"), {}])
+@pytest.mark.parametrize("name", ["model_max_length", "max_position_embeddings"])
+def test_a_limit_of_tokens_that_is_no_number_is_named(llama, text, tmp_path, wrong, name):
+    source = tmp_path / "model"
+    shutil.copytree(llama, source)
+    path = source / {"model_max_length": "tokenizer_config.json"}.get(name, "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: wrong}))
+    result = prune(source, tmp_path / "out", "--pattern", "2:4", "--calibration", text, *SMALL)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert name in result.stderr or "cannot be loaded by transformers" in result.stderr or "tokenizer" in result.stderr
 
 
 def test_missing_transformers_names_the_extra(llama, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import secateur
 from secateur.integrations import read_state
 from secateur.nn import PackedConv2d
 from secateur.packing import cache_at
+from secateur.packing._measure import Measurement
 from secateur.reports import PackReport
 
 FILES = Path(__file__).parent / "fixtures" / "v0.1.0"
@@ -170,8 +171,14 @@ def test_reports():
     assert (packed.whole, packed.first_line) == (None, "")
 
 
-def test_measurements():
+def test_measurements(tmp_path):
     """A file of measurements is read and added to, and those of another machine stay in it."""
-    table = json.loads((FILES / "autotune.json").read_text(encoding="utf-8"))
-    cache = cache_at(FILES / "autotune.json")
-    assert next(iter(table["machines"])) in (cache._machine, *cache._others)
+    path = tmp_path / "autotune.json"
+    path.write_bytes((FILES / "autotune.json").read_bytes())
+    ((machine, entries),) = json.loads(path.read_text(encoding="utf-8"))["machines"].items()
+    cache = cache_at(path)
+    cache.put("new", Measurement.from_table(next(iter(entries.values()))))
+    cache.save()
+    machines = json.loads(path.read_text(encoding="utf-8"))["machines"]
+    assert {"new"} <= machines[cache._machine].keys()
+    assert entries.items() <= machines[machine].items()

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +114,51 @@ def test_missing_text(tmp_path):
         read_text(tmp_path / "nowhere.txt")
     with pytest.raises(StatisticsError, match="cannot be read"):
         read_text(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device")
+def test_a_text_without_an_end():
+    with pytest.raises(StatisticsError, match="is a device"):
+        read_text("/dev/zero")
+
+
+class Counting(Letters):
+    """A tokenizer that counts the letters that it is given."""
+
+    given = 0
+
+    def __call__(self, text, **options):
+        self.given += len(text)
+        return super().__call__(text, **options)
+
+
+@pytest.mark.parametrize("separator", [" ", ""])
+def test_of_a_long_text_only_pieces_are_tokenised_for_a_few_samples(separator):
+    tokenizer = Counting()
+    long = separator.join(map(str, range(800_000)))  # one line of 5 million letters, no two windows alike
+    windows = Windows(tokenizer, long, 64)
+    drawn = letters(windows.sample(4, seed=0))
+    assert tokenizer.given < 20_000
+    assert len(set(drawn)) == 4
+    assert all(len(window) == 64 and window in long for window in drawn)
+    assert drawn == letters(Windows(Counting(), long, 64).sample(4, seed=0))
+    assert tokenizer.given < 20_000
+    assert windows.num_tokens == len(long)  # who asks for all of it gets it
+
+
+class Words(Letters):
+    """A tokenizer to which a word of any length is one token."""
+
+    def __call__(self, text, add_special_tokens=True, return_attention_mask=True, verbose=True):
+        return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_a_long_text_of_very_long_tokens_is_tokenised_whole():
+    long = " ".join("x" * (1000 + number) for number in range(5000))
+    (window,) = Windows(Words(), long, 64).sample(1, seed=0)
+    assert window.tolist() == list(range(int(window[0]), int(window[0]) + 64))
+
+
+def test_too_short_a_long_text_is_still_said():
+    with pytest.raises(StatisticsError, match="2 tokens make 0 windows"):
+        Windows(Words(), "x" * 3_000_000 + " " + "y" * 3_000_000, 64).sample(1, seed=0)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import stat
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ def read_text(path: str | Path) -> str:
     """
     path = Path(path)
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise StatisticsError(f"{path} is a device, which may have no end. Give a file.")
         content = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
     except OSError as error:
         raise StatisticsError(f"{path} cannot be read: {error.strerror}.") from None
@@ -51,6 +57,10 @@ def _text_fields(path: Path, content: str) -> Iterator[str]:
         yield entry["text"]
 
 
+_WHOLE = 4_000_000  # characters; a text up to this length is always tokenised whole, in seconds
+_PIECE = 32  # characters for each token that is needed; usual texts have 3 to 5
+
+
 class Windows:
     """A text as token windows of one length, consecutive and without padding.
 
@@ -75,13 +85,19 @@ class Windows:
             raise StatisticsError(
                 f"a sequence length of {length} leaves room for {self._room} tokens; use at least 16."
             )
-        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        if len(ids) < 2:
-            raise StatisticsError(f"{source} has {len(ids)} tokens; give a longer one.")
         self._prefix, self._suffix = torch.tensor(prefix, dtype=torch.long), torch.tensor(suffix, dtype=torch.long)
-        self._ids = torch.tensor(ids)
-        self._source = source
+        self._tokenizer, self._text, self._source = tokenizer, text, source
         self.length = length
+        if len(text) <= _WHOLE and len(self._ids) < 2:
+            raise StatisticsError(f"{source} has {len(self._ids)} tokens; give a longer one.")
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        return self._tokens(self._text)
+
+    def _tokens(self, text: str) -> Tensor:
+        found = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return torch.tensor(found["input_ids"], dtype=torch.long)
 
     @property
     def num_tokens(self) -> int:
@@ -97,9 +113,17 @@ class Windows:
     def sample(self, count: int, seed: int) -> list[Tensor]:
         """Return ``count`` different full windows, drawn at random.
 
+        A long text of which only a small part is needed is not tokenised whole. It is cut into pieces of 32 characters
+        for each token of a window, pieces are drawn, and each gives the window at its beginning.
+
         Raises:
             StatisticsError: the text has too few, with what would fit.
         """
+        piece = _PIECE * self._room
+        if len(self._text) > max(_WHOLE, 4 * count * piece):
+            drawn = self._sample_pieces(count, seed, piece)
+            if len(drawn) == count:
+                return drawn  # else tokens are longer than that, and the whole text is tokenised
         available = len(self._ids) // self._room
         if available < count:
             shorter = len(self._ids) // count // 16 * 16
@@ -113,6 +137,20 @@ class Windows:
             torch.cat([self._prefix, self._ids[start * self._room : (start + 1) * self._room], self._suffix])
             for start in starts
         ]
+
+    def _sample_pieces(self, count: int, seed: int, piece: int) -> list[Tensor]:
+        starts = list(range(0, len(self._text) - piece + 1, piece))
+        random.Random(seed).shuffle(starts)
+        found: dict[int, Tensor] = {}
+        for start in starts[: 2 * count]:
+            words = self._text[start : start + piece]
+            first = re.search(r"\s", words) if start else None  # the piece may begin within a word
+            ids = self._tokens(words[first.start() :] if first else words)[: self._room]
+            if len(ids) == self._room:
+                found[start] = torch.cat([self._prefix, ids, self._suffix])
+            if len(found) == count:
+                break
+        return [found[start] for start in sorted(found)]
 
 
 def batched(windows: list[Tensor], tokens: int = 4096) -> Iterator[Tensor]:

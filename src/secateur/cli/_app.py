@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import rich.table
 import typer
@@ -37,7 +40,7 @@ _OBVIOUS = ("no weight matrix", "excluded", "not included")
 
 
 def main() -> None:
-    """Run the command. A user's mistake ends with one message and exit status 2, an interrupt with 130."""
+    """Run the command. A user's mistake ends with one message and exit status 2, an interrupt with 130, SIGTERM 143."""
     app()
 
 
@@ -56,17 +59,82 @@ def _options(
     pass
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what cleans up after an interrupt does so after this, too."""
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what a user can mend into one message and exit status 2."""
+    """Turn what a user can mend into one message and exit status 2, an interrupt into 130, and SIGTERM into 143.
+
+    The message says what was written before that. What is not complete is deleted. Warnings become messages, too.
+    """
+    from secateur.files import note_written
+
+    with note_written() as written, _termination_is_raised(), _plain_warnings():
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # nobody reads any more, which ends the command without a word
+        except (SparsityError, ImportError, OSError) as error:
+            done = _listed(written())
+            print(f"secateur: {error}" + (f"\nWritten before that: {done}." if done else ""), file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as interrupt:
+            done = _listed(written())
+            what, status = ("terminated", 143) if isinstance(interrupt, _Terminated) else ("interrupted", 130)
+            done = f"{done} was written before that, and is complete" if done else "nothing was written"
+            print(f"secateur: {what}; {done}.", file=sys.stderr)
+            raise typer.Exit(status) from None
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
+
+
+@contextmanager
+def _termination_is_raised() -> Iterator[None]:
+    """Raise on SIGTERM, unless the program around us has decided what it does."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning
+        raise _Terminated
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except (SparsityError, ImportError) as error:
-        print(f"secateur: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        print("secateur: interrupted; nothing was written.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print each of our own warnings once, without the line of code that it comes from."""
+    package = str(Path(secateur.__file__).parent)
+    said: set[str] = set()
+
+    def show_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if not filename.startswith(package):
+            usual(message, category, filename, lineno, file, line)
+        elif str(message) not in said:
+            said.add(str(message))
+            print(f"secateur: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+        warnings.showwarning = show_warning
+        yield
 
 
 @contextmanager

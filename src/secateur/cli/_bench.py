@@ -35,12 +35,12 @@ def bench(
     """Show how fast this machine runs sparse layers by every means: dense, prepacked, torch CSR, int8, and ours."""
     with user_errors(), use_threads(threads):
         from secateur import packing
-        from secateur.files import check_place, write_text
+        from secateur.files import check_file, write_text
         from secateur.patterns import SparsityPattern
 
         batches = [integer("--batch", rows, least=1) for rows in batch or DEFAULT_BATCHES]
         if html is not None:
-            check_place(html)
+            check_file(html)
         if model is not None:
             with show_progress() as progress:
                 results = packing.bench_directory(model, batches, progress=progress)

@@ -31,12 +31,12 @@ def pack(
 ) -> None:
     """Pack the layers that get smaller and faster by it. secateur.load reads the output."""
     with user_errors(), use_threads(threads):
-        from secateur.files import check_place
+        from secateur.files import check_file
         from secateur.packing import PackSettings, pack_directory
         from secateur.reports import packed_table, skipped_table
 
         if html is not None:
-            check_place(html)
+            check_file(html, output)
         with show_progress() as progress:
             report = pack_directory(
                 model,

@@ -46,10 +46,10 @@ def prune(
 ) -> None:
     """Prune a model directory. The output loads with from_pretrained, unchanged."""
     with user_errors():
-        from secateur.files import check_place
+        from secateur.files import check_file
         from secateur.huggingface import CalibrationText
         from secateur.pruning import prune_directory
-        from secateur.reports import evaluation_table, pruned_table, skipped_table
+        from secateur.reports import evaluation_table, pruned_table, require_page_extra, skipped_table
 
         settings = {
             "pattern": pattern,
@@ -62,7 +62,8 @@ def prune(
         given = {name: value for name, value in settings.items() if value is not None}
         text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
         if html is not None:
-            check_place(html)
+            check_file(html, output)
+            require_page_extra()
         with show_progress() as progress:
             report = prune_directory(
                 model,

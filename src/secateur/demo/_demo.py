@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from secateur.calibration import Windows, batched, read_text
 from secateur.evaluation import perplexity
-from secateur.files import ModelDirectory, check_place, write_text
+from secateur.files import ModelDirectory, check_file, write_text
 from secateur.huggingface import load_model, load_tokenizer
 from secateur.packing import pack_, save
 from secateur.pruning import Recipe, prune_
-from secateur.reports import Comparison, Report, Table, TableColumn, comparison_page
+from secateur.reports import Comparison, Report, Table, TableColumn, comparison_page, require_page_extra
 from secateur.solvers import method_name
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "magnitude+refit", "wanda+refit", "sparsegpt+refit")
@@ -91,7 +91,8 @@ def run(output: Path, progress: Callable[[str, float, float], None]) -> list[dic
         ImportError: transformers, matplotlib or jinja2 is missing.
         FormatError: the page cannot be written.
     """
-    check_place(output / "report.html")
+    check_file(output / "report.html")
+    require_page_extra()
     recipes = [
         Recipe(pattern=pattern, sparsity=sparsity, method=method)  # type: ignore[arg-type]
         for pattern, sparsity in TARGETS

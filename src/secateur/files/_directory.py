@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,17 +13,16 @@ import torch
 from torch import Tensor
 
 from secateur._errors import FormatError
-from secateur.files._claims import first_part, without_claims
+from secateur.files._claims import first_part
 from secateur.files._place import check_output
+from secateur.files._reading import is_there, read_json, reading
 from secateur.files._safetensors import open_safetensors
+from secateur.files._source import copy_all_but_weights
 from secateur.files._whole import whole_directory, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_OTHER_WEIGHTS = _PICKLES | {".h5", ".msgpack", ".onnx", ".gguf"}
-
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -52,12 +50,10 @@ class ModelDirectory:
             FormatError: naming what is missing or malformed, and what to do about it.
         """
         path = Path(path)
-        if not path.is_dir():
-            what = "is a file, not a directory" if path.exists() else "does not exist"
+        if not (is_there(path) and path.is_dir()):
+            what = "is a file, not a directory" if is_there(path) else "does not exist"
             raise FormatError(f"{path} {what}.\nGive the directory of a model, with config.json and {SINGLE}.")
-        if not (path / "config.json").is_file():
-            raise FormatError(f"{path} is not a model directory: it has no config.json.")
-        config = _read_json(path / "config.json")
+        config = read_config(path)
         shards = find_shards(path)
         tensors: dict[str, str] = {}
         for shard in shards:
@@ -97,6 +93,15 @@ class ModelDirectory:
         """Return the dtype of a stored tensor."""
         stored = _DTYPES.get(self.dtypes[name])
         return self.read(name).dtype if stored is None else stored
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every stored tensor."""
+        found: dict[str, tuple[int, ...]] = {}
+        for shard in self.shards:
+            with open_safetensors(self.path / shard) as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -148,7 +153,7 @@ class ModelDirectory:
         """
         output = Path(output)
         check_output(self.path, output, overwrite, self.num_bytes)
-        with whole_directory(output) as partial:
+        with whole_directory(output, overwrite=overwrite) as partial:
             copy_all_but_weights(self.path, partial, self.shards)
             for shard in self.shards:
                 with open_safetensors(self.path / shard) as file:
@@ -163,54 +168,35 @@ class ModelDirectory:
                 (partial / name).write_text(text, encoding="utf-8")
 
 
-def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) -> None:
-    """Copy the config, tokenizer and other files of a model directory into another one.
-
-    The copy of the config says nothing of quantized weights, because those that are written beside it are not.
-
-    Args:
-        source: the model.
-        target: an existing directory.
-        shards: files that hold its weights; files with the ending of a weights format are left out, too.
-    """
-    for entry in sorted(source.rglob("*")):
-        relative = entry.relative_to(source)
-        if entry.is_dir() or relative.parts[0] == ".git" or _is_weights(relative, shards):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(entry, target / relative)
-    if (target / "config.json").is_file():
-        config = _read_json(target / "config.json")
-        if (plain := without_claims(config)) != config:
-            (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
-
-
 def find_shards(path: Path) -> tuple[str, ...]:
     """Return the names of the safetensors files that make up the model in a directory.
 
     Raises:
         FormatError: there is none, only pickled weights, or an index that cannot be right.
     """
-    if (path / INDEX).is_file():
-        weight_map = _read_json(path / INDEX).get("weight_map")
+    if is_there(path / INDEX):
+        weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{path / INDEX} has no weight_map; it should map tensor names to file names.")
         for shard in weight_map.values():
             # A name with a path in it could make us read, and later write, outside of the directory.
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            plain = isinstance(shard, str) and Path(shard).name == shard and "\0" not in shard
+            if not plain or not shard.endswith(".safetensors"):
                 raise FormatError(f"{path / INDEX} names the file {shard!r}; expected a plain .safetensors file name.")
-            if not (path / shard).is_file():
+            if not is_there(path / shard):
                 raise FormatError(f"{path} lacks {shard}, which its index names. Complete the directory first.")
         return tuple(dict.fromkeys(weight_map.values()))
-    if (path / SINGLE).is_file():
+    if is_there(path / SINGLE):
         return (SINGLE,)
-    packed = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(".sparse.safetensors"))
+    with reading(path):
+        entries = sorted(path.iterdir())
+    packed = [entry.name for entry in entries if entry.name.endswith(".sparse.safetensors")]
     if packed:
         raise FormatError(
             f"{path} has packed weights ({packed[0]}), and dense ones are needed here.\n"
             "Write them dense first: secateur export DIRECTORY --output DENSE."
         )
-    pickled = sorted(entry for entry in path.iterdir() if entry.suffix in _PICKLES)
+    pickled = [entry for entry in entries if entry.suffix in _PICKLES]
     if pickled:
         raise FormatError(
             f"{path} has its weights as {pickled[0].name}, a pickle, which can run any code when it is loaded; "
@@ -247,17 +233,13 @@ def check_no_pickle(path: Path) -> None:
         )
 
 
-def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:
-    # Below the top, safetensors belong to another module, such as a sentence encoder's 2_Dense.
-    stale = len(relative.parts) == 1 and relative.suffix == ".safetensors"
-    return relative.as_posix() in shards or relative.suffix in _OTHER_WEIGHTS or stale
+def read_config(path: Path) -> dict[str, Any]:
+    """Return what ``config.json`` of a model directory holds.
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not readable JSON: {error}.") from None
-    if not isinstance(table, dict):
-        raise FormatError(f"{path} should hold a JSON object, but holds a {type(table).__name__}.")
-    return table
+    Raises:
+        FormatError: it is missing, cannot be read, or is no JSON object.
+    """
+    if not is_there(path / "config.json"):
+        raise FormatError(f"{path} is not a model directory: it has no config.json.")
+    return read_json(path / "config.json")

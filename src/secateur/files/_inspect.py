@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur._errors import FormatError
 from secateur.files._claims import is_part
 from secateur.files._directory import check_no_pickle, find_shards
+from secateur.files._reading import is_there
 from secateur.files._safetensors import open_safetensors
 from secateur.patterns import SparsityPattern, satisfied
 
@@ -50,7 +51,7 @@ def inspect(path: str | Path) -> Iterator[TensorSummary]:
         FormatError: no such file, a pickle, or not safetensors.
     """
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise FormatError(f"{path} does not exist. Give a .safetensors file or a model directory.")
     files = [path / shard for shard in find_shards(path)] if path.is_dir() else [path]
     for file_path in files:
@@ -72,5 +73,5 @@ def summarize(name: str, tensor: Tensor, dtype: str) -> TensorSummary:
     """Return the summary of one tensor."""
     zero = tensor == 0 if tensor.element_size() > 1 else tensor.float() == 0
     zeros = int(zero.count_nonzero())
-    patterns = satisfied(zero.flatten(1)) if tensor.ndim > 1 else ()
-    return TensorSummary(name, tuple(tensor.shape), dtype, zeros / tensor.numel(), patterns)
+    patterns = satisfied(zero.flatten(1)) if zero.ndim > 1 else ()
+    return TensorSummary(name, tuple(zero.shape), dtype, zeros / zero.numel(), patterns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     Raises:
         FormatError: the file is missing, truncated or not a safetensors file.
     """
+    _check_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -44,6 +46,7 @@ def read_header(path: Path) -> tuple[set[str], dict[str, str]]:
     def wrong(what: str) -> NoReturn:
         raise FormatError(f"{path} is not a readable safetensors file: {what}. {_DAMAGED}")
 
+    _check_readable(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -75,6 +78,17 @@ def read_header(path: Path) -> tuple[set[str], dict[str, str]]:
     if end < size - 8 - length:
         wrong(f"it has {size - 8 - length - end:,} bytes more than its tensors")
     return set(header), entries
+
+
+def _check_readable(path: Path) -> None:
+    """safetensors calls every file missing that it cannot open, and nobody should wait for a named pipe."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise FormatError(f"{path} is not a readable safetensors file: it is no regular file.")
+        path.open("rb").close()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def parse_header(path: Path, text: str | bytes) -> dict[str, Any]:

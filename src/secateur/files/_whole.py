@@ -1,20 +1,46 @@
-"""Files and directories that appear complete or not at all. All code that writes to a user's disk goes through here."""
+"""Files and directories that appear complete or not at all. All code that writes to a user's disk goes through here.
+
+What is made lies in a temporary folder beside its place until it is on the disk, and takes its place by one rename. A
+new directory takes a name that nothing has. Where a directory is replaced, the two exchange their names at once, so
+that the name always has a whole directory. On systems that cannot do that (Linux before 3.15, some network disks,
+Windows), the old one steps aside for the moment between two renames; if the process is killed just there, the next one
+that looks at the place puts it back.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur._errors import FormatError
+from secateur._errors import FormatError, SparsityError
+from secateur.files._place import already_exists, check_replaceable, real_path
+from secateur.files._rename import exchange, rename_new
+from secateur.files._temporary import NEW, OLD, is_in_temporary, temporary
+
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_written: ContextVar[list[tuple[Path, Path, os.stat_result]] | None] = ContextVar("_written", default=None)
+
+
+@contextmanager
+def note_written() -> Iterator[Callable[[], list[Path]]]:
+    """Yield a function that returns which files and directories were written since the block began.
+
+    It asks the disk, so that it is right at any moment, even if an interrupt comes in the middle of a rename.
+    """
+    noted: list[tuple[Path, Path, os.stat_result]] = []
+    token = _written.set(noted)
+    try:
+        yield lambda: list(dict.fromkeys(asked for asked, place, made in noted if _is_at(place, made)))
+    finally:
+        _written.reset(token)
 
 
 @contextmanager
@@ -27,65 +53,50 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         FormatError: the disk is full, or the place cannot be written.
     """
-    path = Path(path)
-    partial: Path | None = None
-    try:
-        path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = _beside(path)
-        beside.touch(exist_ok=False)
-        partial = beside
-        mode = (path if path.exists() else partial).stat().st_mode & 0o777
-        yield partial
-        _flush(partial)
-        partial.chmod(mode)  # save_file makes its file private
-        os.replace(partial, path)
-        _flush_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _not_written(path, error) from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+    with _place_for(path) as (place, new):
+        new.touch(exist_ok=False)
+        mode = (place if place.exists() else new).stat().st_mode & 0o777
+        yield new
+        _flush(new)
+        new.chmod(mode)  # save_file makes its file private
+        _note(Path(path), place, new)
+        os.replace(new, place)
 
 
 @contextmanager
-def whole_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``path``. It replaces ``path`` if the block ends well; else it is deleted.
+def whole_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty directory beside ``path``. It takes this place if the block ends well; else it is deleted.
 
-    An old directory stays in place until the new one is complete and on the disk, and its mode is kept. Missing folders
-    are made. If ``path`` is a link, the directory that it points to is replaced.
+    Missing folders are made. If ``path`` is a link, the place is that to which it points.
+
+    Args:
+        path: of the directory.
+        overwrite: replace a model directory, or an empty one. It stays in place until the new one is complete and on
+            the disk, and its mode is kept. Otherwise a directory that appears there in the meantime is kept, and what
+            was made is deleted.
 
     Raises:
-        FormatError: the disk is full, or the place cannot be written.
+        FormatError: the disk is full, the place cannot be written, or it has something that may not be replaced.
     """
-    path = Path(path)
-    partial: Path | None = None
-    try:
-        path = path.resolve()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = _beside(path)
-        beside.mkdir()
-        partial = beside
-        yield partial
-        for entry in partial.rglob("*"):
+    with _place_for(path) as (place, new):
+        if not overwrite and os.path.lexists(place):
+            raise FormatError(already_exists(path))
+        new.mkdir()
+        yield new
+        for entry in new.rglob("*"):
             if entry.is_dir():
                 _flush_folder(entry)
             elif entry.is_file():
                 _flush(entry)
-        _flush_folder(partial)
-        if path.exists():
-            partial.chmod(path.stat().st_mode & 0o777)
-        _swap(partial, path)
-        _flush_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _not_written(path, error, partial) from None
-    except FormatError as error:
-        if partial is None or str(partial) not in str(error):
-            raise
-        raise FormatError(_renamed(str(error), partial, path)) from None  # of whole_file, for a file in here
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        _flush_folder(new)
+        _note(Path(path), place, new)
+        try:
+            _put(new, place, overwrite)
+        except FileExistsError:
+            raise FormatError(
+                f"{path} was made by something else while this run was writing. It is kept, and what this run made is "
+                "deleted.\nGive another directory, or --overwrite (overwrite=True) to replace it."
+            ) from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -115,43 +126,89 @@ def write_safetensors(
         save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
 
 
-def _beside(path: Path) -> Path:
-    """A new name in the same folder, and so on the same disk: the last step is then one rename."""
-    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")  # systems allow 255 bytes
+@contextmanager
+def _place_for(path: str | Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the place to which a path leads, and a new name beside it. Errors speak of the place, as users know it."""
+    path = Path(path)
+    new: Path | None = None
+    try:
+        place = real_path(path)
+        with temporary(place) as folder:
+            new = folder / NEW
+            yield place, new
+            _flush_folder(place.parent)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(path, _in_place(_said(error), new, path), error) from None
+    except SparsityError as error:
+        if (said := _in_place(str(error), new, path)) == str(error):
+            raise
+        raise type(error)(said) from None
 
 
-def _not_written(path: Path, error: Exception, partial: Path | None = None) -> FormatError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    advice = "The disk is full: free some space and run again." if full else "Check the path and its permissions."
-    rest = f"The old {path.name} is as it was." if _exists(path) else "Nothing was left behind."
-    return FormatError(f"{path} could not be written: {_renamed(str(error), partial, path)}.\n{advice} {rest}")
+def _put(new: Path, place: Path, overwrite: bool) -> None:
+    while not (overwrite and _replace(new, place)):
+        try:
+            rename_new(new, place)
+            return
+        except FileExistsError:
+            if not overwrite:
+                raise
 
 
-def _exists(path: Path) -> bool:
-    with suppress(OSError):  # a name that is too long
-        return path.exists()
+def _replace(new: Path, place: Path) -> bool:
+    """Put a directory in the place of an old one. Return False if there is none."""
+    if not os.path.lexists(place):
+        return False
+    check_replaceable(place)
+    new.chmod(place.stat().st_mode & 0o777)
+    try:
+        exchanged = exchange(new, place)
+    except FileNotFoundError:
+        return False  # it has just been removed
+    if not exchanged:
+        place.rename(new.with_name(OLD))
+        rename_new(new, place)  # if it fails, the temporary folder puts the old one back
+        return True
+    try:
+        check_replaceable(new)  # what was in the place in that very moment
+    except FormatError:
+        exchange(new, place)
+        raise
+    return True
+
+
+def _note(path: Path, place: Path, new: Path) -> None:
+    """Note what is about to be renamed. Whether it was, the disk says."""
+    if (noted := _written.get()) is not None and not is_in_temporary(place):
+        noted.append((path, place, new.stat()))
+
+
+def _is_at(place: Path, made: os.stat_result) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(place.stat(), made)
     return False
 
 
-def _renamed(message: str, partial: Path | None, path: Path) -> str:
+def _not_written(path: Path, what: str, error: Exception) -> FormatError:
+    full = getattr(error, "errno", None) in _FULL or "No space left" in what
+    advice = "The disk is full: free some space and run again." if full else "Check the path and its permissions."
+    with suppress(OSError):  # a name that is too long
+        if path.exists():
+            return FormatError(f"{path} could not be written: {what}.\n{advice} The old {path.name} is as it was.")
+    return FormatError(f"{path} could not be written: {what}.\n{advice} Nothing was left behind.")
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.strerror}: {os.fsdecode(error.filename)}"
+
+
+def _in_place(message: str, new: Path | None, path: Path) -> str:
     """A message about the place where the user expects the file, not about the temporary one."""
-    return message if partial is None else message.replace(str(partial), str(path))
-
-
-def _swap(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
-    # A directory cannot be renamed over another: step the old one aside, and back if the new one cannot take its place.
-    old = partial.with_suffix(".old")
-    try:
-        path.rename(old)
-        partial.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    if new is None:
+        return message
+    return message.replace(str(new), str(path)).replace(str(new.parent), str(path)).removesuffix(f": {path}")
 
 
 def _flush(path: Path) -> None:

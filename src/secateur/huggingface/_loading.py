@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.files import ModelDirectory
+from secateur.files import ModelDirectory, read_config
 from secateur.huggingface._architecture import check_named, classes, named
+from secateur.huggingface._plausible import check_counts, check_size
 
 
 def transformers_library() -> ModuleType:
@@ -83,13 +85,18 @@ def load_model(
     device = _usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else directory.widest_dtype
-    auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
+    auto: Any = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
+    shapes = list(directory.shapes.values())
+    check_counts(directory.path, directory.config, shapes)
     try:
         config = _config(directory.path)
+        made_by = None
         if with_head:
             check_named(directory, config)
             names = directory.config["architectures"]
-            auto = model_class(config, names[0] if isinstance(names, list) and names else None) or auto
+            made_by = model_class(config, names[0] if isinstance(names, list) and names else None)
+        auto = made_by or auto
+        check_size(directory.path, lambda: _build(made_by or auto.from_config, config), shapes)
         model, info = auto.from_pretrained(
             directory.path,
             config=config,
@@ -100,7 +107,7 @@ def load_model(
             output_loading_info=True,
         )
     except (ImportError, FormatError):
-        raise  # says what to do
+        raise  # says what to install, or to correct
     except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
     return model.to(device).eval(), set(info["missing_keys"])
@@ -123,16 +130,17 @@ def model_class(config: Any, name: object) -> type[nn.Module] | None:
     return next((made for made in classes(config) if made.__name__ == name), None)
 
 
-def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Module:
+def model_without_weights(path: Path, name: str, *, initialise: bool, shapes: Sequence[Sequence[int]]) -> nn.Module:
     """Return the model of a directory with values that nobody trained, to be filled in.
 
     Args:
         path: of the directory.
         name: of the class to prefer; else what the config names.
         initialise: give it the values that transformers would; otherwise any.
+        shapes: of the tensors that will be filled in. A config that asks for far more is refused.
 
     Raises:
-        FormatError: there is no config, or transformers makes no model of it.
+        FormatError: there is no config, it does not fit the tensors, or transformers makes no model of it.
         ImportError: transformers is missing.
     """
     if not (path / "config.json").is_file():
@@ -140,25 +148,29 @@ def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Modu
             f"{path} is not a model directory: it has no config.json. Load its file into a module instead."
         )
     transformers = transformers_library()
+    check_counts(path, read_config(path), shapes)
     try:
         config = _config(path)
         names = [name, *(getattr(config, "architectures", None) or ())]
         made_by = next(filter(None, (model_class(config, known) for known in names)), None)
         if made_by is None:
             raise ValueError(f"transformers has no class {names} for the model type {config.model_type!r}")
-        if initialise:
-            model = made_by(config)
-        else:
-            with importlib.import_module("transformers.initialization").no_init_weights():
-                model = made_by(config)
+        check_size(path, lambda: _build(made_by, config), shapes)
+        model = made_by(config) if initialise else _build(made_by, config)
         model.tie_weights()  # type: ignore[operator]
         if (path / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-    except ImportError:
-        raise  # says what to install
+    except (ImportError, FormatError):
+        raise  # says what to install, or to correct
     except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{path} cannot be made into a model by transformers: {error}") from None
     return model
+
+
+def _build(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """Make a model without computing its first values."""
+    with importlib.import_module("transformers.initialization").no_init_weights():
+        return make(config)
 
 
 def load_tokenizer(directory: ModelDirectory) -> Any:

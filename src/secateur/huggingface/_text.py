@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur._errors import RecipeError, StatisticsError
+from secateur._errors import FormatError, RecipeError, StatisticsError
 from secateur.calibration import Windows
 from secateur.evaluation import outputs
 from secateur.files import ModelDirectory
@@ -48,16 +48,18 @@ class TextReader:
 
     Raises:
         RecipeError: the model takes no windows of that length.
-        FormatError: there is no tokenizer.
+        FormatError: there is no tokenizer, or the directory limits the length to what is no number of tokens.
     """
 
     def __init__(self, model: nn.Module, directory: ModelDirectory, length: int | None) -> None:
         self._model = model
         self._tokenizer = load_tokenizer(directory)
         self._special_tokens = not is_causal(directory)
-        limits = [MAX_SEQUENCE_LENGTH, self._tokenizer.model_max_length]
-        limits.append(getattr(model.config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH)
-        longest = int(min(limits))
+        longest = min(
+            MAX_SEQUENCE_LENGTH,
+            _limit(directory, "model_max_length", self._tokenizer.model_max_length),
+            _limit(directory, "max_position_embeddings", getattr(model.config, "max_position_embeddings", None)),
+        )
         self.length = length or longest
         if self.length > longest:
             raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
@@ -81,3 +83,15 @@ class TextReader:
                 "Give a shorter --sequence-length; check that the model reads text and that the tokenizer is its own."
             ) from None
         return windows
+
+
+def _limit(directory: ModelDirectory, name: str, value: Any) -> int:
+    """A limit that a directory sets, at most the longest of ours; it may set none."""
+    if value is None or value == 0:
+        return MAX_SEQUENCE_LENGTH
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise FormatError(
+            f"{directory.path}: {name} is {value!r:.40}; expected how many tokens the model takes. Correct it in "
+            "tokenizer_config.json or config.json."
+        )
+    return int(min(value, MAX_SEQUENCE_LENGTH))

@@ -13,13 +13,16 @@ from secateur._errors import FormatError
 from secateur.files import (
     INDEX,
     SINGLE,
+    check_file,
     check_output,
     copy_all_but_weights,
     find_shards,
+    is_there,
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES
 from secateur.huggingface import Progress, load_model, open_model
+from secateur.packing._measure import cache_at
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
 from secateur.packing._settings import PackSettings
@@ -54,12 +57,16 @@ def pack_directory(
         The report of :func:`pack_`, which is also written to the directory.
 
     Raises:
-        FormatError: the source is not a model directory with safetensors files, or the output cannot be written.
+        FormatError: the source is not a model directory with safetensors files, or the output or the cache cannot be
+            written.
         RecipeError: no layer to pack, or a glob that matches nothing.
         ImportError: transformers is missing.
     """
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
+    if cache is not None:
+        check_file(Path(cache), Path(output), inside=False)
+        cache_at(cache)  # is it a cache?
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, "cpu", with_head=True)
     stored = directory.widest_dtype
@@ -113,8 +120,8 @@ def export_directory(source: str | Path, output: str | Path, *, overwrite: bool 
         ImportError: transformers is missing.
     """
     source, output = Path(source), Path(output)
-    if not source.is_dir():
-        what = "is a file, not a directory" if source.exists() else "does not exist"
+    if not (is_there(source) and source.is_dir()):
+        what = "is a file, not a directory" if is_there(source) else "does not exist"
         raise FormatError(f"{source} {what}. Give a directory that secateur pack wrote.")
     check_output(source, output, overwrite, 0)
     model, contents = load_directory(source, dense=True, into=None, dtype=None)
@@ -122,7 +129,7 @@ def export_directory(source: str | Path, output: str | Path, *, overwrite: bool 
     check_output(source, output, overwrite, size)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in contents.absent}
     shards = (FILE,) if (source / FILE).exists() else find_shards(source)
-    with whole_directory(output) as made:
+    with whole_directory(output, overwrite=overwrite) as made:
         weights = made / ".weights"
         try:
             model.save_pretrained(weights, state_dict=state)  # type: ignore[operator]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError, naming
 from secateur._types import dtype_name
-from secateur.files import check_place, open_safetensors, parse_header, read_header, write_safetensors
+from secateur.files import check_file, open_safetensors, parse_header, read_header, write_safetensors
 from secateur.formats import FORMATS, Format, check_shape
 from secateur.patterns import SparsityPattern
 
@@ -111,7 +111,7 @@ def write_packed(
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata must be a JSON object: {error}") from None
     header["checksum"] = _checksum(header, stored)
-    free = shutil.disk_usage(check_place(path)).free
+    free = shutil.disk_usage(check_file(path)).free
     if free < (size := sum(tensor.nbytes for tensor in stored.values())):
         raise FormatError(f"{path} needs {size:,} bytes, but the disk has {free:,} left. Free some space first.")
     write_safetensors(path, stored, {ENTRY: _canonical(header)})

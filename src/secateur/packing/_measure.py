@@ -92,7 +92,7 @@ def cache_at(path: str | Path | None) -> MeasurementCache[Measurement]:
         path: of the file, which need not exist; None for the process only.
 
     Raises:
-        FormatError: the file is not an autotune cache, or its contents are invalid.
+        FormatError: the file is not an autotune cache, its contents are invalid, or it cannot be written.
     """
     return MeasurementCache(path, machine(), Measurement.from_table, Measurement.to_table)
 

@@ -12,9 +12,11 @@ from torch import nn
 from secateur._errors import FormatError, RecipeError, naming
 from secateur.files import (
     INDEX,
+    check_file,
     check_output,
     copy_all_but_weights,
     find_shards,
+    is_there,
     read_header,
     whole_directory,
 )
@@ -95,6 +97,7 @@ def save_with(
     """
     path = Path(path)
     if path.suffix == ".safetensors":
+        check_file(path)
         contents = take_apart(model, dtype, absent, history)
         write_packed(path, contents.layers, contents.tensors, contents.metadata())
         return
@@ -103,11 +106,12 @@ def save_with(
             f"{path}: only a transformers model can be written as a directory, because that needs a config; got "
             f"{type(model).__name__}.\nGive a path that ends in .safetensors."
         )
+    check_output(None if source is None else Path(source), path, overwrite, 0)
     contents = take_apart(model, dtype, absent, history)
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
     check_output(None if source is None else Path(source), path, overwrite, size)
-    with whole_directory(path) as made:
+    with whole_directory(path, overwrite=overwrite) as made:
         if source is not None:
             directory = Path(source)
             shards = (FILE,) if (directory / FILE).exists() else find_shards(directory)
@@ -156,7 +160,7 @@ def load(
         secateur._errors.FormatError: nowhere.safetensors cannot be read: No such file or directory.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_there(path) and path.is_dir():
         return load_directory(path, dense, into, dtype)[0]
     if into is None:
         if path.suffix != ".safetensors" and not path.exists():
@@ -178,7 +182,7 @@ def load_directory(
     path: Path, dense: bool, into: nn.Module | None, dtype: torch.dtype | None
 ) -> tuple[nn.Module, Contents]:
     """Return the model in a directory, and the contents of its file. For the arguments see :func:`load`."""
-    if (path / FILE).is_file():
+    if is_there(path / FILE):
         contents = _contents_of(path / FILE, read_packed(path / FILE))
     elif any(name.endswith(".compressed") for shard in find_shards(path) for name in read_header(path / shard)[0]):
         contents = Contents.of(read_compressed_tensors(path))
@@ -188,6 +192,10 @@ def load_directory(
             "secateur pack MODEL_DIR --output OUT."
         )
     # Tensors that the checkpoint lacks get the values that transformers would give them.
-    model = model_without_weights(path, contents.model, initialise=bool(contents.absent)) if into is None else into
+    model = into
+    if model is None:
+        shapes: list[tuple[int, ...]] = [packed.shape for packed in contents.layers.values()]
+        shapes += [tuple(tensor.shape) for tensor in contents.tensors.values()]
+        model = model_without_weights(path, contents.model, initialise=bool(contents.absent), shapes=shapes)
     fill_(model, contents, dense, dtype, path)
     return model if into is not None else model.eval(), contents

@@ -99,8 +99,8 @@ def pack_(
         elif isinstance(job.modules[0], PackedLinear | PackedConv2d):
             swaps += [(module, job.dense) for module in job.modules]
         rows.append(job.report(decision))
+    known.save()  # which may fail, and then the model is as it was
     swap_modules_(model, swaps)
-    known.save()
     found = sum(job.pattern_was_found for job in jobs)
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     return PackReport(

@@ -12,6 +12,7 @@ from secateur.reports._match import Holder as Holder
 from secateur.reports._match import find_tensors as find_tensors
 from secateur.reports._packing import PackReport as PackReport
 from secateur.reports._page import comparison_page as comparison_page
+from secateur.reports._page import require_page_extra as require_page_extra
 from secateur.reports._pruning import PRUNING_REPORT as PRUNING_REPORT
 from secateur.reports._pruning import Report as Report
 from secateur.reports._records import Choice as Choice

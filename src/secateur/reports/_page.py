@@ -57,7 +57,7 @@ def comparison_page(
     Raises:
         ImportError: matplotlib or jinja2 is missing; the message names the extra to install.
     """
-    _require()
+    require_page_extra()
     comparison = {
         "intro": [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", intro) if paragraph.strip()],
         "rows": rows,
@@ -69,7 +69,12 @@ def comparison_page(
     return _render(title=title, comparison=comparison, report=report)
 
 
-def _require() -> None:
+def require_page_extra() -> None:
+    """Raise unless pages with pictures can be made. Asked before the work, whose page would otherwise fail at its end.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing; the message names the extra to install.
+    """
     try:
         import jinja2  # noqa: F401
         import matplotlib.figure  # noqa: F401
@@ -78,7 +83,7 @@ def _require() -> None:
 
 
 def _render(title: str, comparison: Mapping[str, Any] | None, report: PruningRecord | None) -> str:
-    _require()
+    require_page_extra()
     view = None if report is None else _view(report)
     return _template().render(
         title=title, comparison=comparison, report=report, view=view, style=_safe(resource("page.css"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from secateur._errors import FormatError
-from secateur.files import write_text
+from secateur.files import check_file, locked, write_text
 
 _VERSION = 1
 
@@ -26,7 +26,7 @@ class MeasurementCache(Generic[Value]):
         write: returns the JSON value for a measurement.
 
     Raises:
-        FormatError: the file is not an autotune cache, or its contents are invalid.
+        FormatError: the file is not an autotune cache, its contents are invalid, or it cannot be written.
     """
 
     _memory: ClassVar[dict[tuple[str, str], Any]] = {}  # of the class, so that all caches of a process share it
@@ -41,12 +41,12 @@ class MeasurementCache(Generic[Value]):
         self._path = None if path is None else Path(path)
         self._machine = json.dumps(dict(machine), sort_keys=True)
         self._write = write
-        self._others: dict[str, Any] = {}
         self._own: dict[str, Value] = {}
-        if self._path is not None and self._path.exists():
-            self._others = _read_file(self._path)
-            own = self._others.pop(self._machine, {})
+        if self._path is not None:
+            check_file(self._path)
+            own = _read_file(self._path).get(self._machine, {})
             self._own = {key: _read_entry(self._path, key, entry, read) for key, entry in own.items()}
+        self._new: set[str] = set()
 
     def get(self, key: str) -> Value | None:
         """Return the measurement under a key on this machine, or None."""
@@ -60,17 +60,31 @@ class MeasurementCache(Generic[Value]):
         self._memory[self._machine, key] = measured
         if lasting:
             self._own[key] = measured
+            self._new.add(key)
 
     def save(self) -> None:
-        """Write the file, if there is one. It is written whole or not at all."""
-        if self._path is None:
+        """Add the new measurements to the file, if there is one. It is written whole or not at all.
+
+        The file is read again, and other processes that save wait, so that nobody's measurements are lost.
+
+        Raises:
+            FormatError: it cannot be written, or is not an autotune cache any more.
+        """
+        if self._path is None or not self._new:
             return
-        own = {key: self._write(measured) for key, measured in self._own.items()}
-        table = {"secateur autotune": _VERSION, "machines": {**self._others, self._machine: own}}
-        write_text(self._path, json.dumps(table, indent=1) + "\n")
+        new = {key: self._write(self._own[key]) for key in self._new}
+        try:
+            place = self._path.resolve()
+            with locked(place):
+                machines = _read_file(place)
+                machines[self._machine] = {**machines.get(self._machine, {}), **new}
+                write_text(place, json.dumps({"secateur autotune": _VERSION, "machines": machines}, indent=1) + "\n")
+        except OSError as error:
+            raise FormatError(f"{self._path} could not be written: {error.strerror}. Check its permissions.") from None
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    """The measurements in a file by machine; none if there is no file."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         version, machines = table["secateur autotune"], table["machines"]
@@ -78,6 +92,8 @@ def _read_file(path: Path) -> dict[str, Any]:
             return {}  # of another version: everything is measured again, and the file is replaced
         if not isinstance(machines, dict) or not all(isinstance(entry, dict) for entry in machines.values()):
             raise TypeError("machines should be a table of tables")
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:
         raise FormatError(
             f"{path} is not an autotune cache, or cannot be read: {error!r:.200}.\nGive another path, or delete it."
