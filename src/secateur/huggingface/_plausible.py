@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur._errors import FormatError
 
-_REPEATED = re.compile(r"layer|depth|expert|blocks?$")  # what is built one by one, with stored tensors of its own
+_REPEATED = re.compile(r"(layer|depth|expert|block)s?$")  # what is built one by one, with stored tensors of its own
 _COUNTED = re.compile(r"^(num|n)_(?!param)")  # what is built in a loop, perhaps
 
 # Below these, a wrong count costs seconds at most. Layers may share their weights, and heads may be missing.
