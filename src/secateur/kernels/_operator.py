@@ -81,6 +81,7 @@ class _Ready:
 # weight is checked and prepared again, because kernels trust the indices of a checked weight.
 _ready: dict[int, _Ready] = {}
 _lock = threading.RLock()
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _MOST_CALLS = 1024  # shapes, dtypes and devices of inputs that are remembered for each weight
 
 
@@ -127,7 +128,9 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
         return y if bias is None else y + bias.to(x.dtype)
     if len(shape) == 2:
         return prepared.run(x, bias)
-    return prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias).view(*shape[:-1], rows)
+    # Not a view for autograd: it lets no operation change a view in place that an operator of ours returns.
+    y: Tensor = _unsafe_view(prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias), (*shape[:-1], rows))
+    return y
 
 
 def _prepare(ready: _Ready, x: Tensor, spec: str) -> Prepared | None:

@@ -2,11 +2,13 @@
 
 from secateur.layers._kinds import FLATTENED as FLATTENED
 from secateur.layers._kinds import LayerKind as LayerKind
-from secateur.layers._kinds import is_transposed_linear as is_transposed_linear
 from secateur.layers._kinds import kind_of as kind_of
 from secateur.layers._kinds import register_layer as register_layer
+from secateur.layers._kinds import transposed_linear as transposed_linear
 from secateur.layers._optimizer import clear_state_ as clear_state_
 from secateur.layers._replace import Replaceability as Replaceability
+from secateur.layers._replace import own_behaviour as own_behaviour
+from secateur.layers._replace import plain_class as plain_class
 from secateur.layers._replace import swap_modules_ as swap_modules_
 from secateur.layers._select import Layer as Layer
 from secateur.layers._select import select_layers as select_layers

@@ -121,17 +121,13 @@ def register_layer(module_type: type[nn.Module], kind: LayerKind) -> None:
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind that is registered for the module's class or else for its nearest base class, or None."""
-    transposed = _transposed_linear()
+    transposed = transposed_linear()
     fallback = _TRANSPOSED if transposed is not None and isinstance(module, transposed) else None
     return next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), fallback)
 
 
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Return whether a module is exactly transformers' ``Conv1D``, a linear layer with the weight as ``[in, out]``."""
-    return type(module) is _transposed_linear()
-
-
-def _transposed_linear() -> type[nn.Module] | None:
+def transposed_linear() -> type[nn.Module] | None:
+    """Return transformers' ``Conv1D``, a linear layer whose weight is ``[in, out]``; None if no model can have one."""
     # A model can only have such a layer if transformers was imported. secateur itself does not import it for this.
     transformers = sys.modules.get("transformers.pytorch_utils")
     return None if transformers is None else transformers.Conv1D

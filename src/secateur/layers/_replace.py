@@ -6,7 +6,14 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from secateur.layers._kinds import transposed_linear
 from secateur.layers._sharding import is_sharded
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Subclasses whose forward is their own in its text but not in its result: x Wᵀ + b.
+_SAME_RESULT = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+# What a subclass may define to compute, or to store, something else than its base class does.
+_TELLING = ("forward", "weight", "bias", "__call__", "_call_impl", "__getattr__", "__getattribute__")
 
 
 class Replaceability:
@@ -37,9 +44,38 @@ class Replaceability:
             return "it has hooks, which a replacement would lose"
         if "forward" in vars(module):
             return "its forward was replaced on the object, which a replacement would lose"
+        if (reason := own_behaviour(module)) is not None:
+            return reason
         if (reader := self._readers.get(id(module))) is not None:
             return reads_without_calling(f"nn.{reader}")
         return None
+
+
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of PyTorch, or transformers' ``Conv1D``, that a module computes and stores the same as.
+
+    It is the class of the module, or the base class of one that only adds a name. None for any other module.
+    """
+    return None if own_behaviour(module) is not None else _base_class(module)
+
+
+def own_behaviour(module: nn.Module) -> str | None:
+    """Return what a linear layer or convolution has that PyTorch's own has not, such as another forward, or None."""
+    kind, base = type(module), _base_class(module)
+    if base is None:
+        return None
+    if kind is not base and f"{kind.__module__}.{kind.__qualname__}" not in _SAME_RESULT:
+        own = {name for owner in kind.__mro__[: kind.__mro__.index(base)] for name in vars(owner)}
+        if names := [name for name in _TELLING if name in own]:
+            return f"{kind.__name__} has its own {names[0]}, unlike {base.__name__}, which a replacement would lose"
+    held = [*module._parameters, *module._buffers, *module._modules]
+    if extra := [name for name in held if name not in ("weight", "bias")]:
+        return f"it has {extra[0]!r} besides weight and bias, which a replacement would lose"
+    return None
+
+
+def _base_class(module: nn.Module) -> type[nn.Module] | None:
+    return next((base for base in type(module).__mro__ if base in (*_PLAIN, transposed_linear())), None)
 
 
 def reads_without_calling(reader: str) -> str:

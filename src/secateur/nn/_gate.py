@@ -121,7 +121,12 @@ class _GatedLinear(torch.autograd.Function):
         hard: bool,
     ) -> tuple[Tensor, Tensor]:
         effective = effective_weight(matrix, threshold, temperature, units, solved=solved, hard=hard)
-        return F.linear(x, effective, bias), effective
+        if x.ndim == 2:
+            return F.linear(x, effective, bias), effective
+        # Of other shapes F.linear returns a view. PyTorch lets no operation change a view in place that is one of
+        # several results of a function, but nn.ReLU(inplace=True) and x += 1 have to work after this layer.
+        y = F.linear(x.reshape(-1, x.shape[-1]), effective, bias)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])), effective
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
