@@ -232,7 +232,6 @@ def test_a_state_dict_makes_a_fresh_layer_the_same(make):
         file.seek(0)
         states.append(torch.load(file, weights_only=True))
         assert states[-1]["stage"] == 2 * pruned
-        assert states[-1]["kept"].any() == pruned
         fresh = make()
         assert fresh.load_state_dict(states[-1], strict=True) == ([], [])
         assert_same_state(fresh, states[-1])

@@ -81,7 +81,6 @@ class _Ready:
 # weight is checked and prepared again, because kernels trust the indices of a checked weight.
 _ready: dict[int, _Ready] = {}
 _lock = threading.RLock()
-_unsafe_view = torch.ops.aten._unsafe_view.default
 _MOST_CALLS = 1024  # shapes, dtypes and devices of inputs that are remembered for each weight
 
 
@@ -96,6 +95,8 @@ def _get_ready(weight: Sequence[Tensor], spec: str) -> _Ready:
     ready = _ready.get(key)
     if ready is not None and ready.alive() is first and ready.versions == _versions(weight):
         return ready
+    if first.is_meta:
+        raise KernelError("the packed weight is on the meta device, without values. Load its state first.")
     with _lock:
         parsed = _parse(spec)
         aliases = [tensor.detach() for tensor in weight]  # the table must not keep the weight alive
@@ -128,9 +129,7 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
         return y if bias is None else y + bias.to(x.dtype)
     if len(shape) == 2:
         return prepared.run(x, bias)
-    # Not a view for autograd: it lets no operation change a view in place that an operator of ours returns.
-    y: Tensor = _unsafe_view(prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias), (*shape[:-1], rows))
-    return y
+    return prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias).view(*shape[:-1], rows)
 
 
 def _prepare(ready: _Ready, x: Tensor, spec: str) -> Prepared | None:
@@ -202,7 +201,9 @@ def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
 # The operator that compilers and autograd see.
 @torch.library.custom_op("secateur::packed_linear", mutates_args=())
 def _packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    return _run(x, weight, bias, spec)
+    y = _run(x, weight, bias, spec)
+    # PyTorch lets nothing change a view in place that is the result of an operator with a gradient of its own.
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("secateur::packed_linear_transposed", mutates_args=())
@@ -267,6 +268,8 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
         FormatError: the tensors are not valid, for example after a change in place.
         TypeError: an x that is not floating point.
     """
+    if x.is_meta:
+        return _run_fake(x, weight, bias, spec)
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):
         return _run(x, weight, bias, spec)

@@ -78,7 +78,8 @@ class PackedMatrix(nn.Module, ABC):
 
     def _multiply(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ + bias`` for x ``[..., in]``, in the dtype of x, or in that of autocast where it is on."""
-        if torch.is_autocast_enabled(x.device.type):
+        # PyTorch knows no autocast on the meta device, and leaves float64 as it is on any other.
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers: dict[str, Any] = self._buffers  # looking up an attribute of a module takes ten times as long
         weight = [buffers[name] for name in self.names]
