@@ -10,15 +10,20 @@ import torch
 from dropin_cases import CASES, FEW, LEARNING, PACKED, STAGES, dense_of, every
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from transformers.pytorch_utils import Conv1D
 
-from secateur.nn import Packed, SparseLayer
+import secateur
+from secateur import PackSettings, RecipeError
+from secateur.formats import FORMATS, pack
+from secateur.layers import Replaceability, kind_of, own_behaviour, plain_class
+from secateur.nn import Packed, PackedAs, SparseLayer
+from secateur.packing._jobs import find_jobs
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def test_every_replacement_is_here():
     """The cases have each class that learns, in each stage, each packed class, and each format."""
-    from secateur.formats import FORMATS
 
     def final(cls):
         below = cls.__subclasses__()
@@ -369,9 +374,13 @@ def test_averages_of_a_model_with_packed_layers(case, average):
 # Compilers
 
 
+# Compiling takes seconds. Other tests compile sparse layers of other patterns.
+COMPILED = ["linear unstructured soft", "linear unstructured frozen", "Conv1D unstructured soft", "conv2d column soft"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own doing
-@every(FEW)
+@every({name: CASES[f"learning {name}"] for name in COMPILED} | {n: c for n, c in PACKED.items() if "strided" not in n})
 def test_compiles_to_one_graph_with_operations_in_place(case):
     original, layer = case.pair()
     dense = dense_of(original, layer)
@@ -393,3 +402,173 @@ def test_exports(case):
     x = case.inputs()[1]
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x), **CLOSE)
+
+
+# Which layers may be replaced
+
+
+class Pointwise(nn.Conv2d):
+    """Nothing of its own but a name."""
+
+
+class Named(nn.Linear):
+    """As models have them, to find their layers by class."""
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        self.role = "up"
+
+
+def of_falcon(*args):
+    return pytest.importorskip("transformers.models.falcon.modeling_falcon").FalconLinear(*args)
+
+
+HARMLESS = {
+    "a name": lambda: Named(16, 8),
+    "FalconLinear": lambda: of_falcon(16, 8),
+    "Conv1D": lambda: Conv1D(8, 16),
+    "a convolution": lambda: Pointwise(16, 8, 1),
+}
+
+
+def fed(layer, batch=8):
+    return torch.randn(batch, 16, *([3, 3] if isinstance(layer, nn.Conv2d) else []))
+
+
+@pytest.mark.parametrize("method", ["gate", "sr-ste"])
+@pytest.mark.parametrize("make", HARMLESS.values(), ids=HARMLESS)
+def test_harmless_subclasses_are_trained_packed_and_given_back(make, method, tmp_path):
+    torch.manual_seed(0)
+    original = make()
+    model = nn.Sequential(make(), nn.ReLU(inplace=True))
+    model[0].load_state_dict(original.state_dict())
+    x = fed(original)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    training = secateur.SparseTraining(model, optimizer, method=method, pattern="2:4", steps=6)
+    assert isinstance(model[0], SparseLayer)
+    keys = signature(model)
+    twin = AveragedModel(model)
+    for _ in range(6):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+        training.step()
+        twin.update_parameters(model)
+        assert signature(model) == keys
+        twin.module.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(twin(x), model(x))
+    expected = model(x)
+    report = training.finalize()
+    assert (report.sparsity, type(model[0])) == (0.5, type(original))
+    assert getattr(model[0], "role", None) == getattr(original, "role", None)
+    assert model[0].weight is optimizer.param_groups[0]["params"][0]
+    torch.testing.assert_close(model(x), expected if method == "gate" else model(x), **CLOSE)
+    expected = model(x)
+    packed = nn.Sequential(PackedAs.of(model[0]).build(*stored(model[0])), nn.ReLU())
+    torch.testing.assert_close(packed(x), expected, **CLOSE)
+    secateur.save(packed, tmp_path / "tiny.sparse.safetensors")
+    again = secateur.load(tmp_path / "tiny.sparse.safetensors", into=nn.Sequential(make(), nn.ReLU()))
+    assert torch.equal(again(x), packed(x))
+    jobs, skipped = find_jobs(model, PackSettings(), {})
+    assert ([job.name for job in jobs], skipped) == (["0"], [])
+
+
+def stored(layer):
+    matrix = kind_of(layer).to_matrix(layer, layer.weight.detach())
+    return pack(matrix), layer.bias, None, torch.float32
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input):
+        return nn.functional.conv2d(input, self.weight - self.weight.mean(), self.bias)
+
+
+class Computed(nn.Linear):
+    @property
+    def weight(self):
+        return self._parameters.get("weight")
+
+    @weight.setter
+    def weight(self, value):
+        self._parameters["weight"] = value
+
+
+class Called(nn.Linear):
+    def __call__(self, *args, **keywords):
+        return super().__call__(*args, **keywords) + 1
+
+
+class Looked(nn.Linear):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+def with_more(kind):
+    linear = nn.Linear(16, 8)
+    if kind == "buffer":
+        linear.register_buffer("scale", torch.ones(8))
+    else:
+        linear.scale = nn.Parameter(torch.ones(8)) if kind == "parameter" else nn.Identity()
+    return linear
+
+
+BESIDES = "it has 'scale' besides weight and bias"
+OWN = [
+    ("Scaled has its own forward, unlike Linear", lambda: Scaled(16, 8)),
+    ("Standardised has its own forward, unlike Conv2d", lambda: Standardised(16, 8, 1)),
+    ("Computed has its own weight, unlike Linear", lambda: Computed(16, 8)),
+    ("Called has its own __call__, unlike Linear", lambda: Called(16, 8)),
+    ("Looked has its own __getattr__, unlike Linear", lambda: Looked(16, 8)),
+    ("Half has its own forward, unlike Conv1D", lambda: type("Half", (Conv1D,), {"forward": lambda self, x: x})(8, 16)),
+    *((BESIDES, lambda kind=kind: with_more(kind)) for kind in ("parameter", "buffer", "module")),
+]
+
+
+@pytest.mark.parametrize(("reason", "make"), OWN, ids=range(len(OWN)))
+def test_layers_with_a_behaviour_of_their_own_are_replaced_nowhere(reason, make):
+    layer = make()
+    assert plain_class(layer) is None
+    assert PackedAs.of(layer) is None
+    model = nn.Sequential(layer)
+    assert Replaceability(model).why_not(layer) == own_behaviour(layer)
+    with pytest.raises(RecipeError, match=reason):
+        secateur.sparsify_(model, pattern="2:4", include=["0"])
+    with torch.no_grad():
+        layer._parameters["weight"][:4] = 0
+    jobs, skipped = find_jobs(model, PackSettings(), {})
+    assert not jobs
+    assert own_behaviour(layer) in [skip.reason for skip in skipped]
+    if isinstance(layer, nn.Linear) and not isinstance(layer, Computed):
+        for replace in (secateur.SparseLinear.from_linear, secateur.PackedLinear.from_linear):
+            with pytest.raises(RecipeError, match=reason):
+                replace(layer)
+    assert model[0] is layer
+
+
+# States of version 0.1.0: no ``kept`` and no ``stage``, but a ``mask`` if the layer was pruned.
+
+
+@pytest.mark.parametrize("enter", STAGES.values(), ids=STAGES)
+def test_states_of_an_earlier_version(enter):
+    layer = secateur.SparseLinear(8, 6, pattern="2:4")
+    old = {name: tensor for name, tensor in layer.state_dict().items() if name not in ("kept", "stage")}
+    old = {name: tensor.clone() for name, tensor in old.items()}
+    mask = torch.rand(6, 8) > 0.5
+    enter(layer)
+    grew_back = layer.straight_through
+    assert layer.load_state_dict(old | {"mask": mask}, strict=True) == ([], [])
+    assert torch.equal(layer.mask, mask)
+    assert layer.straight_through == grew_back  # such a state does not say
+    assert layer.load_state_dict(old, strict=True) == ([], [])
+    assert layer.mask is None
+    enter(layer)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for kept"):
+        layer.load_state_dict(old | {"mask": torch.ones(6, 4, dtype=torch.bool)})
+    assert torch.equal(layer.kept, before["kept"])
+    assert torch.equal(layer.stage, before["stage"])

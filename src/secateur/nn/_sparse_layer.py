@@ -479,13 +479,13 @@ def _as_now(state: dict[str, Any], prefix: str, shape: torch.Size, stage: int) -
     """
     state = dict(state)
     mask, weight = state.pop(prefix + "mask", None), state.get(prefix + "weight")
-    kept = state.get(prefix + "kept")
+    kept, saved = state.get(prefix + "kept"), float(stage)
     if kept is None and mask is not None:
-        kept, stage = mask.bfloat16(), stage or _FROZEN
+        kept, saved = mask.bfloat16(), saved or _FROZEN
     elif kept is None and weight is not None:
-        kept, stage = torch.zeros(shape, dtype=torch.bfloat16, device=weight.device), _SOFT
+        kept, saved = torch.zeros(shape, dtype=torch.bfloat16, device=weight.device), _SOFT
     elif kept is None or kept.shape == shape:
         return state
     state[prefix + "kept"] = kept
-    state[prefix + "stage"] = torch.tensor(float(stage), device=kept.device)
+    state[prefix + "stage"] = torch.tensor(float(saved if kept.shape == shape else stage), device=kept.device)
     return state
