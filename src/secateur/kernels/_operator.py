@@ -203,7 +203,7 @@ def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
 def _packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     y = _run(x, weight, bias, spec)
     # PyTorch lets nothing change a view in place that is the result of an operator with a gradient of its own.
-    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
 @torch.library.custom_op("secateur::packed_linear_transposed", mutates_args=())

@@ -150,7 +150,6 @@ class SparseLayer(nn.Module, ABC):
         self._mask = self.kept > 0 if stage != _SOFT else None
         self._seen = _marks(self.stage, self.kept)
 
-    @torch.no_grad()
     def _look(self) -> bool:
         """Follow what others wrote into the buffers, as those do who average weights or load a state.
 
@@ -164,12 +163,16 @@ class SparseLayer(nn.Module, ABC):
             return True
         if self.stage.is_meta or is_intercepted():
             return False
+        self._read()
+        return True
+
+    @torch.no_grad()
+    def _read(self) -> None:
         value = float(self.stage)
         self._take_note(_SOFT if not value > 0 else _FROZEN if value == _FROZEN else _STRAIGHT_THROUGH)
         if self._stage == _SOFT and self.pattern is not None and self.threshold.isnan().any():
             # The average of an infinite threshold, of a budget that keeps everything, with another one.
             self.threshold.nan_to_num_(-math.inf, math.inf, -math.inf)
-        return True
 
     def _mask_in_use(self) -> Mask | None:
         """The same as :attr:`mask`; while operations are traced or mapped, as an operation on the buffers."""
