@@ -12,7 +12,7 @@ import secateur
 from secateur import FormatError, PackedLinear, RecipeError
 from secateur._types import dtype_name
 from secateur.kernels import RoutePlan, available
-from secateur.nn import PackedConv2d
+from secateur.nn import PackedConv1D, PackedConv2d
 from secateur.packing import Measurement, _decide, _jobs, _measure, decide, read_packed
 from secateur.reports import PackReport
 from secateur.timing import MeasurementCache
@@ -375,7 +375,7 @@ def test_transformers_transposed_layer(monkeypatch):
     x = torch.randn(3, 64)
     expected, before = model(x), model[0]
     secateur.pack_(model)
-    assert isinstance(model[0], PackedLinear)
+    assert isinstance(model[0], PackedConv1D)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     secateur.unpack_(model)
     assert type(model[0]) is conv1d

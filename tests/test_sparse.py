@@ -551,7 +551,9 @@ def test_weights_in_any_memory_order():
 
 def bytes_kept_for_backward(layer, x):
     """Of tensors that are neither the layer's own nor its input, each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers(), x)}
+    mask = getattr(layer, "mask", None)
+    held = (*layer.parameters(), *layer.buffers(), x, *([] if mask is None else [mask]))
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
     kept = {}
 
     def pack(tensor):

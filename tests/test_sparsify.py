@@ -180,14 +180,19 @@ def with_own_forward():
 
 
 class Special(nn.Linear):
-    pass
+    def forward(self, input):
+        return 2 * super().forward(input)
 
 
 @pytest.mark.parametrize(
     ("model", "include", "reason"),
     [
         (nn.Linear(4, 4), "", "a bare layer cannot be replaced in place; build the sparse layer with from_linear"),
-        (nn.Sequential(Special(4, 4)), "0", "have a counterpart that learns its mask, not Special"),
+        (
+            nn.Sequential(Special(4, 4)),
+            "0",
+            "Special does not multiply its weight as it is",
+        ),
         (nn.Sequential(nn.Conv1d(4, 4, 3)), "0", "have a counterpart that learns its mask, not Conv1d"),
         (hooked("register_forward_hook"), "0", "it has hooks, which a replacement would lose"),
         (hooked("register_forward_pre_hook"), "0", "it has hooks, which a replacement would lose"),

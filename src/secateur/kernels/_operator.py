@@ -95,6 +95,8 @@ def _get_ready(weight: Sequence[Tensor], spec: str) -> _Ready:
     ready = _ready.get(key)
     if ready is not None and ready.alive() is first and ready.versions == _versions(weight):
         return ready
+    if first.is_meta:
+        raise KernelError("the packed weight is on the meta device, without values. Load its state first.")
     with _lock:
         parsed = _parse(spec)
         aliases = [tensor.detach() for tensor in weight]  # the table must not keep the weight alive
@@ -210,7 +212,9 @@ def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
 @torch.library.custom_op("secateur::packed_linear", mutates_args=())
 def _packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     _refuse_onnx_export()
-    return _run(x, weight, bias, spec)
+    y = _run(x, weight, bias, spec)
+    # PyTorch lets nothing change a view in place that is the result of an operator with a gradient of its own.
+    return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
 @torch.library.custom_op("secateur::packed_linear_transposed", mutates_args=())
@@ -275,6 +279,8 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
         FormatError: the tensors are not valid, for example after a change in place.
         TypeError: an x that is not floating point.
     """
+    if x.is_meta:
+        return _run_fake(x, weight, bias, spec)
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):
         return _run(x, weight, bias, spec)

@@ -124,12 +124,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return kinds[0] if len(kinds) == 1 and not kinds[0].name else None
 
 
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Return whether a module is exactly transformers' ``Conv1D``, a linear layer with the weight as ``[in, out]``."""
-    return type(module) is transposed_linear()
-
-
 def transposed_linear() -> type[nn.Module] | None:
-    """Return transformers' ``Conv1D``; None where transformers was not imported, and no model can have one."""
-    transformers = sys.modules.get("transformers.pytorch_utils")  # secateur does not import it for this
+    """Return transformers' ``Conv1D``, a linear layer whose weight is ``[in, out]``; None if no model can have one."""
+    # A model can only have such a layer if transformers was imported. secateur itself does not import it for this.
+    transformers = sys.modules.get("transformers.pytorch_utils")
     return None if transformers is None else transformers.Conv1D

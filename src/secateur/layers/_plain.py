@@ -9,7 +9,36 @@ from torch import Tensor, nn
 
 from secateur.layers._kinds import registered_class, transposed_linear
 
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what has replacements
+# What a subclass may define to compute, or to store, something else than its base class does. A forward is tried.
+_TELLING = ("weight", "bias", "__call__", "_call_impl", "__getattr__", "__getattribute__")
 _TRIED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of PyTorch, or transformers' ``Conv1D``, that a module computes and stores the same as.
+
+    It is the class of the module, or the base class of one that only adds a name. None for any other module.
+    """
+    return None if own_behaviour(module) is not None else _base_class(module)
+
+
+def own_behaviour(module: nn.Module) -> str | None:
+    """Return what a linear layer or convolution has that a replacement would lose, or None."""
+    kind, base = type(module), _base_class(module)
+    if base is None:
+        return None
+    own = {name for owner in kind.__mro__[: kind.__mro__.index(base)] for name in vars(owner)}
+    if names := [name for name in _TELLING if name in own]:
+        return f"{kind.__name__} has its own {names[0]}, unlike {base.__name__}, which a replacement would lose"
+    held = [*module._parameters, *module._buffers, *module._modules]
+    if extra := [name for name in held if name not in ("weight", "bias")]:
+        return f"it has {extra[0]!r} besides weight and bias, which a replacement would lose"
+    return why_not_plain(module)
+
+
+def _base_class(module: nn.Module) -> type[nn.Module] | None:
+    return next((base for base in type(module).__mro__ if base in (*_PLAIN, transposed_linear())), None)
 
 
 def why_not_plain(module: nn.Module) -> str | None:
@@ -30,6 +59,8 @@ def why_not_plain(module: nn.Module) -> str | None:
     if more:
         return f"the forward of {name} may use {more[0]} besides its weight"
     weight: Any = module.weight
+    if weight is None:  # it was tried before it was taken out
+        return None
     if weight.is_meta:
         return f"{name} has a forward of its own, which cannot be tried without values"
     if not bool(weight.any()):

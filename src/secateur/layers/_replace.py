@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from secateur._sharding import is_sharded
-from secateur.layers._plain import why_not_plain
+from secateur.layers._plain import own_behaviour
 
 
 class Replaceability:
@@ -38,7 +38,7 @@ class Replaceability:
             return "it has hooks, which a replacement would lose"
         if "forward" in vars(module):
             return "its forward was replaced on the object, which a replacement would lose"
-        if (reason := why_not_plain(module)) is not None:
+        if (reason := own_behaviour(module)) is not None:
             return reason
         if (reader := self._readers.get(id(module))) is not None:
             return reads_without_calling(f"nn.{reader}")

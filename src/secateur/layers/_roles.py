@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from secateur.layers._kinds import kind_of
+from secateur.layers._stacks import stacked_kinds
 
 # A part of the name of an output head, which turns features into predictions.
 _HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "output_projection", "head", "heads"})
@@ -65,9 +66,10 @@ def _routers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _num_experts(name: str, module: nn.Module) -> int:
-    """How many experts a module holds: matrices of a stack, or modules in a list with such a name; else 0."""
+    """How many experts a module holds: matrices of a stack that shows how it is read, or what its name says; else 0."""
+    is_named = "expert" in f"{name} {type(module).__name__}".lower()
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return len(module) if "expert" in name else 0
-    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
-    is_known = kind_of(module) is not None or isinstance(module, nn.RNNBase)
-    return 0 if is_known or not stacks else len(stacks[0])
+        return len(module) if is_named else 0
+    if not is_named and not stacked_kinds(module):
+        return 0
+    return next((len(p) for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1), 0)

@@ -28,6 +28,8 @@ from secateur._types import Weight
 from secateur.nn._gate_formula import effective_weight, gradients, unit_scores
 from secateur.patterns import Units, cut_between, units_to_prune
 
+_not_a_view = torch.ops.aten._unsafe_view.default
+
 
 @torch.no_grad()
 def solve_threshold(matrix: Weight, units: Units, sparsity: float, near: float | None = None) -> Tensor:
@@ -121,7 +123,12 @@ class _GatedLinear(torch.autograd.Function):
         hard: bool,
     ) -> tuple[Tensor, Tensor]:
         effective = effective_weight(matrix, threshold, temperature, units, solved=solved, hard=hard)
-        return F.linear(x, effective, bias), effective
+        y = F.linear(x, effective, bias)
+        if x.ndim != 2:
+            # Then it is a view. PyTorch lets no operation change a view in place that is one of several results of a
+            # function, but nn.ReLU(inplace=True) and y += x have to work after this layer.
+            y = _not_a_view(y, y.shape)
+        return y, effective
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own 
 
 from secateur._checks import instance, integer
 from secateur._checks import settings as settings_of
+from secateur._types import Weight
 from secateur.nn._gate import gated_linear
 from secateur.nn._mask_settings import THRESHOLD, MaskSettings
 from secateur.nn._sparse_layer import SparseLayer
@@ -52,7 +53,9 @@ class SparseLinear(SparseLayer):
         threshold: a parameter ``(out_features,)``, or ``(out_features, in_features)`` if not structured; under a
             pattern a buffer ``(competitions, 1)``.
         temperature: a scalar buffer.
-        mask: None, or the frozen mask after :meth:`hard_prune`.
+        kept: a buffer in the weight's shape: 1 where a hard mask keeps, all 0 while the mask is soft.
+        stage: a scalar buffer: 0 while the mask is soft, 2 once it is frozen; 1 where pruned weights learn behind it.
+        mask: None, or the frozen mask after :meth:`hard_prune`, bool.
 
     Raises:
         PatternError: a pattern that does not fit, or an impossible sparsity.
@@ -91,8 +94,10 @@ class SparseLinear(SparseLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = integer("in_features", in_features, 0)
-        self.out_features = integer("out_features", out_features, 0)
+        dense = nn.Linear(1, 1, bias, device="meta")  # not of these sizes: it would warn of one that is 0
+        dense.in_features = integer("in_features", in_features, 0)
+        dense.out_features = integer("out_features", out_features, 0)
+        self._take_over(dense)
         weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if weight.numel():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear
@@ -127,7 +132,7 @@ class SparseLinear(SparseLayer):
         """Return a sparse layer that takes over the parameters of ``linear``: the same objects, not copies.
 
         Args:
-            linear: any ``nn.Linear``, of which nothing is copied.
+            linear: an ``nn.Linear``, or one of a subclass that computes the same. Of its parameters nothing is copied.
             settings: a :class:`~secateur.nn.MaskSettings`, instead of the keywords that follow.
             structured: see the class, like all that follow.
             pattern: see the class.
@@ -139,7 +144,7 @@ class SparseLinear(SparseLayer):
         Raises:
             TypeError: ``linear`` is not an ``nn.Linear``, or its weight is not a parameter of its own.
             PatternError: as for the class.
-            RecipeError: as for the class, or both ``settings`` and keywords.
+            RecipeError: as for the class, both ``settings`` and keywords, or a subclass with a behaviour of its own.
 
         Example:
             >>> import torch, secateur
@@ -159,12 +164,12 @@ class SparseLinear(SparseLayer):
         settings = settings_of("MaskSettings", settings, MaskSettings, keywords)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer._take_over(linear)
         layer._set_up(linear.weight, linear.bias, settings)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the effective weight, true zeros in the pruned places.
+        """Return a layer of the class it was made from, with the effective weight, true zeros in the pruned places.
 
         It takes over the parameters of this layer, which is of no use afterwards: optimizers keep working. Under a
         pattern exactly the budget is pruned first, as by :meth:`hard_prune`.
@@ -173,20 +178,30 @@ class SparseLinear(SparseLayer):
             RecipeError: the weight is sharded over processes.
         """
         self._must_be_whole("to_linear")
-        self._bake_()
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias  # type: ignore[assignment]
-        return linear.train(self.training)
+        return self._plain()  # type: ignore[return-value]
 
     def _to_plain(self) -> nn.Module:
         return self.to_linear()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the product of ``x`` with the effective weight, plus the bias."""
-        if self.mask is not None or not self.weight.numel():
-            return F.linear(x, self._effective(), self.bias)
+    def _take_over(self, linear: nn.Linear) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._keep_shell(linear)
+
+    @staticmethod
+    def to_matrix(tensor: Tensor) -> Weight:
+        """Return a tensor of the weight's shape itself."""
+        return tensor
+
+    def from_matrix(self, matrix: Weight) -> Tensor:
+        """Return the matrix itself."""
+        return matrix
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product of the input ``[..., in]`` with the effective weight, plus the bias."""
+        if self._mask_in_use() is not None or not self.weight.numel():
+            return F.linear(input, self._effective(), self.bias)
         return gated_linear(
-            x,
+            input,
             self.weight,
             self.bias,
             self._threshold_by_competition(),
@@ -274,6 +289,7 @@ class SparseConv2d(SparseLayer):
 
     def _take_over(self, convolution: nn.Conv2d) -> None:
         """Copy everything but the parameters."""
+        self._keep_shell(convolution)
         self.in_channels, self.out_channels = convolution.in_channels, convolution.out_channels
         self.kernel_size, self.stride, self.padding = convolution.kernel_size, convolution.stride, convolution.padding
         self.dilation, self.groups, self.padding_mode = (
@@ -281,6 +297,7 @@ class SparseConv2d(SparseLayer):
             convolution.groups,
             convolution.padding_mode,
         )
+        self.transposed, self.output_padding = convolution.transposed, convolution.output_padding
         self._reversed_padding_repeated_twice = convolution._reversed_padding_repeated_twice
 
     @classmethod
@@ -299,7 +316,8 @@ class SparseConv2d(SparseLayer):
         """Return a sparse layer that takes over the parameters of ``convolution``: the same objects, not copies.
 
         Args:
-            convolution: any ``nn.Conv2d``, of which nothing is copied.
+            convolution: an ``nn.Conv2d``, or one of a subclass that computes the same. Of its parameters nothing is
+                copied.
             settings: a :class:`~secateur.nn.MaskSettings`, instead of the keywords that follow.
             structured: see the class, like all that follow.
             pattern: see the class.
@@ -311,7 +329,7 @@ class SparseConv2d(SparseLayer):
         Raises:
             TypeError: ``convolution`` is not an ``nn.Conv2d``, or its weight is not a parameter of its own.
             PatternError: as for the class.
-            RecipeError: as for the class, or both ``settings`` and keywords.
+            RecipeError: as for the class, both ``settings`` and keywords, or a subclass with a behaviour of its own.
         """
         instance("convolution", convolution, nn.Conv2d, "an nn.Conv2d")
         keywords = {
@@ -330,7 +348,7 @@ class SparseConv2d(SparseLayer):
         return layer.train(convolution.training)
 
     def to_conv2d(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the effective weight, true zeros in the pruned places.
+        """Return a layer of the class it was made from, with the effective weight, true zeros in the pruned places.
 
         It takes over the parameters of this layer, which is of no use afterwards: optimizers keep working. Under a
         pattern exactly the budget is pruned first, as by :meth:`hard_prune`.
@@ -339,27 +357,23 @@ class SparseConv2d(SparseLayer):
             RecipeError: the weight is sharded over processes.
         """
         self._must_be_whole("to_conv2d")
-        self._bake_()
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device="meta",
-        )
-        dense.weight, dense.bias = self.weight, self.bias
-        return dense.train(self.training)
+        return self._plain()  # type: ignore[return-value]
 
     def _to_plain(self) -> nn.Module:
         return self.to_conv2d()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of ``x`` with the effective weight, plus the bias."""
+    @staticmethod
+    def to_matrix(tensor: Tensor) -> Weight:
+        """Return a tensor of the weight's shape as ``[out, in / groups * height * width]``."""
+        return tensor.flatten(1)
+
+    def from_matrix(self, matrix: Weight) -> Tensor:
+        """Return a matrix as ``to_matrix`` makes them in the weight's shape."""
+        return matrix.view(self.weight.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of the input with the effective weight, plus the bias."""
+        x = input
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)

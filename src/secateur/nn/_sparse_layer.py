@@ -13,12 +13,23 @@ from torch import Tensor, nn
 from secateur._checks import instance, number
 from secateur._errors import PatternError, RecipeError
 from secateur._types import Mask, Weight
-from secateur.layers import clear_state_, full_tensor, is_sharded, local_part, sharded_like, write_whole_
+from secateur.kernels import is_intercepted
+from secateur.layers import (
+    clear_state_,
+    full_tensor,
+    is_sharded,
+    local_part,
+    own_behaviour,
+    sharded_like,
+    write_whole_,
+)
 from secateur.nn._gate import gated, hard_mask, solve_threshold
 from secateur.nn._mask_settings import MaskSettings, check_temperature
 from secateur.patterns import Units, Unstructured, check_sparsity, with_channel_width
 
 _ELEMENTWISE = Unstructured("row")
+# What the buffer `stage` says. Averages of these, as copies of averaged weights have them, lie in between.
+_SOFT, _STRAIGHT_THROUGH, _FROZEN = 0, 1, 2
 
 
 class _Masked(torch.autograd.Function):
@@ -46,35 +57,52 @@ class _Masked(torch.autograd.Function):
 
 
 class SparseLayer(nn.Module, ABC):
-    """A layer that learns which of its weights to keep: all but the shape of the weight and the product with it."""
+    """A layer that learns which of its weights to keep: all but the shape of the weight and the product with it.
+
+    The keys, shapes and dtypes of its state are the same at every step, so that copies of averaged weights and
+    checkpoints of any step fit. ``kept`` has ones where a hard mask keeps a weight, and zeros while the mask is soft;
+    ``stage`` says whether there is a hard mask, and whether pruned weights learn behind it. Both are floating point,
+    because averages of integers are rounded, and PyTorch cannot average bools: where any of the averaged masks keeps a
+    weight, the average is above zero.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     threshold: Tensor
     temperature: Tensor
-    mask: Tensor | None
+    kept: Tensor
+    stage: Tensor
 
     def _set_up(self, weight: Tensor, bias: Tensor | None, settings: MaskSettings) -> None:
-        """Take over the parameters, and make the threshold, the temperature and the place of the mask."""
+        """Take over the parameters, and make the threshold, the temperature and the place of the mask.
+
+        Raises:
+            TypeError: a parameter that is computed from others.
+            RecipeError: the dense layer computes, or holds, something else than this layer would.
+        """
         if not isinstance(weight, nn.Parameter) or not isinstance(bias, nn.Parameter | None):
             raise TypeError(
                 "weight and bias must be parameters of their own; here torch computes them from others, by a "
                 "parametrization or torch.nn.utils.prune. Remove that first."
             )
+        if (reason := own_behaviour(self._shell[0])) is not None:
+            raise RecipeError(f"{reason}.\nExclude the layer, or use a method that keeps plain layers.")
         self.weight, self.bias = weight, bias
         pattern = settings.pattern
         if pattern is not None:
-            pattern = with_channel_width(pattern, math.prod(weight.shape[2:]))
+            pattern = with_channel_width(pattern, self.channel_width)
             pattern.validate(self._matrix().shape)
         self.pattern, self.target, self.structured = pattern, settings.sparsity, settings.structured
         self.hard = settings.hard
-        self.straight_through = False
         real = torch.promote_types(weight.dtype, torch.float32)
         temperature = torch.tensor(settings.initial_temperature, dtype=real, device=weight.device)
         self.register_buffer("temperature", temperature)
-        self.register_buffer("mask", None)
+        # Two bytes a weight. It never needs more: it holds ones, zeros and their averages.
+        self.register_buffer("kept", torch.zeros(weight.shape, dtype=torch.bfloat16, device=weight.device))
+        self.register_buffer("stage", torch.zeros((), dtype=real, device=weight.device))
+        self._take_note(_SOFT)
         if self.target is None:
-            shape = weight.shape if not self.structured else weight.shape[:1]
+            shape = weight.shape if not self.structured else self._matrix().shape[:1]
             self.threshold = nn.Parameter(torch.full(shape, settings.threshold).to(weight))
         else:
             self.register_buffer("threshold", self._solved(self.target))
@@ -90,21 +118,81 @@ class SparseLayer(nn.Module, ABC):
             return
         super().__setattr__(name, value)
 
+    @staticmethod
+    @abstractmethod
+    def to_matrix(tensor: Tensor) -> Weight:
+        """Return a tensor of the weight's shape as a matrix ``[out, in]``: a view."""
+
+    @abstractmethod
+    def from_matrix(self, matrix: Weight) -> Tensor:
+        """Return a matrix ``[out, in]`` in the weight's shape: a view."""
+
+    @property
+    def channel_width(self) -> int:
+        """How many adjacent columns of the matrix read one input channel: the kernel positions of a convolution."""
+        return math.prod(self.weight.shape[2:])
+
+    @property
+    def mask(self) -> Mask | None:
+        """The hard mask in use, bool in the weight's shape, True = kept; None while the mask is soft."""
+        self._look()
+        return self._mask
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether pruned weights learn behind a hard mask."""
+        self._look()
+        return self._stage == _STRAIGHT_THROUGH
+
+    def _take_note(self, stage: int) -> None:
+        """Remember what the buffers say now, so that the next forward pass need not read them."""
+        self._stage = stage
+        self._mask = self.kept > 0 if stage != _SOFT else None
+        self._seen = _marks(self.stage, self.kept)
+
+    def _look(self) -> bool:
+        """Follow what others wrote into the buffers, as those do who average weights or load a state.
+
+        Returns:
+            Whether what is remembered is what the buffers say. It may not be while operations are traced or mapped.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        stage, kept = self._buffers["stage"], self._buffers["kept"]
+        if _marks(stage, kept) == self._seen:  # type: ignore[arg-type]
+            return True
+        if self.stage.is_meta or is_intercepted():
+            return False
+        self._read()
+        return True
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        value = float(self.stage)
+        self._take_note(_SOFT if not value > 0 else _FROZEN if value == _FROZEN else _STRAIGHT_THROUGH)
+        if self._stage == _SOFT and self.pattern is not None and self.threshold.isnan().any():
+            # The average of an infinite threshold, of a budget that keeps everything, with another one.
+            self.threshold.nan_to_num_(-math.inf, math.inf, -math.inf)
+
+    def _mask_in_use(self) -> Mask | None:
+        """The same as :attr:`mask`; while operations are traced or mapped, as an operation on the buffers."""
+        known = self._look()
+        if self._stage == _SOFT:
+            return None
+        return self._mask if known else self.kept > 0
+
     @abstractmethod
     def _to_plain(self) -> nn.Module:
         """Return the layer of PyTorch with the effective weight, which takes over the parameters."""
 
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the product of ``x`` with the effective weight, plus the bias."""
-
     def _effective(self) -> Tensor:
         """The weight that the forward pass uses, in the parameter's shape."""
-        mask = self.mask
+        mask = self._mask_in_use()
         if mask is None and not self.weight.numel():
             mask = torch.ones_like(self.weight, dtype=torch.bool)  # a unit without elements has no score
         if mask is not None:
-            return _Masked.apply(self.weight, mask, self.threshold, self.straight_through)  # type: ignore[no-any-return,no-untyped-call]
+            grows_back = self._stage == _STRAIGHT_THROUGH
+            return _Masked.apply(self.weight, mask, self.threshold, grows_back)  # type: ignore[no-any-return,no-untyped-call]
         matrix = gated(
             self._matrix(),
             self._threshold_by_competition(),
@@ -113,19 +201,20 @@ class SparseLayer(nn.Module, ABC):
             solved=self.pattern is not None,
             hard=self.hard,
         )
-        return matrix.view(self.weight.shape)
+        return self.from_matrix(matrix)
 
     def _matrix(self) -> Weight:
-        return self.weight.flatten(1) if self.weight.ndim > 2 else self.weight
+        return self.to_matrix(self.weight).contiguous()
 
     def _units(self) -> Units:
         """What is kept or pruned together. A learned threshold judges each weight for itself, in its row."""
-        return (self.pattern or _ELEMENTWISE).units((self.weight.shape[0], math.prod(self.weight.shape[1:])))
+        rows, columns = self.to_matrix(self.weight).shape
+        return (self.pattern or _ELEMENTWISE).units((rows, columns))
 
     def _threshold_by_competition(self) -> Tensor:
         if self.pattern is not None:
             return self.threshold
-        return self.threshold.unsqueeze(1) if self.threshold.ndim == 1 else self.threshold.flatten(1)
+        return self.threshold.unsqueeze(1) if self.threshold.ndim == 1 else self.to_matrix(self.threshold).contiguous()
 
     @property
     def is_structured(self) -> bool:
@@ -139,17 +228,18 @@ class SparseLayer(nn.Module, ABC):
         After :meth:`hard_prune` it is the frozen mask. Under a pattern the score of a whole unit is compared. Before,
         with weights sharded over processes (FSDP), every process has to call it, and what is built on it.
         """
-        return self.mask.clone() if self.mask is not None else self._mask_by_threshold()
+        mask = self.mask
+        return mask.clone() if mask is not None else self._mask_by_threshold()
 
     def _mask_by_threshold(self) -> Mask:
         if not self.weight.numel():
             return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
         threshold = full_tensor(self._threshold_by_competition())
-        return hard_mask(self._whole_matrix(), threshold, self._units()).view(self.weight.shape)
+        return self.from_matrix(hard_mask(self._whole_matrix(), threshold, self._units()))
 
     def _whole_matrix(self) -> Weight:
         """The weight as forward compares it: at least float32, and whole if it is sharded over processes."""
-        matrix = full_tensor(self.weight.detach()).flatten(1)
+        matrix = self.to_matrix(full_tensor(self.weight.detach())).contiguous()
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
     @torch.no_grad()
@@ -243,7 +333,7 @@ class SparseLayer(nn.Module, ABC):
             if self.mask is not None:  # a later hard_prune prunes more, never less
                 mask &= self.mask
         elif self.mask is None:
-            mask = self.pattern.mask(self._whole_matrix().abs(), self.target).view(self.weight.shape)
+            mask = self.from_matrix(self.pattern.mask(self._whole_matrix().abs(), self.target))
         else:
             mask = self.mask
         self.freeze(mask)
@@ -266,54 +356,78 @@ class SparseLayer(nn.Module, ABC):
             PatternError: the mask's shape is not the weight's.
             TypeError: the mask is not a bool tensor.
         """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.shape != self.weight.shape:
-            raise PatternError(f"a mask for this layer has shape {tuple(self.weight.shape)}, got {tuple(mask.shape)}.")
-        self.mask = mask.to(self.weight.device, copy=True)
-        self.straight_through = straight_through
+        self.use_mask(mask, straight_through=straight_through)
         if not straight_through:
-            pruned = ~sharded_like(self.mask, self.weight)
+            pruned = ~sharded_like(mask.to(self.weight.device), self.weight)
             for stored in (self.weight, self.weight.grad):
                 if stored is not None:
                     local_part(stored).masked_fill_(pruned, 0)
             self.threshold.fill_(0)
 
+    @torch.no_grad()
+    def use_mask(self, mask: Mask | None, *, straight_through: bool = False) -> None:
+        """Use this mask from now on, or a soft one again, and change nothing else: as a saved state had it.
+
+        Args:
+            mask: bool, in the weight's shape, True = kept, or None. It is copied.
+            straight_through: as for :meth:`freeze`.
+
+        Raises:
+            PatternError: the mask's shape is not the weight's.
+            TypeError: the mask is not a bool tensor.
+        """
+        if mask is None:
+            self.kept.zero_()
+            self._enter(_SOFT)
+            return
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        if mask.shape != self.weight.shape:
+            raise PatternError(f"a mask for this layer has shape {tuple(self.weight.shape)}, got {tuple(mask.shape)}.")
+        self.kept.copy_(mask)
+        self._enter(_STRAIGHT_THROUGH if straight_through else _FROZEN)
+
+    def _enter(self, stage: int) -> None:
+        self.stage.fill_(stage)
+        self._take_note(stage)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts the layer. A solved threshold and the temperature never become narrower than float32.
 
-        Rounded to the precision of the weights, a threshold halfway between two of them would fall on one.
+        Rounded to the precision of the weights, a threshold halfway between two of them would fall on one. The mask
+        keeps its dtype.
         """
-        before = {name: buffer for name, buffer in self._buffers.items() if name != "mask" and buffer is not None}
+        self._look()
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, exact in before.items():
             cast = self._buffers[name]
             assert cast is not None
-            wide = torch.promote_types(cast.dtype, torch.float32)
+            wide = exact.dtype if name == "kept" else torch.promote_types(cast.dtype, torch.float32)
             if cast.dtype != wide:
                 self._buffers[name] = exact.to(cast.device, wide)
+        self._take_note(self._stage)  # what the buffers hold after to_empty means nothing
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A checkpoint has zeros where the mask prunes, whatever numbers an optimizer left there."""
-        if self.mask is not None and not self.straight_through and not is_sharded(self.weight):
+        mask = self.mask
+        if mask is not None and not self.straight_through and not is_sharded(self.weight):
             # .data, so that a backward pass that is still to come does not take this for a change of its inputs.
-            self.weight.data.masked_fill_(~self.mask, 0)
+            self.weight.data.masked_fill_(~mask, 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with a mask makes the layer a pruned one, a checkpoint without makes it one that learns."""
-        mask = state_dict.get(prefix + "mask")
-        if mask is not None and mask.shape == self.weight.shape:
-            self.mask = torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
-        elif prefix + "weight" in state_dict:
-            self.mask = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        state = _as_now(state_dict, prefix, self.weight.shape, self._stage)
+        super()._load_from_state_dict(state, prefix, *args)
+        self._seen = ()
+        self._look()
 
     def _describe(self) -> str:
         learned = "" if self.pattern is None else f", pattern={str(self.pattern)!r}"
         # Printing must not wait for other processes, which may not print.
-        unknown = self.weight.is_meta or (self.mask is None and is_sharded(self.weight))
+        unknown = self.weight.is_meta or (is_sharded(self.weight) and self.mask is None)
         density = "?" if unknown else f"{self.density():.4f}"
         return f"bias={self.bias is not None}, structured={self.is_structured}{learned}, density={density}"
 
@@ -327,9 +441,54 @@ class SparseLayer(nn.Module, ABC):
             self.hard_prune()
         write_whole_(self.weight, self.effective_weight())
 
+    def _keep_shell(self, dense: nn.Module) -> None:
+        """Keep all of the dense layer but its parameters, to make it again: it may be of a subclass."""
+        self._shell = (_without_parameters(dense),)  # in a tuple, so that it is no child of this module
+
+    def _plain(self) -> nn.Module:
+        """The dense layer with the effective weight. It takes over the parameters."""
+        self._bake_()
+        plain = _without_parameters(self._shell[0])
+        plain._parameters.update(weight=self.weight, bias=self.bias)
+        return plain.train(self.training)
+
     def _must_be_whole(self, method: str) -> None:
         if is_sharded(self.weight):
             raise RecipeError(
                 f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
                 "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."
             )
+
+
+def _without_parameters(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares all but its parameters, which are None."""
+    made = type(module).__new__(type(module))
+    vars(made).update(vars(module))
+    made._parameters = dict.fromkeys(module._parameters)
+    return made
+
+
+def _marks(stage: Tensor, kept: Tensor) -> tuple[int, ...]:
+    """Numbers that change if one of the tensors is exchanged or written to."""
+    if stage.is_inference() or kept.is_inference():  # they have no version
+        return id(stage), id(kept)
+    return id(stage), stage._version, id(kept), kept._version
+
+
+def _as_now(state: dict[str, Any], prefix: str, shape: torch.Size, stage: int) -> dict[str, Any]:
+    """Return the state of a layer with the keys of this version: up to 0.1.0 there was a ``mask`` if it was pruned.
+
+    A mask of another shape, which is refused, does not change the stage.
+    """
+    state = dict(state)
+    mask, weight = state.pop(prefix + "mask", None), state.get(prefix + "weight")
+    kept, saved = state.get(prefix + "kept"), float(stage)
+    if kept is None and mask is not None:
+        kept, saved = mask.bfloat16(), saved or _FROZEN
+    elif kept is None and weight is not None:
+        kept, saved = torch.zeros(shape, dtype=torch.bfloat16, device=weight.device), _SOFT
+    elif kept is None or kept.shape == shape:
+        return state
+    state[prefix + "kept"] = kept
+    state[prefix + "stage"] = torch.tensor(float(saved if kept.shape == shape else stage), device=kept.device)
+    return state

@@ -9,9 +9,11 @@ from torch import nn
 from secateur._checks import globs
 from secateur._checks import settings as settings_of
 from secateur._errors import RecipeError, naming
-from secateur.layers import Layer, Replaceability, select_layers, swap_modules_
+from secateur.layers import Layer, Replaceability, plain_class, select_layers, swap_modules_, transposed_linear
 from secateur.nn._mask_settings import MaskSettings
 from secateur.nn._sparse import SparseConv2d, SparseLinear
+from secateur.nn._sparse_conv1d import SparseConv1D
+from secateur.nn._sparse_layer import SparseLayer
 from secateur.patterns import SparsityPattern
 from secateur.reports import SkippedLayer
 
@@ -28,9 +30,11 @@ def sparsify_(
     threshold: float | None = None,
     hard: bool | None = None,
     settings: MaskSettings | None = None,
-) -> dict[str, SparseLinear | SparseConv2d]:
+) -> dict[str, SparseLayer]:
     """Replace a model's linear layers and two-dimensional convolutions, in place, by ones that learn their mask.
 
+    Those of a subclass that computes the same, such as one that only adds a name, and transformers' ``Conv1D`` are
+    linear layers, too; each becomes what it was at the end.
     Their parameters move over, the same objects: an optimizer that has them keeps them. Without a pattern each new
     layer brings a learned ``threshold`` that the optimizer still has to be given. The output head, and layers that
     share their weight with an embedding, are left alone unless ``include`` names them; other kinds of layers stay. So
@@ -82,8 +86,8 @@ def sparsify_(
             "Call sparsify_ first and wrap the model then."
         )
     layers, _ = replaceable_layers(model, include, exclude, own_thresholds=settings.pattern is None)
-    made: dict[str, SparseLinear | SparseConv2d] = {}
-    swaps: list[tuple[nn.Module, SparseLinear | SparseConv2d]] = []
+    made: dict[str, SparseLayer] = {}
+    swaps: list[tuple[nn.Module, SparseLayer]] = []
     for layer in layers:
         if settings.pattern is not None:
             layer.fit(settings.pattern)
@@ -122,9 +126,9 @@ def densify_(model: nn.Module) -> list[str]:
     return list(layers)
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The model's sparse layers by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear | SparseConv2d)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
 
 
 def replaceable_layers(
@@ -164,15 +168,17 @@ def replaceable_layers(
     return found, skipped
 
 
-def _sparse(module: nn.Module, settings: MaskSettings) -> SparseLinear | SparseConv2d:
+def _sparse(module: nn.Module, settings: MaskSettings) -> SparseLayer:
     """The sparse counterpart of a layer that has one."""
     if isinstance(module, nn.Conv2d):
         return SparseConv2d.from_conv2d(module, settings=settings)
-    assert isinstance(module, nn.Linear)
-    return SparseLinear.from_linear(module, settings=settings)
+    if isinstance(module, nn.Linear):
+        return SparseLinear.from_linear(module, settings=settings)
+    return SparseConv1D.from_conv1d(module, settings)
 
 
 def _no_counterpart(module: nn.Module) -> str | None:
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    plain = plain_class(module)
+    if plain is None or plain not in (nn.Linear, nn.Conv2d, transposed_linear()):
         return f"only nn.Linear and nn.Conv2d have a counterpart that learns its mask, not {type(module).__name__}"
     return None

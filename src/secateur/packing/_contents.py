@@ -127,8 +127,10 @@ def _entry(table: Any, packed: Format) -> LayerEntry:
     stride, transposed, plan = table["stride"], table["transposed"], table["plan"]
     if stride is not None:
         stride = tuple(stride)
-        if len(stride) != 2 or any(type(step) is not int or not 0 < step < 2**31 for step in stride):
-            raise ValueError(f"the stride {stride} should be two numbers above 0")
+        if len(stride) not in (1, 2) or any(type(step) is not int or not 0 < step < 2**31 for step in stride):
+            raise ValueError(f"the stride {stride} should be one or two numbers above 0")
+        if transposed:
+            raise ValueError("a transposed linear layer has no stride")
     if not isinstance(transposed, bool) or not isinstance(plan, str):
         raise TypeError("transposed should be a bool and plan a str")
     return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride), plan)

@@ -12,7 +12,7 @@ from secateur._errors import FormatError
 from secateur.formats import Format
 from secateur.kernels import usable_plan
 from secateur.layers import swap_modules_
-from secateur.nn import PackedAs, PackedConv2d, PackedLinear, linear_of, shape_as_matrix
+from secateur.nn import Packed, PackedAs, linear_of, shape_as_matrix
 from secateur.packing._contents import Contents
 from secateur.packing._measure import machine
 from secateur.packing._pack import unpack_
@@ -50,7 +50,7 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
         tensors[name] = stand_in(contents.layers[name], shape, dtype or contents.layers[name].dense_dtype)
     state = model.state_dict()
     swaps: list[tuple[nn.Module, nn.Module]] = []
-    made: dict[str, PackedLinear | PackedConv2d] = {}
+    made: dict[str, Packed] = {}
     for name, entry in contents.entries.items():
         packed = contents.layers[contents.weights.get(name, name)]
         module = _module(model, name, path)
@@ -65,7 +65,7 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
                 "Give the model that was saved."
             )
         bias = tensors.pop(f"{name}.bias", None)
-        held = linear_of(module) if isinstance(module, PackedLinear | PackedConv2d) else module
+        held = linear_of(module) if isinstance(module, Packed) else module
         if (bias is None) != (held.bias is None):
             raise FormatError(
                 f"{path}: layer {name} has {'no' if bias is None else 'a'} bias, unlike the layer of the model.\n"

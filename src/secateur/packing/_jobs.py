@@ -14,7 +14,7 @@ from secateur._types import Weight, dtype_name
 from secateur.formats import Format, pack, stored_share
 from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Replaceability, check_model, select_layers
-from secateur.nn import PackedAs, PackedConv2d, PackedLinear, linear_of, packed_layers, why_no_counterpart
+from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._history import patterns_of
 from secateur.packing._measure import Measurement, key_of, measure
@@ -23,7 +23,8 @@ from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
 
-PIXELS = (49, 196, 784, 3136)  # at which convolutions are measured: feature maps of 7 x 7 to 56 x 56
+# At how many positions convolutions are measured: feature maps of 7 x 7 to 56 x 56, or sequences as long.
+PIXELS = (49, 196, 784, 3136)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Job:
         timer: Timer,
     ) -> Decision:
         """Return how the layer should run, by a known measurement of a layer that runs alike, or else a new one."""
-        rows = PIXELS if isinstance(self.dense, nn.Conv2d) else settings.batch_sizes
+        rows = PIXELS if isinstance(self.dense, nn.Conv1d | nn.Conv2d) else settings.batch_sizes
         key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold)
         measured = known.get(key)
         if measured is None:
@@ -82,6 +83,8 @@ class Job:
 
     def _input(self, rows: int) -> Tensor:
         x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
+        if isinstance(self.dense, nn.Conv1d):
+            return x.T.unsqueeze(0).repeat_interleave(self.dense.stride[0], 2).contiguous()
         if not isinstance(self.dense, nn.Conv2d):
             return x
         side = int(rows**0.5)
@@ -93,9 +96,7 @@ class Job:
             .contiguous()
         )
 
-    def _build(
-        self, dense: nn.Module, plan: RoutePlan, like: PackedLinear | None = None
-    ) -> PackedLinear | PackedConv2d:
+    def _build(self, dense: nn.Module, plan: RoutePlan, like: PackedMatrix | None = None) -> Packed:
         packed_as = PackedAs.of(dense)
         assert packed_as is not None
         made = packed_as.build(self.packed, dense.bias, plan, self.weight.dtype)  # type: ignore[arg-type]
@@ -109,11 +110,11 @@ class Job:
         Modules that share the weight get layers that share its tensors. If they also share the bias, they get the same
         layer.
         """
-        made: dict[int, PackedLinear | PackedConv2d] = {}
+        made: dict[int, Packed] = {}
         swaps: list[tuple[nn.Module, nn.Module]] = []
-        first: PackedLinear | None = None
+        first: PackedMatrix | None = None
         for module in self.modules:
-            was_packed = isinstance(module, PackedLinear | PackedConv2d)
+            was_packed = isinstance(module, Packed)
             inside = linear_of(module) if was_packed else module  # type: ignore[arg-type]
             if was_packed and inside.values is self.packed.values:
                 inside.plan = plan  # type: ignore[assignment]
@@ -191,14 +192,14 @@ def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: Sparsit
 
 def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None) -> list[Job]:
     """The layers that are already packed, which are measured again."""
-    if isinstance(model, PackedLinear | PackedConv2d):
+    if isinstance(model, Packed):
         raise RecipeError("the model is a bare layer, which cannot be replaced in place. Put it into a module.")
     jobs: dict[int, Job] = {}
     for name, module in packed_layers(model).items():
         if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
             continue
         inner = linear_of(module)
-        weight = inner.weight
+        weight = inner.matrix()
         stored, patterns = inner.packed, (inner.pattern, *satisfied(weight == 0))
         packed = stored if dtype in (None, stored.value_dtype) else pack(weight, dtype)
         jobs[id(module)] = Job(name, (module,), module.to_dense(), weight, packed, patterns)

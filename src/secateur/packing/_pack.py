@@ -14,7 +14,7 @@ from secateur._checks import settings as settings_from
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.layers import swap_modules_
-from secateur.nn import PackedConv2d, PackedLinear, linear_of, packed_layers
+from secateur.nn import Packed, linear_of, packed_layers
 from secateur.packing._history import History, patterns_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
@@ -96,7 +96,7 @@ def pack_(
         decision = job.decide(made, cold, known, timer)
         if decision.plan is not None:
             swaps += job.packed_modules(decision.plan)
-        elif isinstance(job.modules[0], PackedLinear | PackedConv2d):
+        elif isinstance(job.modules[0], Packed):
             swaps += [(module, job.dense) for module in job.modules]
         rows.append(job.report(decision))
     known.save()  # which may fail, and then the model is as it was
@@ -132,7 +132,7 @@ def unpack_(model: nn.Module) -> list[str]:
         >>> secateur.unpack_(model), torch.equal(model[0].weight, linear.weight)
         (['0'], True)
     """
-    if isinstance(model, PackedLinear | PackedConv2d):
+    if isinstance(model, Packed):
         raise RecipeError("the model is a bare layer, which cannot be replaced in place. Call its to_dense().")
     found = packed_layers(model)
     dense: dict[int, nn.Module] = {}

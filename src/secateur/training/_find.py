@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from secateur._errors import RecipeError
-from secateur.layers import FLATTENED, Layer, select_layers
+from secateur.layers import Layer, LayerKind, select_layers
 from secateur.nn import SparseLayer, replaceable_layers, sparse_layers
 from secateur.patterns import Column, SparsityPattern, with_channel_width
 from secateur.reports import SkippedLayer
 from secateur.training._masked_model import trainable
 from secateur.training._settings import TrainingSettings
+
+_KIND = LayerKind(  # of sparse layers, which are not calibrated
+    to_matrix=lambda module, weight: module.to_matrix(weight),  # type: ignore[operator]
+    from_matrix=lambda module, matrix: module.from_matrix(matrix),  # type: ignore[operator]
+    input_rows=lambda module, x: x,
+    channel_width=lambda module: module.channel_width,  # type: ignore[arg-type, return-value]
+)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _budget(module: SparseLayer) -> tuple[SparsityPattern, float]:
     """The pattern and sparsity that a sparse layer was asked for: ``Column()`` also where channels are wider."""
     assert module.pattern is not None
     assert module.target is not None
-    asked = Column() if module.pattern == with_channel_width(Column(), math.prod(module.weight.shape[2:])) else None
+    asked = Column() if module.pattern == with_channel_width(Column(), module.channel_width) else None
     return asked or module.pattern, module.target
 
 
@@ -130,7 +136,7 @@ def _existing_layers(model: nn.Module, existing: Mapping[str, SparseLayer]) -> F
         shared.setdefault(id(module.weight), []).append(name)
     sparse = [tuple(existing[name] for name in names) for names in shared.values()]
     layers = [
-        Layer(first, modules, FLATTENED, tuple(others))
+        Layer(first, modules, _KIND, tuple(others))
         for (first, *others), modules in zip(shared.values(), sparse, strict=True)
     ]
     skipped = [

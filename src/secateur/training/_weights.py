@@ -238,7 +238,7 @@ class LearnedWeight:
     def mask(self) -> Mask | None:
         """The hard mask as ``[out, in]``, or None while it is soft."""
         mask = self.modules[0].mask
-        return None if mask is None else mask.flatten(1)
+        return None if mask is None else self.modules[0].to_matrix(mask)
 
     @property
     def is_final(self) -> bool:
@@ -247,12 +247,12 @@ class LearnedWeight:
 
     def matrix(self) -> Weight:
         """The weight as ``[out, in]``, detached and whole."""
-        return full_tensor(self.parameter.detach()).flatten(1)
+        return self.modules[0].to_matrix(full_tensor(self.parameter.detach()))
 
     def gradient(self) -> Weight | None:
         """The gradient as ``[out, in]``, whole; None if there is none."""
         gradient = self.parameter.grad
-        return None if gradient is None else full_tensor(gradient.detach()).flatten(1)
+        return None if gradient is None else self.modules[0].to_matrix(full_tensor(gradient.detach()))
 
     def magnitudes(self) -> Scores:
         """The absolute weights, ``[out, in]``."""
@@ -260,7 +260,7 @@ class LearnedWeight:
 
     def hard_mask(self) -> Mask:
         """The hard mask, ``[out, in]``, or what the soft one would keep."""
-        return self.modules[0].hard_mask().flatten(1)
+        return self.modules[0].to_matrix(self.modules[0].hard_mask())
 
     def set_threshold(self, sparsity: float, temperature: float) -> None:
         """Solve the threshold of the soft mask for a sparsity, and set how sharp the mask is."""
@@ -285,11 +285,11 @@ class LearnedWeight:
     def set_mask(self, mask: Mask, optimizer: torch.optim.Optimizer) -> None:
         """Prune by ``mask`` for good, and clear the optimizer's state of what it prunes."""
         self._freeze(mask)
-        clear_state_(optimizer, self.parameter, mask.view(self.parameter.shape))
+        clear_state_(optimizer, self.parameter, self.modules[0].from_matrix(mask))
 
     def _freeze(self, mask: Mask, *, straight_through: bool = False) -> None:
         for module in self.modules:
-            module.freeze(mask.view(self.parameter.shape), straight_through=straight_through)
+            module.freeze(module.from_matrix(mask), straight_through=straight_through)
 
     def hold_zeros_(self) -> None:
         """Do nothing: the layers never use the numbers that are stored behind their mask."""
@@ -323,8 +323,7 @@ class LearnedWeight:
         """Go on from what :meth:`state_dict` returned."""
         mask = _on(self.parameter, state["mask"])
         for module in self.modules:
-            module.mask = mask
-            module.straight_through = state["straight_through"]
+            module.use_mask(mask, straight_through=state["straight_through"])
             module.temperature = state["temperature"]
             module.threshold.copy_(state["threshold"])
 

@@ -29,13 +29,14 @@ def weights_of(model: nn.Module) -> ModelWeights:
         else:
             zeros += _zeros(full_tensor(parameter.detach()))
     for inner in {id(found.values): found for found in map(linear_of, packed_layers(model).values())}.values():
-        size = inner.out_features * inner.in_features
+        rows, columns = inner.packed.shape
+        size = rows * columns
         bias = 0 if inner.bias is None else inner.bias.numel()
         weights, nbytes = weights + size + bias, nbytes + (size + bias) * inner.weight_dtype.itemsize
         if inner.values.is_meta:
             without_values += size + bias
         else:
-            zeros += _zeros(inner.weight) + (0 if inner.bias is None else _zeros(inner.bias))
+            zeros += _zeros(inner.packed.to_dense()) + (0 if inner.bias is None else _zeros(inner.bias))
     return ModelWeights(weights, zeros, nbytes, without_values)
 
 
