@@ -307,7 +307,7 @@ class Tail(Chain):
 def test_code_behind_the_last_block_may_fail_on_what_was_not_computed():
     batches = vectors(3)
     assert_stages_equal_the_slow_truth(Tail().double(), batches)
-    assert source_of(Tail().double(), batches).described() == "block by block, replayed"
+    assert all(route.skips for route in source_of(Tail().double(), batches)._routes)
 
 
 class Ends(Chain):
