@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -95,11 +95,13 @@ class Route:
         calls: the modules in order, those of the stages and their neighbours; None if that may differ each time.
         skips: whether all but two stages may be skipped.
         why: a batch is computed in full, or empty.
+        speaks: whether a stage returns plain values, by which it may ask to be run again.
     """
 
     calls: tuple[nn.Module, ...] | None
     skips: bool
     why: str = ""
+    speaks: bool = True
 
 
 _NO_BLOCKS = Route(None, skips=False, why="the model has no repeated blocks")
@@ -111,10 +113,14 @@ def _rehearsed(model: nn.Module, stages: tuple[Stage, ...], run: PlainRun, forwa
         return Route(None, skips=False, why="the model decides by its data what to run")
     replayable = [id(stage.module) for stage in stages if stage.once]
     outputs = {id(module): output for module, output in zip(run.calls, run.outputs, strict=True) if output is not None}
-    alone = Route(run.calls, skips=False, why="its blocks pass on more than what they return")
+    speaks = any(
+        not isinstance(part, Tensor) and part is not type(None) for output in outputs.values() for part in output
+    )
+    alone = Route(run.calls, skips=False, why="its blocks pass on more than what they return", speaks=speaks)
     if len(stages) < 2 or [id(module) for module in run.calls if id(module) in outputs] != replayable:
-        return Route(run.calls, skips=False, why="its blocks do not run once each, one after the other")
-    rehearsal = Replay(model, stages, [run.batch], forward, [Route(run.calls, skips=True)])
+        return replace(alone, why="its blocks do not run once each, one after the other")
+    replayed_route = Route(run.calls, skips=True, speaks=speaks)
+    rehearsal = Replay(model, stages, [run.batch], forward, [replayed_route])
     for index, key in enumerate(replayable):
         try:
             output = rehearsal.run(index, 0)
@@ -122,7 +128,7 @@ def _rehearsed(model: nn.Module, stages: tuple[Stage, ...], run: PlainRun, forwa
             return alone
         if not same_output(fingerprint(output), outputs[key]):
             return alone
-    return Route(run.calls, skips=True)
+    return replayed_route
 
 
 @dataclass
@@ -195,6 +201,8 @@ class Replay:
             args, kwargs = copy.deepcopy((args, kwargs))
             output = run_stage(*args, **kwargs)
             walk.seen = True
+            if not route.speaks and walk.is_complete:
+                raise _Reached
             return output
 
         if route.skips and stage_index > 0:
@@ -246,9 +254,13 @@ class _Walk:
         self._done = 0
         self.seen = False  # whether the stage has run
 
+    @property
+    def is_complete(self) -> bool:
+        return self._done == len(self._expected)
+
     def call(self, module: nn.Module, run: Callable[..., object], *args: Any, **kwargs: Any) -> object:
         """Run a module, if it is its turn."""
-        if self._done == len(self._expected) or self._expected[self._done] is not module:
+        if self.is_complete or self._expected[self._done] is not module:
             raise RouteChanged
         if self.seen:
             raise _Reached
@@ -257,7 +269,7 @@ class _Walk:
 
     def end(self) -> None:
         """Check that nothing is missing."""
-        if self._done != len(self._expected):
+        if not self.is_complete:
             raise RouteChanged
 
 
