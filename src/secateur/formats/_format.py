@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError
 from secateur._types import Mask, Weight, dtype_name
-from secateur.formats._arrays import expect
+from secateur.formats._arrays import NO_VALUES, expect
 from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
 from secateur.patterns import NM, SparsityPattern
 
@@ -87,9 +87,7 @@ class Format(ABC):
             >>> packed.to_dense().tolist()
             [[0.0, 1.5, 0.0, -2.0]]
         """
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"a weight must be a floating-point tensor, got {found}")
+        check_weight(weight)
         pattern = cls._accept(pattern)
         pattern.validate(weight.shape)
         mask = weight != 0 if mask is None else check_mask(mask, weight)
@@ -107,8 +105,12 @@ class Format(ABC):
     def unscaled(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight in the dtype of the values, ``[out, in]``, and the scale of every row, ``[out]`` or None.
 
-        The layouts of the kernels are made from these, so that int8 codes are not rounded a second time.
+        The layouts of the kernels are made from these, so that int8 codes are not rounded a second time. On the meta
+        device these have no values either.
         """
+        if self.values.is_meta:
+            scales = None if self.scales is None else self.scales.new_empty(self.shape[0])
+            return self.values.new_empty(self.shape), scales
         return self._stored(), None if self.scales is None else self._row_scales()
 
     @final
@@ -206,7 +208,9 @@ class Format(ABC):
 
         Raises:
             PatternError: the other format cannot hold the weight.
+            FormatError: the weight is on the meta device.
         """
+        self._must_have_values()
         pattern = to._accept(pattern)
         pattern.validate(self.shape)
         stored, scales = self.unscaled()
@@ -239,6 +243,7 @@ class Format(ABC):
             weight: the dense weight that was packed.
             mask: the mask that it was packed with.
         """
+        self._must_have_values()
         kept = (weight.detach() if mask is None else weight.detach().where(mask, 0)).double()
         packed = self.to_dense().double()
         same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
@@ -272,6 +277,11 @@ class Format(ABC):
     @abstractmethod
     def _count(cls, mask: Mask, pattern: SparsityPattern) -> tuple[int, int, int] | None:
         """How many values, bytes of indices and scales a mask needs; None where the format cannot hold it."""
+
+    @final
+    def _must_have_values(self) -> None:
+        if self.values.is_meta:
+            raise FormatError(NO_VALUES)
 
     @final
     def _num_scales(self) -> int:
@@ -319,6 +329,23 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int]:
             f"{MAX_WEIGHTS} elements."
         )
     return rows, columns
+
+
+def check_weight(weight: Weight) -> None:
+    """Raise unless a weight is a dense tensor of floating-point values.
+
+    Raises:
+        FormatError: it is on the meta device.
+        TypeError: another layout or dtype, or no tensor.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"a weight must be a floating-point tensor, got {found}")
+    if weight.is_nested or weight.layout is not torch.strided:
+        found = "a nested tensor" if weight.is_nested else f"one of layout {weight.layout}"
+        raise TypeError(f"a weight must be a dense tensor, got {found}. Call .to_dense() first")
+    if weight.is_meta:
+        raise FormatError("the weight is on the meta device, without values. Load its values first.")
 
 
 def check_mask(mask: Mask, weight: Weight) -> Mask:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur._checks import instance
-from secateur._errors import KernelError, SparsityError
+from secateur._errors import SparsityError
 from secateur._types import Weight, dtype_name
 from secateur.formats import VALUE_DTYPES, Format, pack
 from secateur.kernels import (
+    FLOATS,
     PackedSpec,
     RoutePlan,
+    check_bias,
     default_plan,
     packed_linear,
     runtime_nbytes,
@@ -75,11 +77,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         instance("packed", packed, Format, "a storage format such as Bitmask")  # type: ignore[type-abstract]
-        if bias is not None and tuple(bias.shape) != packed.shape[:1]:
-            raise KernelError(
-                f"the bias has shape {tuple(bias.shape)}, but the packed weight has {packed.shape[0]} outputs; the "
-                f"bias should be [{packed.shape[0]}]. Check that it belongs to this layer."
-            )
+        check_bias(bias, packed.shape[0])
         self.out_features, self.in_features = packed.shape
         self._format_type, self.pattern = type(packed), packed.pattern
         self.names: tuple[str, ...] = ()
@@ -144,7 +142,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ + bias`` for x ``[..., in]``, in the dtype of x, or in that of autocast where it is on."""
-        if torch.is_autocast_enabled(x.device.type):
+        # Not of other dtypes, which are refused, and not on meta, for which PyTorch knows no autocast.
+        if getattr(x, "dtype", None) in FLOATS and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers: dict[str, Any] = self._buffers  # looking up an attribute of a module takes ten times as long
         weight = [buffers[name] for name in self.names]
