@@ -11,6 +11,7 @@ from secateur.files._place import check_output as check_output
 from secateur.files._place import check_place as check_place
 from secateur.files._safetensors import open_safetensors as open_safetensors
 from secateur.files._safetensors import parse_header as parse_header
+from secateur.files._safetensors import parse_json as parse_json
 from secateur.files._safetensors import read_header as read_header
 from secateur.files._whole import whole_directory as whole_directory
 from secateur.files._whole import write_safetensors as write_safetensors

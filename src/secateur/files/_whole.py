@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur._errors import FormatError
+from secateur.files._safetensors import check_header_length
 
 
 @contextmanager
@@ -113,6 +114,7 @@ def write_safetensors(
     """
     with whole_file(path) as partial:
         save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        check_header_length(partial)
 
 
 def _beside(path: Path) -> Path:

@@ -18,6 +18,7 @@ from secateur.formats import (
     Format,
     NMPacked,
     check_shape,
+    check_sizes,
     population,
 )
 from secateur.packing._file import DAMAGED, PackedFile
@@ -86,8 +87,8 @@ def _decompress(
         raise FormatError(f"{[key for key in _COMPRESSED[:3] if parts[key] is None]} are missing.")
     if size.dtype not in (torch.int64, torch.int32) or not 1 <= size.numel() <= 8:
         raise FormatError(f"shape should be 1 to 8 int64 sizes, got {dtype_name(size.dtype)} {list(size.shape)}.")
-    shape = tuple(size.flatten().tolist())
-    matrix = check_shape((math.prod(shape[:-1]) if min(shape) >= 0 else -1, shape[-1]))
+    shape = check_sizes(size.flatten().tolist())
+    matrix = check_shape((math.prod(shape[:-1]), shape[-1]))
     if bitmask.dtype != torch.uint8 or bitmask.numel() != matrix[0] * ((matrix[1] + 7) // 8):
         found = f"{dtype_name(bitmask.dtype)} {list(bitmask.shape)}"
         raise FormatError(f"bitmask should be uint8 and fit the shape {shape}, got {found}.")

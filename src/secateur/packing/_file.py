@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError, naming
 from secateur._types import dtype_name
-from secateur.files import check_place, open_safetensors, parse_header, read_header, write_safetensors
+from secateur.files import check_place, open_safetensors, parse_header, parse_json, read_header, write_safetensors
 from secateur.formats import FORMATS, Format, check_shape
 from secateur.patterns import SparsityPattern
 
@@ -93,6 +93,8 @@ def write_packed(
     _check_name(path)
     stored: dict[str, Tensor] = {}
     for layer, packed in layers.items():
+        with naming(f"{path}: layer {layer}"):
+            check_shape(packed.shape)
         _add(stored, {f"{layer}.{name}": tensor for name, tensor in packed.tensors().items()})
     for layer, packed in layers.items():
         for name in _own_names(layer, packed) & (tensors or {}).keys():
@@ -107,7 +109,7 @@ def write_packed(
         "metadata": dict(metadata or {}),
     }
     try:
-        header = json.loads(_canonical(header))
+        header = parse_json(_canonical(header))  # as it will be read
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata must be a JSON object: {error}") from None
     header["checksum"] = _checksum(header, stored)
