@@ -9,6 +9,7 @@ from secateur.files._inspect import inspect as inspect
 from secateur.files._inspect import summarize as summarize
 from secateur.files._place import check_output as check_output
 from secateur.files._place import check_place as check_place
+from secateur.files._safetensors import MAX_NAME as MAX_NAME
 from secateur.files._safetensors import open_safetensors as open_safetensors
 from secateur.files._safetensors import parse_header as parse_header
 from secateur.files._safetensors import parse_json as parse_json

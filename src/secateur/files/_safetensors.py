@@ -19,7 +19,7 @@ _MAX_HEADER = 100_000_000  # bytes, safetensors' own limit
 # A header takes up to 30 times its bytes in memory, and a second for each 20,000 tensors. So it may be long only where
 # the tensors are long, too: a MiB for any file, and one byte more for every 8 bytes of tensors.
 _FREE_HEADER, _TENSOR_BYTES = 1 << 20, 8
-_MAX_NAME = 1000  # characters
+MAX_NAME = 1000  # characters
 _MAX_DIGITS = 300  # of an integer: Python has a limit, too, which sums and products of such integers stay far below
 _MAX_DIMENSIONS, _MAX_ELEMENTS = 64, 1 << 48  # of a tensor, for which a side of 0 counts as 1
 _DAMAGED = "The file is damaged, or was changed: copy it again, or make it again from the dense model."
@@ -77,8 +77,8 @@ def read_header(path: Path) -> tuple[set[str], dict[str, str]]:
     places = []
     for name, tensor in header.items():
         offsets = _offsets(tensor)
-        if len(name) > _MAX_NAME:
-            wrong(f"a tensor has a name of {len(name):,} characters, {name[:40]!r}...; at most {_MAX_NAME:,} are read")
+        if len(name) > MAX_NAME:
+            wrong(f"a tensor has a name of {len(name):,} characters, {name[:40]!r}...; at most {MAX_NAME:,} are read")
         if offsets is None:
             wrong(f"tensor {name!r} has no valid data_offsets")
         if not _is_shape(tensor.get("shape")):

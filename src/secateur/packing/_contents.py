@@ -112,14 +112,14 @@ class Contents:
             if not isinstance(model, str) or not all(isinstance(name, str) for name in absent):
                 raise TypeError("names should be str")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FormatError(f"the metadata is not that of a packed model: {error}.") from None
+            raise FormatError(f"the metadata is not that of a packed model: {error!s:.500}.") from None
         all_tensors = {**tensors, **sparse}
         for key, known in (("modules", entries), ("weights", layers.keys() - sparse), ("tied", all_tensors)):
             for name, first in texts[key].items():
                 if first not in known or name in known:
                     raise FormatError(
-                        f"the metadata says that {name!r} is another name of {first!r}, but {first!r} is missing or "
-                        f"{name!r} is stored, too."
+                        f"the metadata says that {name!r:.200} is another name of {first!r:.200}, but the latter is "
+                        "missing or the former is stored, too."
                     )
         return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse)
 

@@ -154,14 +154,14 @@ def _check_layer(
     """Raise unless a module of the model is what was packed. Return its bias."""
     if PackedAs.of(module) != packed_as or shape_as_matrix(module) != shape:
         raise FormatError(
-            f"{path}: layer {name} is a {'convolution' if packed_as.stride else 'linear layer'} of "
+            f"{path}: layer {name:.200} is a {'convolution' if packed_as.stride else 'linear layer'} of "
             f"{shape[0]}x{shape[1]}, but in the model it is {module!r:.200}.\n{_ADVICE}"
         )
     held = linear_of(module) if isinstance(module, PackedLinear | PackedConv2d) else module
     bias = getattr(held, "bias", None)
     if has_bias != (bias is not None):
         raise FormatError(
-            f"{path}: layer {name} has {'a' if has_bias else 'no'} bias, unlike the layer of the model.\n{_ADVICE}"
+            f"{path}: layer {name:.200} has {'a' if has_bias else 'no'} bias, unlike the layer of the model.\n{_ADVICE}"
         )
     return bias
 
@@ -184,7 +184,7 @@ def _check(tensors: Mapping[str, _Stored], wanted: Mapping[str, Tensor], absent:
     missing = sorted(wanted.keys() - tensors.keys() - set(absent))
     extra = sorted(tensors.keys() - wanted.keys())
     if missing or extra:
-        what = f"lacks {missing[:5]}" if missing else f"has {extra[:5]}"
+        what = f"lacks {missing[:5]}" if missing else f"has {extra[:5]!s:.500}"
         raise FormatError(
             f"{path} {what}, which the model {'has' if missing else 'has not'} "
             f"({len(missing)} missing, {len(extra)} unknown).\n{_ADVICE}"
@@ -243,4 +243,4 @@ def _module(model: nn.Module, name: str, path: Path) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise FormatError(f"{path} has the layer {name}, but the model has not.\n{_ADVICE}") from None
+        raise FormatError(f"{path} has the layer {name:.200}, but the model has not.\n{_ADVICE}") from None
