@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,8 +31,10 @@ def check_keys(state: object, expected: Iterable[str]) -> Mapping[str, Any]:
 
 def check_step(step: object) -> int:
     """Return a step if it is an integer that is not negative."""
-    if type(step) is not int or step < 0:
-        raise FormatError(f"the step should be an int of at least 0, got {_shown(step)}. Restore the checkpoint.")
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise FormatError(
+            f"the step should be an int of at least 0 and of 64 bits, got {_shown(step)}. Restore the checkpoint."
+        )
     return step
 
 
@@ -82,8 +83,9 @@ def check_numbers(what: str, tensor: object, shape: Sequence[int]) -> None:
 
 
 def check_number(what: str, value: object) -> None:
-    """Raise unless this is a number above 0 and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    """Raise unless this is a number above 0 and finite, in float32."""
+    limit = torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= limit:
         raise FormatError(f"the {what} should be a number above 0, got {_shown(value)}. Restore the checkpoint.")
 
 
@@ -115,7 +117,8 @@ def _shown(value: object) -> str:
     """A value for a message, which must not be long."""
     if isinstance(value, Tensor):
         return f"{dtype_name(value.dtype)} {list(value.shape)} on {value.device}"
-    return f"{value!r:.40}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+    is_short = isinstance(value, bool | float | str | None) or (isinstance(value, int) and abs(value) < 2**64)
+    return f"{value!r:.40}" if is_short else f"a {type(value).__name__}"
 
 
 def _is_plain(value: object, depth: int) -> bool:
