@@ -101,20 +101,22 @@ def valid_files(folder: Path) -> list[tuple[str, int, bytes]]:
 def compressed() -> bytes:
     """A checkpoint of compressed-tensors, written from its description."""
     table: Table = {}
-    for index in range(3):
-        weight = torch.randn(24, 24, generator=torch.Generator().manual_seed(index)).half()
-        kept = weight.abs() > 0.5
-        bits = torch.tensor(
-            [[sum(int(b) << i for i, b in enumerate(row[j : j + 8])) for j in (0, 8, 16)] for row in kept]
-        )
-        counts = kept.sum(1)
-        for key, dtype, value in (
-            ("compressed", "F16", weight[kept]),
-            ("bitmask", "U8", bits.to(torch.uint8)),
-            ("shape", "I64", torch.tensor([24, 24])),
-            ("row_offsets", "I64", counts.cumsum(0) - counts),
-        ):
-            table[f"layers.{index}.{key}"] = dtype, list(value.shape), value.contiguous().numpy().tobytes()
+    for index, dtype in enumerate(("F16", "I8", "F32")):
+        weight = torch.randn(24, 24, generator=torch.Generator().manual_seed(index))
+        kept = weight.abs() > 0.5 if index < 2 else secateur.NM(2, 4).mask(weight.abs())
+        values = weight[kept].mul(20 if dtype == "I8" else 1).to(getattr(torch, DTYPES[dtype]))
+        bits = [[sum(int(b) << i for i, b in enumerate(row[j : j + 8])) for j in (0, 8, 16)] for row in kept]
+        parts = {f"layers.{index}.bitmask": torch.tensor(bits).to(torch.uint8)}
+        parts[f"layers.{index}.shape"] = torch.tensor([24, 24])
+        parts[f"layers.{index}.compressed"] = values if index < 2 else values.view(24, 12)
+        if index < 2:
+            parts[f"layers.{index}.row_offsets"] = kept.sum(1).cumsum(0) - kept.sum(1)
+        if dtype == "I8":
+            parts[f"layers.{index}.weight_scale"] = torch.full((24, 1), 0.05)
+            parts[f"layers.{index}.weight_zero_point"] = torch.zeros(24, 1, dtype=torch.int8)
+        for name, tensor in parts.items():
+            stored = next(key for key, known in DTYPES.items() if known == str(tensor.dtype).removeprefix("torch."))
+            table[name] = stored, list(tensor.shape), tensor.contiguous().numpy().tobytes()
     return assemble(table, None)
 
 

@@ -100,7 +100,7 @@ FIRST = [("stem",), ("body.0",), ("body.2",)]  # without its entry a state is th
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["gate", "rigl"])  # one that learns, and one that masks
 def test_a_state_with_anything_wrong_is_refused(method, wrong):
     state = half_way(method)[2].state_dict()
     model, optimizer, training = half_way(method, 1)

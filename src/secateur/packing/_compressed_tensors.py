@@ -75,6 +75,7 @@ def read_compressed_tensors(path: str | Path) -> PackedFile:
     return PackedFile(layers, stored)
 
 
+_ZERO_DTYPES = frozenset({*UNSCALED_DTYPES, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32, torch.int64})
 _COMPRESSED = ("compressed", "bitmask", "shape", "row_offsets")
 
 
@@ -118,7 +119,7 @@ def _scaled(
     if values.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise FormatError(f"values are {dtype_name(values.dtype)}, which secateur cannot store.")
     scale, zero = (stored.pop(f"{weight}_{key}", None) for key in ("scale", "zero_point"))
-    if zero is not None and bool((zero.float() != 0).any()):
+    if zero is not None and (zero.dtype not in _ZERO_DTYPES or bool((zero.float() != 0).any())):
         raise FormatError("weight_zero_point is not 0; only symmetric quantisation can be read.")
     if scale is None:
         if values.dtype == torch.int8:
