@@ -282,7 +282,7 @@ def bomb(rng: random.Random) -> bytes:
 
 def changed(files: list[tuple[str, int, bytes]], rng: random.Random) -> tuple[str, str, int, bytes]:
     """A kind of change, the name of the file and the side of its model, and the changed file."""
-    name, side, data = rng.choices(files, [4, 4, 4, 1, 3])[0]
+    name, side, data = rng.choices(files, [1 if len(data) > 1 << 18 else 4 for _, _, data in files])[0]
     (length,) = struct.unpack("<Q", data[:8])
     kind = rng.choice(["bytes", "header", "truncated", "spliced", "bomb"] + ["tensors", "entry", "both"] * 4)
     if kind == "bytes":

@@ -1,8 +1,11 @@
 """A file that does not fit a model changes nothing of it, whatever is wrong."""
 
 import copy
+import importlib.util
 import json
+import random
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from secateur import FormatError, PackedLinear
 from secateur.files import read_header
 from secateur.formats import Bitmask, RowPacked, check_sizes
 from secateur.packing import read_packed, write_packed
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -282,3 +287,20 @@ def test_sizes_that_cost_memory_without_a_byte_in_the_file_are_refused(shape):
     with pytest.raises(FormatError, match="out of range"):
         check_sizes(shape)
     check_sizes((0, 2**20))
+
+
+# The campaign of changed files, of which `make hostile` makes many more
+
+
+def test_changed_files_are_refused_or_run(tmp_path):
+    spec = importlib.util.spec_from_file_location("hostile_files", ROOT / "benchmarks" / "hostile_files.py")
+    campaign = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(campaign)
+    files, outcomes = campaign.valid_files(tmp_path), set()
+    small = [(name, side, data) for name, side, data in files if len(data) < 1 << 18]
+    path = tmp_path / "changed.sparse.safetensors"
+    for number in range(120):
+        _, name, side, data = campaign.changed(small, random.Random(number))
+        path.write_bytes(data)
+        outcomes.add(campaign.outcome(path, name, side))
+    assert outcomes == {"refused", "ran"}

@@ -260,6 +260,11 @@ def test_inputs_that_cannot_be_multiplied_are_refused_alike(kind):
                         with pytest.raises(KernelError if kind == "meta" else TypeError) as caught:
                             layer(bad)
                         said.add(str(caught.value))
+                        if kind != "list" and not bad.is_nested:
+                            pixels = unusable(torch.randn(2, 64, 3, 3))[kind] if kind != "csr" else bad
+                            with pytest.raises(type(caught.value)) as caught:
+                                PackedConv2d(layer)(pixels)
+                            said.add(str(caught.value))
     (message,) = said
     assert any(advice in message for advice in ("to_dense", "Convert", "Move", "must be a tensor"))
 

@@ -18,6 +18,7 @@ from secateur.kernels import (
     PackedSpec,
     RoutePlan,
     check_bias,
+    check_dense,
     default_plan,
     packed_linear,
     runtime_nbytes,
@@ -280,6 +281,7 @@ class PackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x ``[..., in, height, width]``."""
+        check_dense(x)
         pixels = x.movedim(-3, -1)
         channels_last = pixels.is_contiguous()
         if self.stride != (1, 1):
