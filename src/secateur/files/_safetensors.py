@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -141,7 +142,15 @@ def parse_json(text: str) -> Any:
             raise ValueError(f"the number {digits[:40]} is beyond the range of float64")
         return found
 
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=integer, parse_float=number)
+    # Each new table and list counts towards the next garbage collection, and each collection looks at all objects of
+    # the process: the collections would take most of the time.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=integer, parse_float=number)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def check_header_length(path: Path) -> None:

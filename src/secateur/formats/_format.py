@@ -324,7 +324,7 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int]:
     """
     sizes = tuple(shape)
     if len(sizes) != 2 or any(type(size) is not int for size in sizes):
-        raise FormatError(f"the shape should be two integers (out, in), got {sizes}.")
+        raise FormatError(f"the shape should be two integers (out, in), got {str(sizes)[:200]}.")
     rows, columns = check_sizes(sizes)
     return rows, columns
 
