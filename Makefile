@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-fast lint format docs native asan bench clean
+.PHONY: demo test test-fast lint format docs native asan hostile bench clean
 
 demo: .venv/installed
 	$(BIN)/secateur demo
@@ -56,6 +56,11 @@ asan: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# Files that were changed at random, read by the kernels of `make asan`.
+MINUTES ?= 5
+hostile: .venv/installed
+	$(BIN)/python benchmarks/hostile_files.py --sanitize --minutes $(MINUTES)
 
 clean:
 	rm -rf .venv

@@ -753,6 +753,7 @@ def with_(name, value):
         (with_("shape", torch.tensor([6.0, 19.0])), "1 to 8 int64 sizes"),
         (with_("shape", torch.tensor([-6, 19])), "out of range"),
         (with_("shape", torch.tensor([2**62, 2**62])), "out of range"),
+        (with_("shape", torch.tensor([0, 2**62, 19])), "out of range"),
         (with_("shape", torch.tensor([6, 99])), "bitmask should be uint8 and fit the shape"),
         (with_("bitmask", lambda t: t.short()), "bitmask should be uint8"),
         (with_("bitmask", lambda t: t | 0x80), "bits set beyond the last of 19"),
@@ -783,10 +784,14 @@ def test_a_mask_that_is_not_2_of_4_is_refused(checkpoint):
         ({"up.weight_scale": torch.ones(6, dtype=torch.int32)}, "weight_scale should be one float"),
         ({"up.weight_scale": torch.full((6,), torch.nan)}, "scales should be finite"),
         ({"up.weight_scale": torch.ones(6), "up.weight_zero_point": torch.ones(6)}, "only symmetric"),
+        (
+            {"up.weight_scale": torch.ones(6), "up.weight_zero_point": torch.zeros(6).to(torch.complex64)},
+            "only symmetric",
+        ),
         ({"up.weight_scale": torch.ones(6), "up.weight": torch.ones(6)}, "both dense and compressed"),
         ({"up.weight_scale": torch.ones(6), "down.bitmask": torch.ones(6)}, "'down.bitmask' has no compressed tensor"),
     ],
-    ids=["groups", "integer", "nan", "asymmetric", "twice", "stray"],
+    ids=["groups", "integer", "nan", "asymmetric", "complex", "twice", "stray"],
 )
 def test_other_quantisation_is_refused(checkpoint, extra, match):
     parts = compress((sparse(6, 19) * 50).to(torch.int8))

@@ -5,6 +5,7 @@ from html import unescape
 
 import pytest
 import torch
+from cases import PACKED_PATTERNS
 from fake_timing import kernels_win, routes_take
 from torch import nn
 
@@ -590,3 +591,35 @@ def test_dense_weights_are_stored_by_the_pattern_in_the_history(tmp_path):
         assert str(read_packed(path).layers["0.weight"].pattern) == pattern
         again = secateur.load(path, into=nn.Sequential(nn.Linear(64, 64)))
         assert torch.equal(again[0].weight, model[0].weight)
+
+
+# Layers that are all zeros
+
+
+@pytest.mark.parametrize("value_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("pattern", PACKED_PATTERNS)
+def test_a_dead_layer_is_packed_saved_and_loaded_with_its_model(monkeypatch, tmp_path, pattern, value_dtype):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(48, 32, 1), nn.Flatten(), nn.Linear(32, 80), nn.Linear(80, 48, bias=False))
+
+    dead = model()
+    fixed = secateur.SparsityPattern.parse(pattern).sparsity is not None
+    history = secateur.prune_(dead, pattern=pattern, sparsity=None if fixed else 0.5, method="magnitude")
+    with torch.no_grad():
+        dead[0].weight.zero_()
+        dead[2].weight.zero_()
+    for known in ((), history):  # with the pattern that it was pruned to, and with what its zeros show
+        packed, x = copy.deepcopy(dead), torch.randn(3, 48, 1, 1)
+        routes_take(monkeypatch, lambda name, index: 1.0 if name == "dense" else 0.2 + 0.01 * index)
+        report = secateur.pack_(packed, value_dtype=value_dtype, history=known)
+        assert [layer.packed for layer in report.layers] == [True] * 3
+        path = tmp_path / "dead.sparse.safetensors"
+        secateur.save(packed, path)
+        again = secateur.load(path, into=model())
+        exact = value_dtype is None
+        torch.testing.assert_close(again(x), dead(x), rtol=1e-5, atol=1e-5 if exact else 0.05)
+        assert torch.equal(again(x), packed(x))
+        assert torch.equal(again[0](x), dead[0].bias.view(1, -1, 1, 1).expand(3, -1, 1, 1))
+        secateur.unpack_(again)
+        assert not again[2].weight.any()

@@ -6,8 +6,8 @@ from cases import FORMATS, PACKED_PATTERNS
 from torch import nn
 
 import secateur
-from secateur import KernelError, PackedLinear, kernels
-from secateur.formats import VALUE_DTYPES, pack
+from secateur import FormatError, KernelError, PackedLinear, kernels
+from secateur.formats import VALUE_DTYPES, Bitmask, pack
 from secateur.kernels import (
     BitmaskRoute,
     ColumnRoute,
@@ -191,3 +191,133 @@ def test_use_applies_to_layers_that_ran_before():
 def test_on_other_devices_the_weight_is_dense():
     plan = RoutePlan((BitmaskRoute(),))
     assert kernels._operator.route_for(plan, torch.ones(1, 4, device="meta")) == DenseRoute()
+
+
+# Weights that are all zeros, and weights without rows or columns
+
+
+EMPTY = [(f, p, size) for f, p, (rows, columns) in FORMATS for size in ((rows, columns), (0, columns), (rows, 0))]
+
+
+@pytest.mark.parametrize(("format_type", "pattern", "shape"), EMPTY, ids=str)
+def test_a_weight_of_zeros_runs_by_every_route_and_backend(format_type, pattern, shape):
+    bias = torch.arange(1.0, shape[0] + 1)
+    routes = {*every_route(), *map(GroupRoute, (1, 1, 2, 7), (1, 3, 5, 16)), TileRoute(1, 1), TileRoute(16, 1)}
+    ran = set()
+    for dtype in VALUE_DTYPES:
+        stored = format_type.from_dense(torch.zeros(shape), None, pattern, dtype)
+        for route in (route for route in routes if route.why_not(stored) is None):
+            for backend in ("native", "reference"):
+                if kernels.available()[backend] != "ok":
+                    continue
+                with kernels.use(backend):
+                    for rows in (0, 1, 3):
+                        y = kernels.linear(torch.ones(rows, shape[1]), stored, bias, str(route))
+                        assert torch.equal(y, bias.expand(rows, -1))
+                    assert not kernels.linear(torch.ones(2, shape[1]).bfloat16(), stored, None, str(route)).any()
+            ran.add(type(route))
+    assert {DenseRoute, PrepackedRoute, BitmaskRoute} <= ran
+
+
+# Inputs that cannot be multiplied are refused in the same words, whatever runs the weight
+
+
+UNUSABLE = {
+    "coo": lambda x: x.to_sparse(),
+    "csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "complex": lambda x: x.to(torch.complex64),
+    "integer": lambda x: x.to(torch.int64),
+    "bool": lambda x: x > 0,
+    "list": lambda x: x.tolist(),
+    "meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage:UserWarning", "ignore:.*Sparse CSR.*:UserWarning")
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_inputs_that_cannot_be_multiplied_are_refused_alike(kind):
+    x = torch.ones(3, 64)
+    bad, pixels = UNUSABLE[kind](x), UNUSABLE[kind](torch.ones(2, 64, 3, 3))
+    said = set()
+    for pattern in PATTERNS:
+        stored = packed(pattern)
+        for route in candidates(stored):
+            for backend in ("native", "reference"):
+                if kernels.available()[backend] != "ok":
+                    continue
+                layer = PackedLinear(stored, plan=RoutePlan((route,)))
+                with kernels.use(backend):
+                    for warm in (False, True):
+                        if warm:
+                            layer(x)  # what is known of an earlier input is not taken for this one
+                        with pytest.raises(KernelError if kind == "meta" else TypeError) as caught:
+                            layer(bad)
+                        said.add(str(caught.value))
+                        with pytest.raises(type(caught.value)) as caught:
+                            PackedConv2d(layer)(pixels)
+                        said.add(str(caught.value))
+    (message,) = said
+    assert any(advice in message for advice in ("to_dense", "Convert", "Move", "must be a tensor"))
+
+
+@pytest.mark.parametrize("kind", ["float8", "complex", "integer", "bool"])
+def test_inputs_of_other_dtypes_are_refused_under_autocast_too(kind):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="must be floating point, got"):
+        PackedLinear(packed("unstructured"))(UNUSABLE[kind](torch.ones(2, 64)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int64])
+def test_biases_of_other_dtypes_are_refused_alike(dtype):
+    bias, x = torch.ones(32).to(dtype), torch.ones(2, 64)
+    layout = kernels.BitmaskLayout.pack(pruned("unstructured"))
+    for call in (
+        lambda: PackedLinear(packed("unstructured"), bias),
+        lambda: kernels.linear(x, packed("unstructured"), bias),
+        lambda: kernels.linear(x, layout, bias),
+    ):
+        with pytest.raises(TypeError, match="the bias of a packed weight must be floating point"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_packed_layer_on_meta_has_shapes_and_no_values(pattern, dtype):
+    layer = PackedLinear(packed(pattern, dtype)).to("meta")
+    for x in (torch.empty(2, 3, 64, device="meta"), torch.empty(2, 64, device="meta", requires_grad=True)):
+        y = layer(x)
+        assert (y.device.type, y.shape) == ("meta", (*x.shape[:-1], 32))
+        if x.requires_grad:
+            y.sum().backward()
+            assert x.grad.shape == x.shape
+    assert (layer.weight.shape, layer.weight.device.type) == ((32, 64), "meta")
+    assert layer.to_linear().weight.is_meta
+    assert "PackedLinear" in repr(layer)
+    with pytest.raises(KernelError, match=r"input is on cpu, but the packed weight is on meta.*load them first"):
+        layer(torch.ones(2, 64))
+    for call in (lambda: layer.packed.convert(Bitmask), lambda: layer.packed.error(torch.ones(32, 64))):
+        with pytest.raises(FormatError, match="on the meta device, without values"):
+            call()
+    model = nn.Sequential(layer)
+    (skipped,) = secateur.pack_(model).skipped
+    assert "meta device" in skipped.reason
+    assert secateur.unpack_(model) == ["0"]
+
+
+def test_weights_that_cannot_be_packed_are_refused_alike():
+    weight = pruned("2:4")
+    for bad, error, match in (
+        (weight.to("meta"), FormatError, "on the meta device"),
+        (weight.to_sparse(), TypeError, "must be a dense tensor, got one of layout"),
+        (weight.to(torch.complex64), TypeError, "floating-point tensor, got complex64"),
+        (weight.to(torch.float8_e5m2), FormatError, "float8_e5m2"),
+    ):
+        for call in (
+            lambda bad: pack(bad, torch.bfloat16),
+            lambda bad: Bitmask.from_dense(bad, value_dtype=torch.bfloat16),
+            kernels.BitmaskLayout.pack,
+        ):
+            with pytest.raises(error, match=match):
+                call(bad)

@@ -23,6 +23,7 @@ from torch import Tensor
 from secateur._errors import FormatError, SparsityError
 from secateur.files._place import already_exists, check_replaceable, real_path
 from secateur.files._rename import exchange, rename_new
+from secateur.files._safetensors import check_header_length
 from secateur.files._temporary import NEW, OLD, is_in_temporary, temporary
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -124,6 +125,7 @@ def write_safetensors(
     """
     with whole_file(path) as partial:
         save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+        check_header_length(partial)
 
 
 @contextmanager

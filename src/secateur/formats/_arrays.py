@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur._errors import FormatError
 from secateur._types import dtype_name
 
+NO_VALUES = "the packed weight is on the meta device, without values. Load its values first."
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,6 +21,8 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
 
     numpy has no bfloat16, and integers copy every NaN exactly.
     """
+    if tensor.is_meta:
+        raise FormatError(NO_VALUES)
     tensor = tensor.detach().cpu().contiguous()
     as_it_is = tensor.dtype in (torch.uint8, torch.bool)
     array: NDArray[Any] = (tensor if as_it_is else tensor.view(_INTEGERS[tensor.dtype.itemsize])).numpy()

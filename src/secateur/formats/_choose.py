@@ -8,7 +8,7 @@ import torch
 
 from secateur._types import Mask, Weight
 from secateur.formats._bitmask import Bitmask
-from secateur.formats._format import Format
+from secateur.formats._format import Format, check_weight
 from secateur.formats._nm import NMPacked
 from secateur.formats._table import FORMATS
 from secateur.patterns import NM, SparsityPattern, Unstructured, satisfied
@@ -59,7 +59,8 @@ def pack(
     Raises:
         PatternError: the zeros do not follow the pattern.
         RecipeError: values cannot be stored in ``value_dtype``.
-        FormatError: a weight that ``value_dtype`` cannot hold.
+        FormatError: a weight that ``value_dtype`` cannot hold, or one on the meta device.
+        TypeError: a weight that is not a dense floating-point tensor.
 
     Example:
         >>> import torch
@@ -67,6 +68,7 @@ def pack(
         >>> pack(torch.eye(64))
         NMPacked(64x64, 1:16, float32, 1,152 bytes)
     """
+    check_weight(weight)
     mask = weight != 0
     if patterns is None:
         patterns = satisfied(~mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError
 from secateur._types import Mask, Weight, dtype_name
-from secateur.formats._arrays import expect
+from secateur.formats._arrays import NO_VALUES, expect
 from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
 from secateur.patterns import NM, SparsityPattern
 
 MAX_SIDE = 2**31 - 1  # indices are int32
 # Far above any layer. Without a limit, a file of a few bytes could make its reader allocate any amount of memory.
 MAX_WEIGHTS = 2**36
+MAX_EMPTY_SIDE = 2**20  # beside a side of 0, where no byte of the file stands for the rows or columns
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,9 +90,7 @@ class Format(ABC):
             >>> packed.to_dense().tolist()
             [[0.0, 1.5, 0.0, -2.0]]
         """
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"a weight must be a floating-point tensor, got {found}")
+        check_weight(weight)
         pattern = cls._accept(pattern)
         pattern.validate(weight.shape)
         mask = weight != 0 if mask is None else check_mask(mask, weight)
@@ -107,8 +108,12 @@ class Format(ABC):
     def unscaled(self) -> tuple[Tensor, Tensor | None]:
         """Return the weight in the dtype of the values, ``[out, in]``, and the scale of every row, ``[out]`` or None.
 
-        The layouts of the kernels are made from these, so that int8 codes are not rounded a second time.
+        The layouts of the kernels are made from these, so that int8 codes are not rounded a second time. On the meta
+        device these have no values either.
         """
+        if self.values.is_meta:
+            scales = None if self.scales is None else self.scales.new_empty(self.shape[0])
+            return self.values.new_empty(self.shape), scales
         return self._stored(), None if self.scales is None else self._row_scales()
 
     @final
@@ -206,7 +211,9 @@ class Format(ABC):
 
         Raises:
             PatternError: the other format cannot hold the weight.
+            FormatError: the weight is on the meta device.
         """
+        self._must_have_values()
         pattern = to._accept(pattern)
         pattern.validate(self.shape)
         stored, scales = self.unscaled()
@@ -239,6 +246,7 @@ class Format(ABC):
             weight: the dense weight that was packed.
             mask: the mask that it was packed with.
         """
+        self._must_have_values()
         kept = (weight.detach() if mask is None else weight.detach().where(mask, 0)).double()
         packed = self.to_dense().double()
         same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
@@ -272,6 +280,11 @@ class Format(ABC):
     @abstractmethod
     def _count(cls, mask: Mask, pattern: SparsityPattern) -> tuple[int, int, int] | None:
         """How many values, bytes of indices and scales a mask needs; None where the format cannot hold it."""
+
+    @final
+    def _must_have_values(self) -> None:
+        if self.values.is_meta:
+            raise FormatError(NO_VALUES)
 
     @final
     def _num_scales(self) -> int:
@@ -310,15 +323,46 @@ def check_shape(shape: Sequence[int]) -> tuple[int, int]:
         FormatError: not two sizes, a negative one, or more weights than a format may have.
     """
     sizes = tuple(shape)
-    if len(sizes) != 2 or any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-        raise FormatError(f"the shape should be two integers (out, in), got {sizes}.")
-    rows, columns = sizes
-    if min(sizes) < 0 or max(sizes) > MAX_SIDE or rows * columns > MAX_WEIGHTS:
-        raise FormatError(
-            f"the shape {rows}x{columns} is out of range: a size is 0 to {MAX_SIDE}, and a weight has up to "
-            f"{MAX_WEIGHTS} elements."
-        )
+    if len(sizes) != 2 or any(type(size) is not int for size in sizes):
+        raise FormatError(f"the shape should be two integers (out, in), got {str(sizes)[:200]}.")
+    rows, columns = check_sizes(sizes)
     return rows, columns
+
+
+def check_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a tensor from a file, of any number of dimensions.
+
+    Raises:
+        FormatError: a size that is no integer, negative or too large, or more elements than a format may have.
+    """
+    sizes = tuple(shape)
+    if any(type(size) is not int for size in sizes) or len(sizes) > _MAX_DIMENSIONS:
+        raise FormatError(f"the shape should be integers, at most {_MAX_DIMENSIONS} of them, got {str(sizes)[:200]}.")
+    elements = math.prod(sizes)
+    most = MAX_SIDE if elements else MAX_EMPTY_SIDE
+    if min(sizes, default=0) < 0 or max(sizes, default=0) > most or elements > MAX_WEIGHTS:
+        raise FormatError(
+            f"the shape {'x'.join(map(str, sizes))[:200]} is out of range: a size is 0 to {MAX_SIDE} (beside one of 0, "
+            f"to {MAX_EMPTY_SIDE}), and a weight has up to {MAX_WEIGHTS} elements."
+        )
+    return sizes
+
+
+def check_weight(weight: Weight) -> None:
+    """Raise unless a weight is a dense tensor of floating-point values.
+
+    Raises:
+        FormatError: it is on the meta device.
+        TypeError: another layout or dtype, or no tensor.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"a weight must be a floating-point tensor, got {found}")
+    if weight.is_nested or weight.layout is not torch.strided:
+        found = "a nested tensor" if weight.is_nested else f"one of layout {weight.layout}"
+        raise TypeError(f"a weight must be a dense tensor, got {found}. Call .to_dense() first")
+    if weight.is_meta:
+        raise FormatError("the weight is on the meta device, without values. Load its values first.")
 
 
 def check_mask(mask: Mask, weight: Weight) -> Mask:

@@ -83,6 +83,8 @@ def encode(kept: Weight, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
         )
     if dtype == kept.dtype:
         return kept, None
+    if kept.dtype.itemsize < 2:  # float8, for which PyTorch has no comparisons, and whose scale is elsewhere
+        raise FormatError(f"the weight is {dtype_name(kept.dtype)}. Multiply it by its scale in float32 first.")
     if VALUE_TYPES[dtype].scaled:
         return _quantize_rows(kept)
     values = kept.to(dtype)

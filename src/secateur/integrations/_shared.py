@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import FormatError, PatternError, RecipeError
+from secateur._errors import FormatError, PatternError, RecipeError, naming
 from secateur._sharding import is_sharded
 from secateur.files import open_safetensors, write_safetensors
 from secateur.nn import MaskSettings, replaceable_layers, sparse_layers, sparsify_
@@ -64,7 +64,7 @@ def begin(
 
     Raises:
         RecipeError: as for :class:`SparseTraining`, or the state is of another recipe or of other weights.
-        FormatError: the state lacks something.
+        FormatError: the state is not what ``state_dict`` returned.
     """
     has_layers = settings.method.learns and bool(sparse_layers(model))
     if has_layers:  # made for these settings: include and exclude have done their work
@@ -88,27 +88,16 @@ def restore(
 
     Raises:
         RecipeError: the state is of another recipe or of other weights; nothing has changed.
-        FormatError: the state lacks something; nothing has changed.
+        FormatError: the state is not what ``state_dict`` returned; nothing has changed.
     """
-    where = source or "the checkpoint"
-    own = training.state_dict()
-    weights = state.get("weights")
-    if not isinstance(weights, Mapping) or not state.keys() >= own.keys():
-        raise FormatError(f"{where}: the state of the sparse training is incomplete. Restore the checkpoint.")
-    for name, expected in own["weights"].items():
-        entry = weights.get(name, expected)  # other layers: load_state_dict says so, with all their names
-        if not isinstance(entry, Mapping) or entry.keys() != expected.keys():
-            raise FormatError(f"{where}: the state of layer {name!r} is incomplete. Restore the checkpoint.")
-        mask = entry["mask"]
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-            raise FormatError(f"{where}: the mask of layer {name!r} is not a bool tensor. Restore the checkpoint.")
-    if source and (learned_are_loaded or not training.method.learns):
-        for name in training.layers_unlike(state):
+    with naming(source or "the checkpoint"):
+        unlike = training.layers_unlike(state) if source and (learned_are_loaded or not training.method.learns) else []
+        if unlike:
             raise RecipeError(
-                f"{name}: the masks in {source} are not those of the weights that were loaded.\n"
+                f"{unlike[0]}: the masks are not those of the weights that were loaded.\n"
                 "Resume from a checkpoint directory whose files were all written by the same run."
             )
-    training.load_state_dict(state)
+        training.load_state_dict(state)
 
 
 def known_steps(steps: float) -> int:

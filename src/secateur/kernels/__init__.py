@@ -27,7 +27,10 @@ from secateur.kernels._masks import gate as gate
 from secateur.kernels._masks import gate_backward as gate_backward
 from secateur.kernels._masks import times_units as times_units
 from secateur.kernels._masks import unit_sums as unit_sums
+from secateur.kernels._operator import FLOATS as FLOATS
 from secateur.kernels._operator import PackedSpec as PackedSpec
+from secateur.kernels._operator import check_bias as check_bias
+from secateur.kernels._operator import check_dense as check_dense
 from secateur.kernels._operator import packed_linear as packed_linear
 from secateur.kernels._operator import runtime_nbytes as runtime_nbytes
 from secateur.kernels._plan import RoutePlan as RoutePlan

@@ -213,8 +213,13 @@ def prepare(packed: Format, route: Route, device: torch.device, dtype: torch.dty
     """
     backend = backend_for(packed, route, device, dtype)
     if isinstance(route, CompactRoute):
-        return route.around(backend.prepare(route.compact(packed), route.inner, dtype), packed)
-    return backend.prepare(StoredWeight.of(packed), route, dtype)
+        return route.around(_prepared_by(backend, route.compact(packed), route.inner, dtype), packed)
+    return _prepared_by(backend, StoredWeight.of(packed), route, dtype)
+
+
+def _prepared_by(backend: Backend, weight: StoredWeight, route: Route, dtype: torch.dtype) -> Prepared:
+    """The matrix made ready. One without elements has nothing to lay out, and some libraries refuse it."""
+    return backend.prepare(weight, route, dtype) if weight.values.numel() else _Nothing(len(weight.values))
 
 
 def _runs_a_layout(route: Route | None) -> bool:
@@ -228,6 +233,19 @@ def _laid_out(weight: StoredWeight | Layout, route: Route | None) -> tuple[Layou
     assert isinstance(route, LayoutRoute)
     layout, shared = weight.lay_out(route)
     return layout, len(weight.values), layout.nbytes - shared
+
+
+class _Nothing(Prepared):
+    """A matrix without elements, such as the kept rows of a weight that is all zeros. The outputs are the bias."""
+
+    nbytes = 0
+
+    def __init__(self, out: int) -> None:
+        self._out = out
+
+    def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_zeros(len(x), self._out)
+        return y if bias is None else y + bias.to(x.dtype)
 
 
 class _NativeKernel(Prepared):

@@ -47,28 +47,29 @@ class GroupLayout(Layout):
             )
         values, mask = padded(values, _ROWS, 1), padded(mask, _ROWS, 1)
         groups, panels = shape[1] // m, mask.shape[0] // _ROWS
-        by_group = mask.view(-1, groups, m)
+        by_group = mask.view(len(mask), groups, m)
         if bool((by_group.sum(-1) > n).any()):
             raise KernelError(
                 f"a group of {m} inputs keeps {int(by_group.sum(-1).max())} weights; {n}:{m} keeps at most {n}. "
                 "Prune to that pattern first. PanelLayout takes any weight."
             )
         place = torch.argsort(~by_group, dim=-1, stable=True)[..., :n]
-        by_row = torch.arange(len(values))[:, None, None]
-        kept = values.view(-1, groups, m)[by_row, torch.arange(groups)[:, None], place]  # gather knows fewer dtypes
+        by_row, by_place = torch.arange(len(mask))[:, None, None], torch.arange(groups)[:, None]
+        kept = values.view(len(mask), groups, m)[by_row, by_place, place]  # gather knows fewer dtypes
         kept = kept.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1).contiguous()
         place = place.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1)
         bits, per_word = cls._word(m)
+        # Sizes are named, not -1: PyTorch cannot find the size of a dimension of a weight without rows.
         if n <= per_word:
             together = per_word // n
-            place = nn.functional.pad(place, (0, 0, 0, 0, 0, -groups % together)).reshape(
-                panels, -1, together * n, _ROWS
-            )
+            place = nn.functional.pad(place, (0, 0, 0, 0, 0, -groups % together))
+            place = place.reshape(panels, -(-groups // together), together * n, _ROWS)
         else:
-            place = nn.functional.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, -1, per_word, _ROWS)
+            words = groups * -(-n // per_word)
+            place = nn.functional.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, words, per_word, _ROWS)
         shifts = (torch.arange(place.shape[2]) * bits)[:, None]
-        words = torch.from_numpy((place << shifts).sum(2).numpy().astype(np.uint32).view(np.int32))
-        return cls(shape, in_large_pages(kept, SPARE), scale, words, n, m)
+        places = torch.from_numpy((place << shifts).sum(2).numpy().astype(np.uint32).view(np.int32))
+        return cls(shape, in_large_pages(kept, SPARE), scale, places, n, m)
 
     @staticmethod
     def _word(m: int) -> tuple[int, int]:
@@ -84,12 +85,13 @@ class GroupLayout(Layout):
         place = (words[:, :, None] >> (torch.arange(per_word) * bits)[:, None]) & ((1 << bits) - 1)
         if self.n <= per_word:
             together = per_word // self.n
-            place = place[:, :, : together * self.n].reshape(panels, -1, self.n, _ROWS)[:, :groups]
+            place = place[:, :, : together * self.n].reshape(panels, place.shape[1] * together, self.n, _ROWS)
+            place = place[:, :groups]
         else:
-            place = place.reshape(panels, groups, -1, _ROWS)[:, :, : self.n]
+            place = place.reshape(panels, groups, -(-self.n // per_word) * per_word, _ROWS)[:, :, : self.n]
         kept = self.values[:-SPARE].view(panels, groups, self.n, _ROWS).float()
         weight = kept.new_zeros(panels, groups, self.m, _ROWS).scatter_add_(2, place, kept)
-        return self._scaled(weight.permute(0, 3, 1, 2).reshape(-1, columns)[:rows])
+        return self._scaled(weight.permute(0, 3, 1, 2).reshape(panels * _ROWS, columns)[:rows])
 
     def arguments(self) -> tuple[int, ...]:
         return self.words.data_ptr(), self.n, self.m

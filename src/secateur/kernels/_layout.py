@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import PatternError
-from secateur._types import Mask, Weight, dtype_name
-from secateur.formats import as_value_dtype, check_mask, encode
+from secateur._types import Mask, Weight
+from secateur.formats import as_value_dtype, check_mask, check_weight, encode
 from secateur.kernels._load import load
 
 # Zeros after the last value. A kernel loads whole vectors of up to 16 values, and the last one may start at any value:
@@ -80,9 +80,7 @@ def prepare(weight: Weight, mask: Mask | None, value_dtype: torch.dtype) -> tupl
         FormatError: a weight that ``value_dtype`` cannot hold.
         TypeError: a weight that is not a floating-point tensor, or a mask that is not a bool tensor.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"a weight must be a floating-point tensor, got {found}")
+    check_weight(weight)
     if weight.dim() != 2:
         raise PatternError(
             f"a weight of shape {tuple(weight.shape)} cannot be packed; kernels multiply a matrix [out, in]. "
@@ -90,7 +88,7 @@ def prepare(weight: Weight, mask: Mask | None, value_dtype: torch.dtype) -> tupl
         )
     weight = weight.detach().to("cpu")
     mask = weight != 0 if mask is None else check_mask(mask, weight).detach().to("cpu")
-    values, scale = encode(weight.masked_fill(~mask, 0), as_value_dtype(value_dtype))
+    values, scale = encode(torch.where(mask, weight, weight.new_zeros(())), as_value_dtype(value_dtype))
     return values, mask, scale
 
 

@@ -81,6 +81,8 @@ class _Ready:
 # weight is checked and prepared again, because kernels trust the indices of a checked weight.
 _ready: dict[int, _Ready] = {}
 _lock = threading.RLock()
+# The dtypes of inputs and biases.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _MOST_CALLS = 1024  # shapes, dtypes and devices of inputs that are remembered for each weight
 
 
@@ -119,6 +121,8 @@ def runtime_nbytes(values: Tensor) -> int:
 
 
 def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    if x.is_meta or weight[0].is_meta:
+        return _run_fake(x, weight, bias, spec)
     ready = _get_ready(weight, spec)
     shape = x.shape
     prepared = ready.calls.get((shape, x.dtype, x.device, spec, chosen.get())) or _prepare(ready, x, spec)
@@ -136,6 +140,7 @@ def _prepare(ready: _Ready, x: Tensor, spec: str) -> Prepared | None:
     """Check an input, and return the weight made ready for inputs like it; None if the input is empty."""
     parsed = _parse(spec)
     check_input(x, parsed.shape[1])
+    _check_device(x, ready.packed.values.device)
     if not x.numel():
         return None
     route = route_for(parsed.plan, x)
@@ -173,6 +178,7 @@ def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: st
     _refuse_onnx_export()
     rows, columns = _parse(spec).shape
     check_input(x, columns)
+    _check_device(x, weight[0].device)
     return x.new_empty(*x.shape[:-1], rows)
 
 
@@ -186,26 +192,59 @@ def _run_transposed_fake(y: Tensor, weight: Sequence[Tensor], spec: str) -> Tens
     return y.new_empty(*y.shape[:-1], _parse(spec).shape[1])
 
 
+def check_dense(x: object) -> None:
+    """Raise unless an input is a tensor that has all its numbers in strided memory."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the input of a packed weight must be a tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided:
+        found = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(
+            f"the input of a packed weight must be a dense tensor, got {found}. Pad it, or call its to_dense()."
+        )
+
+
 def check_input(x: Tensor, columns: int) -> None:
     """Raise unless an input fits a packed weight with so many columns."""
+    check_dense(x)
     if not x.ndim or x.shape[-1] != columns:
         raise KernelError(
             f"the input has shape {tuple(x.shape)}, but the packed weight takes {columns} features; the input should "
             f"be [..., {columns}]. Check that it belongs to this layer."
         )
-    if not x.is_floating_point():
-        raise TypeError(f"the input of a packed weight must be floating point, got {dtype_name(x.dtype)}")
+    _check_floats("input", x)
 
 
-def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
+def check_bias(bias: Tensor | None, rows: int, device: torch.device | None = None) -> None:
     """Raise unless a bias, if there is one, fits a packed weight with so many rows and inputs on a device."""
-    if bias is not None and bias.shape != (rows,):
+    if bias is None:
+        return
+    if bias.shape != (rows,):
         raise KernelError(
             f"the bias has shape {tuple(bias.shape)}, but the packed weight has {rows} outputs; the bias should be "
             f"[{rows}]. Check that it belongs to this layer."
         )
-    if bias is not None and bias.device != device:
+    if bias.dtype not in FLOATS:
+        _check_floats("bias", bias)
+    if device is not None and bias.device != device:
         raise KernelError(f"the bias is on {bias.device}, but the input is on {device}. Move the layer with .to().")
+
+
+def _check_floats(what: str, tensor: Tensor) -> None:
+    """Raise unless a tensor has a dtype that is computed with: float8 is only stored, and needs a scale."""
+    if tensor.dtype not in FLOATS:
+        names = ", ".join(map(dtype_name, FLOATS))
+        raise TypeError(
+            f"the {what} of a packed weight must be floating point, got {dtype_name(tensor.dtype)}. Valid are {names}. "
+            "Convert it, for example with .to(torch.float32)."
+        )
+
+
+def _check_device(x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise KernelError(
+            f"the input is on {x.device}, but the packed weight is on {device}. Move one of them with .to(); a weight "
+            "on meta has no values, so load them first."
+        )
 
 
 # The operator that compilers and autograd see.
@@ -275,10 +314,11 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
         ``[..., out]``, in the dtype of x.
 
     Raises:
-        KernelError: x or the bias does not fit the weight, or a route of the plan does not.
+        KernelError: x or the bias does not fit the weight or is on another device, or a route of the plan does not fit.
         FormatError: the tensors are not valid, for example after a change in place.
-        TypeError: an x that is not floating point.
+        TypeError: an x that is not a dense tensor of a dtype that is computed with.
     """
+    check_dense(x)  # first: operators have no code for other layouts
     if x.is_meta:
         return _run_fake(x, weight, bias, spec)
     differentiated = x.requires_grad and torch.is_grad_enabled()

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from secateur.formats import Format
-from secateur.kernels import RoutePlan
+from secateur.kernels import RoutePlan, check_dense
 from secateur.nn._packed import PackedLinear
 
 
@@ -114,6 +114,7 @@ class PackedConv2d(PackedConvolution):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of an input ``[..., in, height, width]``."""
+        check_dense(input)
         pixels = input.movedim(-3, -1)
         channels_last = pixels.is_contiguous()
         if self.stride != (1, 1):
@@ -150,6 +151,7 @@ class PackedConv1d(PackedConvolution):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of an input ``[..., in, length]``."""
+        check_dense(input)
         positions = input.movedim(-2, -1)[..., :: self.stride[0], :]
         y: Tensor = self.linear(positions).movedim(-1, -2)
         return y.contiguous()

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur._checks import instance
-from secateur._errors import KernelError, SparsityError
+from secateur._errors import SparsityError
 from secateur._types import Weight, dtype_name
 from secateur.formats import VALUE_DTYPES, Format
 from secateur.kernels import (
+    FLOATS,
     PackedSpec,
     RoutePlan,
+    check_bias,
     default_plan,
     packed_linear,
     runtime_nbytes,
@@ -39,11 +41,7 @@ class PackedMatrix(nn.Module, ABC):
     ) -> None:
         super().__init__()
         instance("packed", packed, Format, "a storage format such as Bitmask")  # type: ignore[type-abstract]
-        if bias is not None and tuple(bias.shape) != packed.shape[:1]:
-            raise KernelError(
-                f"the bias has shape {tuple(bias.shape)}, but the packed weight has {packed.shape[0]} outputs; the "
-                f"bias should be [{packed.shape[0]}]. Check that it belongs to this layer."
-            )
+        check_bias(bias, packed.shape[0])
         self._shape = packed.shape
         self._format_type, self.pattern = type(packed), packed.pattern
         self.names: tuple[str, ...] = ()
@@ -78,8 +76,10 @@ class PackedMatrix(nn.Module, ABC):
 
     def _multiply(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ + bias`` for x ``[..., in]``, in the dtype of x, or in that of autocast where it is on."""
-        # PyTorch knows no autocast on the meta device, and leaves float64 as it is on any other.
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # Not of dtypes that are refused, not of float64, which PyTorch leaves as it is, and not on the meta device.
+        dtype = getattr(x, "dtype", None)
+        is_cast = dtype in FLOATS and dtype != torch.float64 and not x.is_meta
+        if is_cast and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers: dict[str, Any] = self._buffers  # looking up an attribute of a module takes ten times as long
         weight = [buffers[name] for name in self.names]

@@ -18,6 +18,7 @@ from secateur.formats import (
     Format,
     NMPacked,
     check_shape,
+    check_sizes,
     population,
 )
 from secateur.packing._file import DAMAGED, PackedFile
@@ -74,6 +75,7 @@ def read_compressed_tensors(path: str | Path) -> PackedFile:
     return PackedFile(layers, stored)
 
 
+_ZERO_DTYPES = frozenset({*UNSCALED_DTYPES, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32, torch.int64})
 _COMPRESSED = ("compressed", "bitmask", "shape", "row_offsets")
 
 
@@ -86,8 +88,8 @@ def _decompress(
         raise FormatError(f"{[key for key in _COMPRESSED[:3] if parts[key] is None]} are missing.")
     if size.dtype not in (torch.int64, torch.int32) or not 1 <= size.numel() <= 8:
         raise FormatError(f"shape should be 1 to 8 int64 sizes, got {dtype_name(size.dtype)} {list(size.shape)}.")
-    shape = tuple(size.flatten().tolist())
-    matrix = check_shape((math.prod(shape[:-1]) if min(shape) >= 0 else -1, shape[-1]))
+    shape = check_sizes(size.flatten().tolist())
+    matrix = check_shape((math.prod(shape[:-1]), shape[-1]))
     if bitmask.dtype != torch.uint8 or bitmask.numel() != matrix[0] * ((matrix[1] + 7) // 8):
         found = f"{dtype_name(bitmask.dtype)} {list(bitmask.shape)}"
         raise FormatError(f"bitmask should be uint8 and fit the shape {shape}, got {found}.")
@@ -117,7 +119,7 @@ def _scaled(
     if values.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise FormatError(f"values are {dtype_name(values.dtype)}, which secateur cannot store.")
     scale, zero = (stored.pop(f"{weight}_{key}", None) for key in ("scale", "zero_point"))
-    if zero is not None and bool((zero.float() != 0).any()):
+    if zero is not None and (zero.dtype not in _ZERO_DTYPES or bool((zero.float() != 0).any())):
         raise FormatError("weight_zero_point is not 0; only symmetric quantisation can be read.")
     if scale is None:
         if values.dtype == torch.int8:

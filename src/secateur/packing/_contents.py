@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import dtype_name
-from secateur.formats import UNSCALED_DTYPES, Format, pack
+from secateur.formats import UNSCALED_DTYPES, Format, check_sizes, pack
 from secateur.nn import PackedAs, linear_of, packed_layers
 from secateur.packing._file import PackedFile
 from secateur.packing._history import History, patterns_in, patterns_of
 from secateur.packing._measure import machine
 from secateur.patterns import SparsityPattern
 
-# The dtypes of dense weights and of tensors that are not packed, by name.
-_DTYPES = {dtype_name(dtype): dtype for dtype in (*UNSCALED_DTYPES, torch.float64)}
+# The dtypes of dense weights, and of other tensors that a dtype can be asked for.
+DENSE_DTYPES = frozenset({*UNSCALED_DTYPES, torch.float64})
+_DTYPES = {dtype_name(dtype): dtype for dtype in DENSE_DTYPES}
+_LONGEST_PLAN = 10_000  # characters: some 400 routes
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ class Contents:
         try:
             sparse = {name: tuple(shape) for name, shape in dict(table.get("sparse", {})).items()}
             for name, shape in sparse.items():
-                if name in tensors or any(type(side) is not int or side < 0 for side in shape):
-                    raise ValueError(f"the tensor {name} is there twice, or its shape {shape} is invalid")
+                if name in tensors:
+                    raise ValueError(f"the tensor {name} is there twice")
+                check_sizes(shape)
                 if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != layers[name].shape:
                     raise ValueError(f"the tensor {name} has the shape {shape}, but is stored as {layers[name].shape}")
             texts = {key: dict(table.get(key, {})) for key in ("modules", "weights", "tied", "machine")}
@@ -109,16 +112,21 @@ class Contents:
             if not isinstance(model, str) or not all(isinstance(name, str) for name in absent):
                 raise TypeError("names should be str")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise FormatError(f"the metadata is not that of a packed model: {error}.") from None
+            raise FormatError(f"the metadata is not that of a packed model: {error!s:.500}.") from None
         all_tensors = {**tensors, **sparse}
         for key, known in (("modules", entries), ("weights", layers.keys() - sparse), ("tied", all_tensors)):
             for name, first in texts[key].items():
                 if first not in known or name in known:
                     raise FormatError(
-                        f"the metadata says that {name!r} is another name of {first!r}, but {first!r} is missing or "
-                        f"{name!r} is stored, too."
+                        f"the metadata says that {name!r:.200} is another name of {first!r:.200}, but the latter is "
+                        "missing or the former is stored, too."
                     )
         return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a floating-point tensor in a dtype; None for its own. float8 stays as it is: its scale is elsewhere."""
+    return tensor if dtype is None or tensor.dtype not in DENSE_DTYPES else tensor.to(dtype)
 
 
 def _entry(table: Any, packed: Format) -> LayerEntry:
@@ -131,8 +139,8 @@ def _entry(table: Any, packed: Format) -> LayerEntry:
             raise ValueError(f"the stride {stride} should be one or two numbers above 0")
         if transposed:
             raise ValueError("a transposed linear layer has no stride")
-    if not isinstance(transposed, bool) or not isinstance(plan, str):
-        raise TypeError("transposed should be a bool and plan a str")
+    if not isinstance(transposed, bool) or not isinstance(plan, str) or len(plan) > _LONGEST_PLAN:
+        raise TypeError(f"transposed should be a bool and plan a str of up to {_LONGEST_PLAN} characters")
     return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride), plan)
 
 
@@ -185,17 +193,16 @@ def take_apart(
     for name, tensor in model.state_dict().items():
         if name in own or name in absent:
             continue
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or name.rpartition(".")[2] == "_extra_state":
             raise FormatError(
-                f"{name}: the extra state of a module is not a tensor and cannot be stored. Remove it first."
+                f"{name}: the extra state of a module is no parameter or buffer and cannot be stored. Remove it first."
             )
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
         if (first := seen.setdefault(place, name)) != name:
             tied[name] = first
         else:
             tensors[name] = tensor
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: in_dtype(tensor, dtype) for name, tensor in tensors.items()}
     known = patterns_in(history)
     smaller = {name: _without_zeros(tensor, known.get(name.rpartition(".")[0])) for name, tensor in tensors.items()}
     sparse = {name: packed for name, packed in smaller.items() if packed is not None}

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError, naming
 from secateur._types import dtype_name
-from secateur.files import check_file, open_safetensors, parse_header, read_header, write_safetensors
+from secateur.files import (
+    MAX_NAME,
+    check_file,
+    open_safetensors,
+    parse_header,
+    parse_json,
+    read_header,
+    write_safetensors,
+)
 from secateur.formats import FORMATS, Format, check_shape
 from secateur.patterns import SparsityPattern
 
@@ -93,6 +101,8 @@ def write_packed(
     _check_name(path)
     stored: dict[str, Tensor] = {}
     for layer, packed in layers.items():
+        with naming(f"{path}: layer {layer}"):
+            check_shape(packed.shape)
         _add(stored, {f"{layer}.{name}": tensor for name, tensor in packed.tensors().items()})
     for layer, packed in layers.items():
         for name in _own_names(layer, packed) & (tensors or {}).keys():
@@ -107,7 +117,7 @@ def write_packed(
         "metadata": dict(metadata or {}),
     }
     try:
-        header = json.loads(_canonical(header))
+        header = parse_json(_canonical(header))  # as it will be read
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata must be a JSON object: {error}") from None
     header["checksum"] = _checksum(header, stored)
@@ -139,7 +149,7 @@ def read_packed(path: str | Path) -> PackedFile:
     with open_safetensors(path) as file:
         stored = {name: file.get_tensor(name).clone() for name in sorted(names)}  # a copy, not a view of the file
     if header["checksum"] != (found := _checksum(header, stored)):
-        raise FormatError(f"{path} has the checksum {found}, but its header says {header['checksum']!r}. {DAMAGED}")
+        raise FormatError(f"{path} has the checksum {found}, but its header says {header['checksum']!r:.80}. {DAMAGED}")
     packed = {}
     for layer, (format_type, shape, pattern) in layers.items():
         own = {name.removeprefix(f"{layer}."): stored.pop(name) for name in _own_names(layer, format_type) & names}
@@ -193,7 +203,7 @@ def _check_header(
     """Format, shape and pattern of each layer, from the entry of secateur in the header."""
     version = header.get("version")
     if type(version) is not int or version < 1:
-        raise FormatError(f"{path} has the format version {version!r}; it should be a number above 0. {DAMAGED}")
+        raise FormatError(f"{path} has the format version {version!r:.40}; it should be a number above 0. {DAMAGED}")
     if version > VERSION:
         raise FormatError(
             f"{path} has the format version {version}, but this secateur reads up to {VERSION}.\n"
@@ -203,6 +213,8 @@ def _check_header(
         raise FormatError(f"{path} has the header entries {sorted(header)}; expected {sorted(_KEYS)}. {DAMAGED}")
     found = {}
     for layer, entry in header["layers"].items():
+        if len(layer) > MAX_NAME:
+            raise FormatError(f"{path} has a layer with a name of {len(layer):,} characters. {DAMAGED}")
         with naming(f"{path}: layer {layer}", DAMAGED):
             found[layer] = _check_entry(entry)
     return found

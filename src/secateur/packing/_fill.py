@@ -1,28 +1,53 @@
-"""Put the contents of a packed file into a model: all of them, or nothing if they do not fit the model."""
+"""Put the contents of a packed file into a model: all of them, or nothing if they do not fit the model.
+
+Everything that can fail comes first: checks, and making all new tensors and layers. What then changes the model are
+assignments.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from secateur._errors import FormatError
+from secateur._types import dtype_name
 from secateur.formats import Format
 from secateur.kernels import usable_plan
 from secateur.layers import swap_modules_
 from secateur.nn import Packed, PackedAs, linear_of, shape_as_matrix
-from secateur.packing._contents import Contents
+from secateur.packing._contents import DENSE_DTYPES, Contents, in_dtype
 from secateur.packing._measure import machine
 from secateur.packing._pack import unpack_
+
+_ADVICE = "Give the model that was saved."
+
+
+@dataclass(frozen=True, eq=False)
+class _WithoutZeros:
+    """A dense tensor that the file has without its zeros. It is made only after its shape was found in the model."""
+
+    packed: Format
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self) -> Tensor:
+        return self.packed.to_dense().to(self.dtype).view(self.shape)
+
+
+_Stored: TypeAlias = Tensor | _WithoutZeros
 
 
 def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype | None, path: Path) -> None:
     """Put layers and tensors into a model, after checking that they fit.
 
     Args:
-        model: changed in place.
+        model: changed in place, or not at all if an error is raised.
         contents: of the file.
         dense: make all layers dense.
         dtype: floating-point dtype of all tensors that are not packed weights; None for their own.
@@ -31,52 +56,11 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
     Raises:
         FormatError: the contents do not fit the model.
     """
-    # With other threads or versions a plan that was measured is still better than the default one.
-    here = machine()
-    same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
-    tensors = dict(contents.tensors)
-    whole: dict[
-        int, tuple[Format, torch.dtype]
-    ] = {}  # by the id of a tensor on the meta device, which has only its shape
-
-    def stand_in(packed: Format, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        made = torch.empty(shape, dtype=dtype, device="meta")
-        whole[id(made)] = packed, dtype
-        return made
-
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    state = _state_of(model, path)
+    tensors: dict[str, _Stored] = dict(contents.tensors)
     for name, shape in contents.sparse.items():
-        tensors[name] = stand_in(contents.layers[name], shape, dtype or contents.layers[name].dense_dtype)
-    state = model.state_dict()
-    swaps: list[tuple[nn.Module, nn.Module]] = []
-    made: dict[str, Packed] = {}
-    for name, entry in contents.entries.items():
-        packed = contents.layers[contents.weights.get(name, name)]
-        module = _module(model, name, path)
-        own = PackedAs.of(module)
-        if own is None and f"{name}.weight" in state:  # such as an embedding: compressed-tensors compresses them, too
-            tensors[f"{name}.weight"] = stand_in(packed, packed.shape, dtype or entry.dtype)
-            continue
-        if own != entry.packed_as or shape_as_matrix(module) != packed.shape:
-            raise FormatError(
-                f"{path}: layer {name} is a {'convolution' if entry.packed_as.stride else 'linear layer'} of "
-                f"{packed.shape[0]}x{packed.shape[1]}, but in the model it is {module!r:.200}.\n"
-                "Give the model that was saved."
-            )
-        bias = tensors.pop(f"{name}.bias", None)
-        held = linear_of(module) if isinstance(module, Packed) else module
-        if (bias is None) != (held.bias is None):
-            raise FormatError(
-                f"{path}: layer {name} has {'no' if bias is None else 'a'} bias, unlike the layer of the model.\n"
-                "Give the model that was saved."
-            )
-        plan = usable_plan(packed, entry.plan) if same_machine else None
-        made[name] = entry.packed_as.build(packed, bias, plan, dtype or entry.dtype)
-        if name in contents.weights and (first := made.get(contents.weights[name])) is not None:
-            linear_of(made[name]).share_(linear_of(first))
-        swaps.append((module, made[name]))
-    swaps += [(_module(model, name, path), made[of]) for name, of in contents.modules.items() if of in made]
+        tensors[name] = _WithoutZeros(contents.layers[name], shape, dtype or contents.layers[name].dense_dtype)
+    swaps = _new_layers(model, contents, tensors, state, dtype, path)
     replaced = {id(module) for module, _ in swaps}
     covered = {
         f"{name}.{key}".lstrip(".")
@@ -87,70 +71,176 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
     wanted = {name: tensor for name, tensor in state.items() if name not in covered}
     tensors.update((name, tensors[first]) for name, first in contents.tied.items() if first in tensors)
     _tie(tensors, wanted)
-    missing = sorted(wanted.keys() - tensors.keys() - set(contents.absent))
-    extra = sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        what = f"lacks {missing[:5]}" if missing else f"has {extra[:5]}"
-        raise FormatError(
-            f"{path} {what}, which the model {'has' if missing else 'has not'} "
-            f"({len(missing)} missing, {len(extra)} unknown).\nGive the model that was saved."
-        )
-    for name in wanted.keys() & tensors.keys():
-        if wanted[name].shape != tensors[name].shape:
-            raise FormatError(
-                f"{path}: {name} has the shape {list(tensors[name].shape)}, but in the model it has "
-                f"{list(wanted[name].shape)}.\nGive the model that was saved."
-            )
+    _check(tensors, wanted, contents.absent, path)
     for module, new in swaps:
         first_tensor = next(iter(module.state_dict().values()), None)
         new.to("cpu" if first_tensor is None else _device(first_tensor)).train(module.training)
-    swap_modules_(model, swaps)
-    put: dict[int, nn.Parameter] = {}
-    made_whole: dict[int, Tensor] = {}
-    for name in wanted.keys() & tensors.keys():
-        tensor = tensors[name]
-        if id(tensor) in whole:
-            packed, own_dtype = whole[id(tensor)]
-            if id(tensor) not in made_whole:
-                made_whole[id(tensor)] = packed.to_dense().to(own_dtype).view(tensor.shape)
-            tensor = made_whole[id(tensor)]
-        _put(model, name, tensor, put)
     if dense:
-        unpack_(model)
+        made = nn.ModuleList(new for _, new in swaps)
+        unpack_(made)
+        swaps = [(module, new) for (module, _), new in zip(swaps, made, strict=True)]
+    values = _new_values({name: tensors[name] for name in wanted.keys() & tensors.keys()}, wanted, dtype)
+
+    # From here on nothing fails.
+    swap_modules_(model, swaps)
+    for name, value in values.items():
+        owner, key = _owner(model, name)
+        (owner._parameters if key in owner._parameters else owner._buffers)[key] = value  # type: ignore[assignment]
 
 
-def _tie(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _state_of(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The parameters and buffers that a model saves, as they are, so that tied ones are the same objects."""
+    state = dict(model.state_dict(keep_vars=True))
+    for name, value in state.items():
+        if isinstance(value, Tensor) and is_lazy(value):
+            raise FormatError(f"{path}: {name} of the model has no shape yet. Call the model once, then load.")
+        try:
+            owner, key = _owner(model, name)
+            held = key in owner._parameters or owner._buffers.get(key) is not None
+        except AttributeError:
+            held = False
+        if not held or not isinstance(value, Tensor):
+            raise FormatError(
+                f"{path}: {name} in the state of the model is neither a parameter nor a buffer, but extra state or "
+                "made by a hook, which a packed file cannot fill.\nRemove it first, and load it by yourself."
+            )
+    return state
+
+
+def _new_layers(
+    model: nn.Module,
+    contents: Contents,
+    tensors: dict[str, _Stored],
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    path: Path,
+) -> list[tuple[nn.Module, nn.Module]]:
+    """The modules to replace, with the packed layers. Their biases leave ``tensors``; dense weights are added there."""
+    # With other threads or versions a plan that was measured is still better than the default one.
+    here = machine()
+    same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
+    swaps: list[tuple[nn.Module, nn.Module]] = []
+    made: dict[str, Packed] = {}
+    for name, entry in contents.entries.items():
+        packed = contents.layers[contents.weights.get(name, name)]
+        module = _module(model, name, path)
+        own = PackedAs.of(module)
+        if own is None and f"{name}.weight" in state:  # such as an embedding: compressed-tensors compresses them, too
+            tensors[f"{name}.weight"] = _WithoutZeros(packed, packed.shape, dtype or entry.dtype)
+            continue
+        bias = tensors.pop(f"{name}.bias", None)
+        held = _check_layer(name, module, entry.packed_as, packed.shape, bias is not None, path)
+        if bias is not None and held is not None:
+            _check_one(f"{name}.bias", bias, held, path)
+        made_bias = None if bias is None else _made(bias, dtype)
+        plan = usable_plan(packed, entry.plan) if same_machine else None
+        made[name] = entry.packed_as.build(packed, made_bias, plan, dtype or entry.dtype)
+        if name in contents.weights and (first := made.get(contents.weights[name])) is not None:
+            linear_of(made[name]).share_(linear_of(first))
+        swaps.append((module, made[name]))
+    for name, of in contents.modules.items():
+        if of in made:  # else it is dense in the model
+            module, inner = _module(model, name, path), linear_of(made[of])
+            _check_layer(name, module, contents.entries[of].packed_as, inner.packed.shape, inner.bias is not None, path)
+            swaps.append((module, made[of]))
+    if any(module is model for module, _ in swaps):
+        raise FormatError(f"{path} has a layer without a name, which cannot be put into a model.\n{_ADVICE}")
+    return swaps
+
+
+def _check_layer(
+    name: str, module: nn.Module, packed_as: PackedAs, shape: tuple[int, int], has_bias: bool, path: Path
+) -> Tensor | None:
+    """Raise unless a module of the model is what was packed. Return its bias."""
+    if PackedAs.of(module) != packed_as or shape_as_matrix(module) != shape:
+        raise FormatError(
+            f"{path}: layer {name:.200} is a {'convolution' if packed_as.stride else 'linear layer'} of "
+            f"{shape[0]}x{shape[1]}, but in the model it is {module!r:.200}.\n{_ADVICE}"
+        )
+    held = linear_of(module) if isinstance(module, Packed) else module
+    bias = getattr(held, "bias", None)
+    if has_bias != (bias is not None):
+        raise FormatError(
+            f"{path}: layer {name:.200} has {'a' if has_bias else 'no'} bias, unlike the layer of the model.\n{_ADVICE}"
+        )
+    return bias
+
+
+def _tie(tensors: dict[str, _Stored], wanted: Mapping[str, Tensor]) -> None:
     """Add the tensors that are missing but that the model ties to one that is not."""
+    # Tied tensors are one object, or share their memory. On the meta device no tensor has any.
     first: dict[int, str] = {}
     for name, tensor in wanted.items():
         if name in tensors and tensor.numel():
-            first.setdefault(tensor.data_ptr(), name)
+            first.setdefault(id(tensor) if tensor.is_meta else tensor.data_ptr(), name)
     for name, tensor in wanted.items():
-        if name not in tensors and tensor.numel() and (other := first.get(tensor.data_ptr())) is not None:
+        place = id(tensor) if tensor.is_meta else tensor.data_ptr()
+        if name not in tensors and tensor.numel() and (other := first.get(place)) is not None:
             tensors[name] = tensors[other]
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor, put: dict[int, nn.Parameter]) -> None:
-    """Replace a parameter or buffer. A tensor that is put under two names becomes one parameter."""
-    where, _, key = name.rpartition(".")
-    owner = model.get_submodule(where)
-    old = owner._parameters.get(key)
-    if old is not None:
-        new = put.setdefault(id(tensor), nn.Parameter(tensor.to(_device(old)), requires_grad=old.requires_grad))
-        owner._parameters[key] = new
-    else:
-        buffer = owner._buffers[key]
-        owner._buffers[key] = tensor if buffer is None else tensor.to(_device(buffer))
+def _check(tensors: Mapping[str, _Stored], wanted: Mapping[str, Tensor], absent: tuple[str, ...], path: Path) -> None:
+    """Raise unless the file has what the model wants: the same names, shapes and kinds of numbers."""
+    missing = sorted(wanted.keys() - tensors.keys() - set(absent))
+    extra = sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        what = f"lacks {missing[:5]}" if missing else f"has {extra[:5]!s:.500}"
+        raise FormatError(
+            f"{path} {what}, which the model {'has' if missing else 'has not'} "
+            f"({len(missing)} missing, {len(extra)} unknown).\n{_ADVICE}"
+        )
+    for name in sorted(wanted.keys() & tensors.keys()):
+        _check_one(name, tensors[name], wanted[name], path)
+
+
+def _check_one(name: str, stored: _Stored, wanted: Tensor, path: Path) -> None:
+    if tuple(stored.shape) != tuple(wanted.shape):
+        raise FormatError(
+            f"{path}: {name} has the shape {list(stored.shape)}, but in the model it has {list(wanted.shape)}.\n"
+            f"{_ADVICE}"
+        )
+    # A model computes alike in any of these; float8, integers, bools and complex numbers mean something else each.
+    if stored.dtype != wanted.dtype and not {stored.dtype, wanted.dtype} <= DENSE_DTYPES:
+        raise FormatError(
+            f"{path}: {name} is {dtype_name(stored.dtype)}, but in the model it is {dtype_name(wanted.dtype)}, and "
+            f"one cannot stand for the other.\n{_ADVICE}"
+        )
+
+
+def _made(stored: _Stored, dtype: torch.dtype | None) -> Tensor:
+    return in_dtype(stored if isinstance(stored, Tensor) else stored.make(), dtype)
+
+
+def _new_values(
+    tensors: Mapping[str, _Stored], wanted: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The new parameters and buffers by name. A stored tensor with two names becomes one parameter."""
+    whole: dict[int, Tensor] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    values: dict[str, Tensor] = {}
+    for name, stored in tensors.items():
+        if id(stored) not in whole:
+            whole[id(stored)] = _made(stored, dtype)
+        old = wanted[name]
+        value = whole[id(stored)].to(_device(old))
+        if isinstance(old, nn.Parameter):
+            value = parameters.setdefault(id(stored), nn.Parameter(value, requires_grad=old.requires_grad))
+        values[name] = value
+    return values
 
 
 def _device(tensor: Tensor) -> torch.device:
     return torch.device("cpu") if tensor.is_meta else tensor.device  # a model without values gets them on the CPU
 
 
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, and its name there."""
+    where, _, key = name.rpartition(".")
+    return model.get_submodule(where), key
+
+
 def _module(model: nn.Module, name: str, path: Path) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise FormatError(
-            f"{path} has the layer {name}, but the model has not.\nGive the model that was saved."
-        ) from None
+        raise FormatError(f"{path} has the layer {name:.200}, but the model has not.\n{_ADVICE}") from None

@@ -163,13 +163,14 @@ def find_jobs(
     """
     include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
     check_model(model)
-    jobs = [] if include else _packed_jobs(model, exclude, dtype)
+    jobs, unread = ([], []) if include else _packed_jobs(model, exclude, dtype)
     try:
         layers, skipped = select_layers(model, include, exclude)
     except RecipeError:
-        if not jobs or exclude:
+        if not (jobs or unread) or exclude:
             raise
-        return jobs, []
+        return jobs, unread
+    skipped += unread
     replaceability = Replaceability(model, "use PackedLinear.from_linear")
     for layer in layers:
         weight = layer.matrix()
@@ -190,20 +191,26 @@ def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: Sparsit
     return Job(layer.name, layer.modules, layer.modules[0], weight, packed, patterns, layer.tied_to, found)
 
 
-def _packed_jobs(model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None) -> list[Job]:
-    """The layers that are already packed, which are measured again."""
+def _packed_jobs(
+    model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None
+) -> tuple[list[Job], list[SkippedLayer]]:
+    """The layers that are already packed, which are measured again, and those that cannot be."""
     if isinstance(model, Packed):
         raise RecipeError("the model is a bare layer, which cannot be replaced in place. Put it into a module.")
     jobs: dict[int, Job] = {}
+    skipped: dict[int, SkippedLayer] = {}
     for name, module in packed_layers(model).items():
-        if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
+        if id(module) in jobs or id(module) in skipped or any(fnmatchcase(name, glob) for glob in exclude):
             continue
         inner = linear_of(module)
+        if (reason := _why_not_here(inner.values)) is not None:
+            skipped[id(module)] = SkippedLayer(name, type(module).__name__, reason)
+            continue
         weight = inner.matrix()
         stored, patterns = inner.packed, (inner.pattern, *satisfied(weight == 0))
         packed = stored if dtype in (None, stored.value_dtype) else pack(weight, dtype)
         jobs[id(module)] = Job(name, (module,), module.to_dense(), weight, packed, patterns)
-    return list(jobs.values())
+    return list(jobs.values()), list(skipped.values())
 
 
 def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> str | None:
@@ -212,10 +219,13 @@ def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> st
         reason = replaceability.why_not(module) or why_no_counterpart(module)
         if reason is not None:
             return reason
+    if (reason := _why_not_here(weight)) is not None:
+        return reason
+    return None if bool((weight == 0).any()) else "no zeros"
+
+
+def _why_not_here(weight: Tensor) -> str | None:
+    """The reason why a weight cannot be measured on this machine, or None."""
     if weight.is_meta:
         return "its weight is on the meta device, without values"
-    if weight.device.type != "cpu":
-        return f"its weight is on {weight.device}; kernels run on the CPU"
-    if not bool((weight == 0).any()):
-        return "no zeros"
-    return None
+    return None if weight.device.type == "cpu" else f"its weight is on {weight.device}; kernels run on the CPU"

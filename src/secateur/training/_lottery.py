@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from secateur._checks import integer, one_of
-from secateur._errors import RecipeError
+from secateur._errors import RecipeError, naming
 from secateur._types import Mask
 from secateur.layers import select_layers
 from secateur.patterns import SparsityPattern, as_pattern
@@ -24,7 +24,8 @@ from secateur.training._masked_model import (
     trainable,
 )
 from secateur.training._rewind import Rewindable
-from secateur.training._ticket_masks import TicketMasks, TicketScope, pattern_so_far
+from secateur.training._state import check_keys, check_mask, check_plain, check_step, pattern_so_far
+from secateur.training._ticket_masks import TicketMasks, TicketScope
 from secateur.training._weights import MaskedGradient, MaskedWeight
 
 Rewinding: TypeAlias = Literal["weights", "learning-rate", "nothing"]
@@ -352,18 +353,24 @@ class LotteryTicket:
         Load it before the states of model and optimizer or after; they hold the weights, which this does not touch.
 
         Raises:
-            RecipeError: it is of another pattern, model, optimizer or version, or the ticket is finalized; nothing has
-                changed.
-            PatternError: a mask that does not fit; nothing has changed.
+            RecipeError: it is of another pattern, model, optimizer or version, or the ticket is finalized.
+            FormatError: it is not what :meth:`state_dict` returned: something is missing, has another type, or is a
+                mask that does not fit. After any of these errors nothing has changed.
         """
         self._masked.make_ready()
         self._masked.check_state(state, "LotteryTicket", "masks")
-        if state["pattern"] != str(self.pattern):
-            raise RecipeError(f"the state was saved under the pattern {state['pattern']}, but this is {self.pattern}.")
-        masks = state["masks"]
-        self._masked.check_names(masks)
-        self._choice.check({name: mask for name, mask in masks.items() if mask is not None})
+        check_keys(state, ("pattern", "asked", "plan", "snapshot"))
+        check_plain("plan", check_keys(state["plan"], ()))
+        check_plain("sparsity that was asked for", state["asked"])
+        if (pattern := state["pattern"]) != str(self.pattern):
+            raise RecipeError(f"the state was saved under the pattern {pattern!s:.200}, but this is {self.pattern}.")
+        masks = check_keys(state["masks"], ())
+        self._masked.check_names(map(str, masks))
+        for name, weight in self._masked.weights.items():
+            with naming(weight.layer.title):
+                check_mask(masks[name], self._choice.shapes[name], weight.pattern)
         if state["snapshot"] is not None:
+            check_step(check_keys(state["snapshot"], ("step", "tensors", "optimizer", "scheduler"))["step"])
             self._rewindable.check(state["snapshot"])
         for name, weight in self._masked.weights.items():
             weight.load_state_dict({"mask": masks[name]})

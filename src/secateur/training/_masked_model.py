@@ -124,7 +124,8 @@ class MaskedModel(Generic[W]):
             owner: name of the class.
             key: that its states have.
         """
-        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION or key not in state:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if not isinstance(state, Mapping) or type(version) is not int or version != STATE_VERSION or key not in state:
             raise RecipeError(f"this is not the state of a {owner}, or one of another version of secateur.")
 
     def check_names(self, names: Iterable[str]) -> None:

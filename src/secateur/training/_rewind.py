@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import RecipeError
+from secateur._errors import FormatError, RecipeError
 from secateur.layers import Layer
+from secateur.training._state import check_keys
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,18 @@ class Rewindable:
 
         Raises:
             RecipeError: tensors, parameter groups or the scheduler are not the same any more.
+            FormatError: it is not what :meth:`snapshot` returned.
         """
+        tensors, groups = (
+            snapshot["tensors"],
+            check_keys(snapshot["optimizer"], ("state", "param_groups"))["param_groups"],
+        )
+        if not all(isinstance(tensor, Tensor) for tensor in check_keys(tensors, ()).values()):
+            raise FormatError("the snapshot has tensors that are none. Restore the checkpoint.")
+        if not isinstance(groups, list) or not all(
+            isinstance(check_keys(g, ("params",))["params"], list) for g in groups
+        ):
+            raise FormatError("the snapshot has no parameter groups of an optimizer. Restore the checkpoint.")
         if differences := self._differences(snapshot["tensors"]):
             lines = "\n".join(f"  {line}" for line in differences[:10])
             raise RecipeError(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur._checks import integer
 from secateur._errors import RecipeError, naming
@@ -20,6 +20,7 @@ from secateur.training._find import FoundLayers, find_layers
 from secateur.training._masked_model import STATE_VERSION, MaskedModel, check_optimizer, check_trained, report_layer
 from secateur.training._method import Method, Progress
 from secateur.training._settings import TrainingSettings, fit_schedule
+from secateur.training._state import check_generator, check_keys, check_plain, check_step
 from secateur.training._weights import LearnedWeight, MaskedGradient, MaskedWeight, TrainedWeight
 
 
@@ -329,13 +330,18 @@ class SparseTraining:
         optimizer's, in any order.
 
         Raises:
-            RecipeError: it is of another recipe, other layers or another version, or this training is finalized;
-                nothing has changed.
+            RecipeError: it is of another recipe, other layers or another version, or this training is finalized.
+            FormatError: it is not what :meth:`state_dict` returned: something is missing, or has another type, shape or
+                dtype, or is no number. After any of these errors nothing has changed.
         """
         self._check_state(state)
         dense_gradient = self._wants_gradient(state["step"] + 1)
+        entries = {
+            name: _moved(state["weights"][name], weight.layer.parameter.device)
+            for name, weight in self._masked.weights.items()
+        }
         for name, weight in self._masked.weights.items():
-            weight.load_state_dict(state["weights"][name])
+            weight.load_state_dict(entries[name])
             weight.expect_gradient(dense_gradient)
         self._step = state["step"]
         self._generator.set_state(state["generator"])
@@ -348,6 +354,7 @@ class SparseTraining:
 
         Raises:
             RecipeError: as for :meth:`load_state_dict`.
+            FormatError: as for :meth:`load_state_dict`.
         """
         self._check_state(state)
         weights = self._masked.weights
@@ -356,15 +363,23 @@ class SparseTraining:
     def _check_state(self, state: Mapping[str, Any]) -> None:
         self._masked.must_be_open()
         self._masked.check_state(state, "SparseTraining", "recipe")
-        ours, theirs = self._recipe(), state["recipe"]
-        different = [key for key in ours if ours[key] != theirs.get(key)]
+        check_keys(state, ("step", "generator", "weights"))
+        recipe = check_keys(state["recipe"], ())
+        check_plain("recipe", recipe)
+        ours = self._recipe()
+        different = [key for key in ours if ours[key] != recipe.get(key)]
         if different:
-            lines = "\n".join(f"  {key}: saved {theirs.get(key)!r}, here {ours[key]!r}" for key in different)
+            lines = "\n".join(f"  {key}: saved {recipe.get(key)!r:.200}, here {ours[key]!r}" for key in different)
             raise RecipeError(f"the state was saved by a training with another recipe:\n{lines}")
-        self._masked.check_names(state["weights"])
+        check_step(state["step"])
+        check_generator(state["generator"])
+        saved = check_keys(state["weights"], ())
+        self._masked.check_names(map(str, saved))
         for name, weight in self._masked.weights.items():
-            saved, shape = tuple(state["weights"][name]["shape"]), tuple(weight.layer.parameter.shape)
-            if saved != shape:
-                raise RecipeError(
-                    f"{weight.layer.title}: the state is of a weight of shape {saved}, but this one has {shape}."
-                )
+            with naming(weight.layer.title):
+                weight.check_state(saved[name])
+
+
+def _moved(entry: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The state of one weight on its device: what can fail, a full device, fails before anything is replaced."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in entry.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -23,6 +23,7 @@ from secateur.patterns import (
     units_to_prune,
 )
 from secateur.training._masked_model import listed
+from secateur.training._state import pattern_so_far
 from secateur.training._weights import MaskedWeight
 
 TicketScope: TypeAlias = Literal["global", "layer"]
@@ -182,13 +183,6 @@ class TicketMasks:
             pattern, own = at_partial_sparsity(weight.pattern, sparsity)
             masks[name] = pattern.mask(weight.magnitudes(), own)
         return masks
-
-
-def pattern_so_far(pattern: SparsityPattern, mask: Mask) -> SparsityPattern:
-    """Return the pattern that a mask has before it reaches an N:M one, with more kept weights; any other as it is."""
-    if isinstance(pattern, NM) and mask.shape[1] >= pattern.m and len(mask):
-        return replace(pattern, n=max(pattern.n, int(mask[0, : pattern.m].count_nonzero())))
-    return pattern
 
 
 def _competing(units: Units) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from secateur._errors import RecipeError
 from secateur._types import Mask, Scores, Weight
 from secateur.layers import Layer, clear_state_, full_tensor, local_part, sharded_like
 from secateur.nn import SparseLayer
 from secateur.patterns import SparsityPattern
+from secateur.training._state import (
+    check_flag,
+    check_keys,
+    check_mask,
+    check_number,
+    check_numbers,
+    check_shape,
+)
 
 
 class TrainedWeight(Protocol):
@@ -62,8 +72,16 @@ class TrainedWeight(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return what the model's own state does not hold, or may not."""
 
+    def check_state(self, state: object) -> None:
+        """Raise unless :meth:`load_state_dict` can take a state.
+
+        Raises:
+            FormatError: it is not what :meth:`state_dict` returns.
+            RecipeError: it is of a weight of another shape.
+        """
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Go on from what :meth:`state_dict` returned, after :meth:`check_state`."""
 
     def belongs_to(self, state: dict[str, Any]) -> bool:
         """Return whether the weight in the model is the one of a state: its zeros or its mask agree with it."""
@@ -205,6 +223,13 @@ class MaskedWeight:
         """Return what cannot be read off the model."""
         return {"shape": list(self.layer.parameter.shape), "mask": self.mask}
 
+    def check_state(self, state: object) -> None:
+        """Raise unless a state fits."""
+        state = check_keys(state, ("shape", "mask"))
+        _check_same_shape(state, self.layer.parameter)
+        shape = self.layer.to_matrix(torch.empty(self.layer.parameter.shape, device="meta")).shape
+        check_mask(state["mask"], shape, self.pattern)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         self._use(_on(self.layer.parameter, state["mask"]))
@@ -318,6 +343,15 @@ class LearnedWeight:
             "straight_through": module.straight_through,
         }
 
+    def check_state(self, state: object) -> None:
+        """Raise unless a state fits."""
+        state = check_keys(state, self.state_dict())
+        _check_same_shape(state, self.parameter)
+        check_mask(state["mask"], self.parameter.shape, self.pattern)
+        check_numbers("threshold", state["threshold"], self.modules[0].threshold.shape)
+        check_number("temperature", state["temperature"])
+        check_flag("straight_through", state["straight_through"])
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
@@ -338,6 +372,12 @@ class LearnedWeight:
 def magnitudes(matrix: Weight) -> Scores:
     """Return the absolute values, at least in float32."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32)).abs()
+
+
+def _check_same_shape(state: Mapping[str, Any], parameter: nn.Parameter) -> None:
+    saved, shape = check_shape(state["shape"]), tuple(parameter.shape)
+    if saved != shape:
+        raise RecipeError(f"the state is of a weight of shape {saved}, but this one has {shape}.")
 
 
 def _on(parameter: nn.Parameter, mask: Mask | None) -> Mask | None:
