@@ -319,8 +319,6 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
         TypeError: an x that is not a dense tensor of a dtype that is computed with.
     """
     check_dense(x)  # first: operators have no code for other layouts
-    if x.is_meta:
-        return _run_fake(x, weight, bias, spec)
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):
         return _run(x, weight, bias, spec)

@@ -85,8 +85,8 @@ class SparseLayer(nn.Module, ABC):
                 "weight and bias must be parameters of their own; here torch computes them from others, by a "
                 "parametrization or torch.nn.utils.prune. Remove that first."
             )
-        if (reason := own_behaviour(self._shell[0])) is not None:
-            raise RecipeError(f"{reason}.\nExclude the layer, or use a method that keeps plain layers.")
+        if self._own_behaviour is not None:
+            raise RecipeError(f"{self._own_behaviour}.\nExclude the layer, or use a method that keeps plain layers.")
         self.weight, self.bias = weight, bias
         pattern = settings.pattern
         if pattern is not None:
@@ -443,6 +443,7 @@ class SparseLayer(nn.Module, ABC):
 
     def _keep_shell(self, dense: nn.Module) -> None:
         """Keep all of the dense layer but its parameters, to make it again: it may be of a subclass."""
+        self._own_behaviour = own_behaviour(dense)  # which can only be tried with the parameters
         self._shell = (_without_parameters(dense),)  # in a tuple, so that it is no child of this module
 
     def _plain(self) -> nn.Module:
