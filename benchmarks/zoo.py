@@ -1,0 +1,369 @@
+"""Which families of models do pruning, training, packing and files serve, and what does a user read where they do not?
+
+Tiny models with random weights, one line a family, without a download. Every stage makes its model anew:
+
+- prune: 2:4 and 60 % with calibration by the default method. Zeros are counted in the parameters, not in the report.
+- coverage: the share of all weights in matrices, outside embeddings and output heads, that pruning reaches.
+- train: a few steps by gate and by SR-STE; the mask acts if finalize does not change the output.
+- pack: with made-up times, so that every layer that can be packed is; then save, and load into a new model.
+
+    python benchmarks/zoo.py --only 'Mi*'
+    python benchmarks/zoo.py --output docs/models.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from families import FAMILIES, Family, first_line, matrices, run
+from torch import Tensor, nn
+
+import secateur
+from secateur.nn import packed_layers
+
+TARGETS: tuple[tuple[str, float | None], ...] = (("2:4", None), ("unstructured", 0.6))
+METHODS = ("gate", "sr-ste")
+STEPS = 10
+MARK = "<!-- made by benchmarks/zoo.py -->"
+PACKAGES = ("torch", "transformers", "torchvision", "timm", "diffusers")
+
+
+@dataclass
+class Line:
+    """What was found out about a family; an empty cell means that a stage was not reached."""
+
+    name: str
+    group: str
+    parameters: int = 0
+    coverage: float | None = None
+    prune: str = ""
+    replay: str = ""
+    train: str = ""
+    pack: str = ""
+    reload: str = ""
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def note(self, stage: str, text: str) -> None:
+        known = next((note for note in self.notes if note.partition(": ")[2] == text), None)
+        if known is None:
+            self.notes.append(f"{stage}: {text}")
+        else:
+            self.notes[self.notes.index(known)] = f"{known.partition(': ')[0]}, {stage}: {text}"
+
+
+def floats(output: Any) -> list[Tensor]:
+    """All floating tensors of an output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, torch.nn.utils.rnn.PackedSequence):
+        return [output.data]
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return [tensor for value in values for tensor in floats(value)]
+
+
+@torch.no_grad()
+def outputs(family: Family, model: nn.Module) -> list[Tensor]:
+    return floats(run(family, model, family.batches()[0]))
+
+
+def differ(first: list[Tensor], second: list[Tensor]) -> float:
+    """The largest difference of two outputs, relative to the largest value of the tensor."""
+    return max(
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(first, second, strict=True) if a.numel()
+    )
+
+
+@contextmanager
+def every_route_wins() -> Iterator[None]:
+    """Let each packed route be faster than the dense layer, without measuring."""
+
+    def in_turn(calls: dict[Any, Callable[[], object]], *args: Any, **kwargs: Any) -> dict[Any, list[float]]:
+        fixed = {"dense": 1.0, "prepacked": 2.0}
+        return {name: [fixed.get(str(name), 0.25 + 0.01 * index)] * 3 for index, name in enumerate(calls)}
+
+    with (
+        mock.patch("secateur.packing._measure.time_in_turn", in_turn),
+        mock.patch("secateur.packing._bench.time_in_turn", in_turn),
+        mock.patch("secateur.timing.MeasurementCache._memory", {}),
+    ):
+        yield
+
+
+@contextmanager
+def watching_replay() -> Iterator[list[str]]:
+    """Collect how calibration ran: the report of pruning does not say it."""
+    from secateur.pruning import _prune
+
+    found: list[str] = []
+    original = _prune.replayed
+
+    def replayed(*args: Any, **kwargs: Any) -> Any:
+        source = original(*args, **kwargs)
+        found.append("one pass" if len(source.stages) == 1 else "replay" if source._skips else "full")
+        return source
+
+    with mock.patch.object(_prune, "replayed", replayed):
+        yield found
+
+
+@contextmanager
+def counting_calls(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Collect the names of the modules that are called."""
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *args, name=name: called.add(name))  # type: ignore[misc]
+        for name, module in modules.items()
+    ]
+    yield called
+    for hook in hooks:
+        hook.remove()
+
+
+def loss_of(family: Family, model: nn.Module, batch: Any) -> Tensor:
+    return sum((tensor.square().mean() for tensor in floats(run(family, model, batch))), torch.zeros(()))
+
+
+def zeros(parameters: dict[str, nn.Parameter]) -> dict[str, int]:
+    return {name: int((parameter == 0).sum()) for name, parameter in parameters.items()}
+
+
+def prune(family: Family, line: Line) -> nn.Module | None:
+    """Prune to each target; return the model of the last one, or None."""
+    cells, model = [], None
+    for pattern, sparsity in TARGETS:
+        label = pattern if sparsity is None else f"{100 * sparsity:g} %"
+        model = family.model()
+        before = zeros(dict(model.named_parameters()))
+        settings: dict[str, Any] = {"pattern": pattern, "sparsity": sparsity, "forward": family.forward}
+        try:
+            with watching_replay() as replay:
+                try:
+                    report = secateur.prune_(model, family.batches(), **settings)
+                except secateur.PatternError as error:
+                    line.note(f"prune {label}", first_line(error))
+                    report = secateur.prune_(
+                        model, family.batches(), **settings | {"pattern": f"{pattern},remainder=dense"}
+                    )
+                    label += " but for the remainder"
+        except Exception as error:
+            line.note(f"prune {label}", first_line(error))
+            cells.append(f"{label}: no")
+            model = None
+            continue
+        line.replay = replay[-1]
+        after = zeros(dict(model.named_parameters()))
+        made = sum(after.values()) - sum(before.values())
+        cells.append(label if made == report.num_pruned else f"{label}: {made} zeros, reported {report.num_pruned}")
+        counted = matrices(family, model)
+        total = sum(parameter.numel() for parameter in counted.values())
+        reached = sum(after[name] - before[name] for name in counted)
+        coverage = reached / total / report.sparsity if total and report.sparsity else 0.0
+        line.coverage = round(min(coverage, line.coverage if line.coverage is not None else 1.0, 1.0), 4)
+        if pattern != "2:4":
+            explain_rest(line, model, report, counted, after)
+    line.prune = ", ".join(cells)
+    return model
+
+
+def explain_rest(
+    line: Line, model: nn.Module, report: secateur.Report, counted: dict[str, nn.Parameter], after: dict[str, int]
+) -> None:
+    """Note why matrices stayed dense: what the report says of the modules that own them, the most weights first."""
+    reasons = {skip.name: skip.reason for skip in report.skipped}
+    untouched: dict[str, int] = {}
+    for name, parameter in counted.items():
+        owner = name.rpartition(".")[0]
+        if not after[name]:
+            reason = re.sub(r"^include=\[.*", "", reasons.get(owner, "not in the report"))
+            untouched[reason] = untouched.get(reason, 0) + parameter.numel()
+    total = sum(parameter.numel() for parameter in counted.values())
+    for reason, count in sorted(untouched.items(), key=lambda item: -item[1])[:2]:
+        if count > 0.01 * total:
+            line.note(f"{100 * count / total:.0f} % stay dense", reason)
+
+
+def train(family: Family, line: Line) -> None:
+    """A few steps of each method that learns its mask; the output just before and after finalize must be the same."""
+    try:
+        loss_of(family, family.model(), family.batches()[0]).backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        line.train = "not without secateur either"
+        line.note("train", first_line(error))
+        return
+    cells = []
+    for method in METHODS:
+        model = family.model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        try:
+            training = secateur.SparseTraining(model, optimizer, method=method, sparsity=0.6, steps=STEPS)
+            batches = family.batches()
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                loss_of(family, model, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                training.step()
+            before = outputs(family, model)
+            report = training.finalize()
+        except Exception as error:
+            cells.append("no")
+            line.note(f"train {method}", first_line(error))
+            continue
+        change = differ(before, outputs(family, model))
+        made = sum(zeros(dict(model.named_parameters())).values())
+        cells.append(
+            f"{made} zeros, reported {report.num_pruned}"
+            if made < report.num_pruned
+            else "yes"
+            if change == 0
+            else f"finalize changes the output by {change:.0e}"
+        )
+    line.train = cells[0] if len(set(cells)) == 1 else ", ".join(map(": ".join, zip(METHODS, cells, strict=True)))
+
+
+def pack(family: Family, line: Line, model: nn.Module) -> None:
+    dense = outputs(family, model)
+    pruned = sum(zeros(matrices(family, model)).values())
+    with every_route_wins():
+        report = secateur.pack_(model, batch_sizes=[1, 32])
+    packed = [layer for layer in report.layers if layer.packed]
+    removed = sum(round((1 - layer.density) * layer.shape[0] * layer.shape[1]) for layer in packed)
+    with counting_calls(packed_layers(model)) as called:
+        after = outputs(family, model)
+    idle = [layer.name for layer in packed if layer.name not in called]
+    change = differ(dense, after)
+    line.pack = f"{100 * removed / pruned:.0f} %" if change < 1e-3 else f"the output changes: {change:.0%}"
+    if idle:
+        line.pack += f", {len(idle)} of {len(packed)} layers never called"
+    reasons: dict[str, int] = {}
+    for layer in report.layers:
+        if not layer.packed:
+            reasons[layer.reason] = reasons.get(layer.reason, 0) + layer.shape[0] * layer.shape[1]
+    for skip in report.skipped:
+        if skip.reason not in ("no zeros", "no weight matrix", "embedding") and "output head" not in skip.reason:
+            module = model.get_submodule(skip.name)
+            count = sum(int((p == 0).sum()) for p in module.parameters(recurse=False) if p.ndim >= 2)
+            reasons[skip.reason] = reasons.get(skip.reason, 0) + count
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:1]:
+        if count > 0.01 * pruned:
+            line.note("not packed", reason)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        try:
+            secateur.save(model, path)
+            again = secateur.load(path, into=family.model())
+            change = differ(after, outputs(family, again))
+            line.reload = "equal" if change == 0 else "equal but for rounding" if change < 1e-5 else f"{change:.1e}"
+        except Exception as error:
+            line.reload = "no"
+            line.note("reload", first_line(error))
+
+
+def examine(family: Family) -> Line:
+    line = Line(family.name, family.group)
+    began = time.perf_counter()
+    try:
+        line.parameters = sum(parameter.numel() for parameter in family.model().parameters())
+        outputs(family, family.model())
+    except Exception as error:
+        line.note("the model itself", first_line(error))
+        return line
+    pruned = None
+    try:
+        pruned = prune(family, line)
+    except Exception as error:
+        line.note("prune", first_line(error))
+    try:
+        if pruned is None:  # packing is another question
+            pruned = family.model()
+            secateur.prune_(pruned, pattern="unstructured", sparsity=0.6, method="magnitude")
+        pack(family, line, pruned)
+    except Exception as error:
+        line.pack = "no"
+        line.note("pack", first_line(error))
+    train(family, line)
+    line.seconds = time.perf_counter() - began
+    return line
+
+
+def table(lines: list[Line]) -> str:
+    text = []
+    for group in dict.fromkeys(line.group for line in lines):
+        rows = [line for line in lines if line.group == group]
+        text.append(f"## {group.capitalize()} ({len(rows)})\n")
+        text.append("| family | parameters | coverage | pruned | calibration | trains | packed | reload | what a user reads |")
+        text.append("|---" * 9 + "|")
+        for line in rows:
+            coverage = "" if line.coverage is None else f"{100 * line.coverage:.1f} %"
+            notes = "; ".join(note.replace("|", "\\|") for note in line.notes)
+            cells = (line.name, f"{line.parameters:,}", coverage, line.prune, line.replay, line.train, line.pack)
+            text.append("| " + " | ".join((*cells, line.reload, notes)) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def summary(lines: list[Line]) -> str:
+    reached = [line for line in lines if (line.coverage or 0) >= 0.95]
+    default = [line for line in lines if line.prune and ": " not in line.prune]
+    trains = [line for line in lines if line.train == "yes"]
+    again = [line for line in lines if line.reload.startswith("equal")]
+    return (
+        f"{len(lines)} families: {len(default)} are pruned to both targets by the default call, {len(reached)} to 95 % or "
+        f"more of their matrices; {len(trains)} train with a mask that acts; {len(again)} are packed, saved and reloaded "
+        "with equal outputs."
+    )
+
+
+def versions() -> str:
+    found = (name for name in PACKAGES if importlib.util.find_spec(name))
+    return ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Which families of models are served, and how far?")
+    parser.add_argument("--only", metavar="GLOB", default="*", help="families whose name matches")
+    parser.add_argument("--output", type=Path, help="the document whose tables to replace")
+    parser.add_argument("--json", type=Path, help="a file for one JSON line for each family")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)  # tiny tensors, and sums in one order
+    chosen = [family for family in FAMILIES if fnmatchcase(family.name, options.only)]
+    missing = [family for family in chosen if not all(map(importlib.util.find_spec, family.needs))]
+    lines = []
+    for family in chosen:
+        if family not in missing:
+            lines.append(examine(family))
+            print(f"{lines[-1].seconds:5.1f} s  {family.name}", file=sys.stderr, flush=True)
+            if options.json:
+                with options.json.open("a" if len(lines) > 1 else "w") as file:
+                    file.write(json.dumps(asdict(lines[-1])) + "\n")
+    text = f"{summary(lines)} With {versions()}.\n\n{table(lines)}"
+    if missing:
+        text += "\nNot run, because a package is missing: " + ", ".join(family.name for family in missing) + ".\n"
+    if options.output is None:
+        print(text)
+    else:
+        head = options.output.read_text() if options.output.exists() else f"{MARK}\n"
+        options.output.write_text(head.partition(MARK)[0] + f"{MARK}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
