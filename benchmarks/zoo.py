@@ -18,12 +18,15 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import multiprocessing
+import os
 import re
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -32,11 +35,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from families import FAMILIES, Family, first_line, matrices, run
+from families import FAMILIES, Family, first_line, matrices, read_without_call, run
 from torch import Tensor, nn
 
 import secateur
-from secateur.nn import packed_layers
 
 TARGETS: tuple[tuple[str, float | None], ...] = (("2:4", None), ("unstructured", 0.6))
 METHODS = ("gate", "sr-ste")
@@ -87,7 +89,9 @@ def outputs(family: Family, model: nn.Module) -> list[Tensor]:
 def differ(first: list[Tensor], second: list[Tensor]) -> float:
     """The largest difference of two outputs, relative to the largest value of the tensor."""
     return max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(first, second, strict=True) if a.numel()
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+        for a, b in zip(first, second, strict=True)
+        if a.numel()
     )
 
 
@@ -110,31 +114,16 @@ def every_route_wins() -> Iterator[None]:
 @contextmanager
 def watching_replay() -> Iterator[list[str]]:
     """Collect how calibration ran: the report of pruning does not say it."""
-    from secateur.pruning import _prune
-
     found: list[str] = []
-    original = _prune.replayed
+    original = secateur.calibration.replayed
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
         source = original(*args, **kwargs)
         found.append("one pass" if len(source.stages) == 1 else "replay" if source._skips else "full")
         return source
 
-    with mock.patch.object(_prune, "replayed", replayed):
+    with mock.patch("secateur.pruning._prune.replayed", replayed):
         yield found
-
-
-@contextmanager
-def counting_calls(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Collect the names of the modules that are called."""
-    called: set[str] = set()
-    hooks = [
-        module.register_forward_hook(lambda *args, name=name: called.add(name))  # type: ignore[misc]
-        for name, module in modules.items()
-    ]
-    yield called
-    for hook in hooks:
-        hook.remove()
 
 
 def loss_of(family: Family, model: nn.Module, batch: Any) -> Tensor:
@@ -202,8 +191,10 @@ def explain_rest(
 
 def train(family: Family, line: Line) -> None:
     """A few steps of each method that learns its mask; the output just before and after finalize must be the same."""
+    model = family.model()
     try:
-        loss_of(family, family.model(), family.batches()[0]).backward()  # type: ignore[no-untyped-call]
+        for batch in family.batches():
+            loss_of(family, model, batch).backward()
     except RuntimeError as error:
         line.train = "not without secateur either"
         line.note("train", first_line(error))
@@ -217,7 +208,7 @@ def train(family: Family, line: Line) -> None:
             batches = family.batches()
             for step in range(STEPS):
                 optimizer.zero_grad()
-                loss_of(family, model, batches[step % len(batches)]).backward()  # type: ignore[no-untyped-call]
+                loss_of(family, model, batches[step % len(batches)]).backward()
                 optimizer.step()
                 training.step()
             before = outputs(family, model)
@@ -240,18 +231,17 @@ def train(family: Family, line: Line) -> None:
 
 def pack(family: Family, line: Line, model: nn.Module) -> None:
     dense = outputs(family, model)
+    uncalled = read_without_call(family, model)
     pruned = sum(zeros(matrices(family, model)).values())
     with every_route_wins():
         report = secateur.pack_(model, batch_sizes=[1, 32])
     packed = [layer for layer in report.layers if layer.packed]
     removed = sum(round((1 - layer.density) * layer.shape[0] * layer.shape[1]) for layer in packed)
-    with counting_calls(packed_layers(model)) as called:
-        after = outputs(family, model)
-    idle = [layer.name for layer in packed if layer.name not in called]
+    after = outputs(family, model)
     change = differ(dense, after)
     line.pack = f"{100 * removed / pruned:.0f} %" if change < 1e-3 else f"the output changes: {change:.0%}"
-    if idle:
-        line.pack += f", {len(idle)} of {len(packed)} layers never called"
+    if slow := uncalled & {layer.name for layer in packed}:
+        line.pack += f", with {len(slow)} of {len(packed)} layers that are read without a call"
     reasons: dict[str, int] = {}
     for layer in report.layers:
         if not layer.packed:
@@ -308,7 +298,9 @@ def table(lines: list[Line]) -> str:
     for group in dict.fromkeys(line.group for line in lines):
         rows = [line for line in lines if line.group == group]
         text.append(f"## {group.capitalize()} ({len(rows)})\n")
-        text.append("| family | parameters | coverage | pruned | calibration | trains | packed | reload | what a user reads |")
+        text.append(
+            "| family | parameters | coverage | pruned | calibration | trains | packed | reload | what a user reads |"
+        )
         text.append("|---" * 9 + "|")
         for line in rows:
             coverage = "" if line.coverage is None else f"{100 * line.coverage:.1f} %"
@@ -325,9 +317,9 @@ def summary(lines: list[Line]) -> str:
     trains = [line for line in lines if line.train == "yes"]
     again = [line for line in lines if line.reload.startswith("equal")]
     return (
-        f"{len(lines)} families: {len(default)} are pruned to both targets by the default call, {len(reached)} to 95 % or "
-        f"more of their matrices; {len(trains)} train with a mask that acts; {len(again)} are packed, saved and reloaded "
-        "with equal outputs."
+        f"{len(lines)} families: the default call prunes {len(default)} to both targets, and reaches 95 % or more of "
+        f"the matrices of {len(reached)}; {len(trains)} train with a mask that acts; {len(again)} are packed, saved "
+        "and reloaded with equal outputs."
     )
 
 
@@ -336,25 +328,35 @@ def versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Which families of models are served, and how far?")
-    parser.add_argument("--only", metavar="GLOB", default="*", help="families whose name matches")
-    parser.add_argument("--output", type=Path, help="the document whose tables to replace")
-    parser.add_argument("--json", type=Path, help="a file for one JSON line for each family")
-    options = parser.parse_args()
+def set_up() -> None:
+    """What each process does first."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)  # tiny tensors, and sums in one order
+
+
+def examine_named(name: str) -> Line:
+    """For another process, which finds the family by its name."""
+    return examine(next(family for family in FAMILIES if family.name == name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Which families of models are served, and how far?")
+    parser.add_argument("--only", metavar="GLOB", default="*", help="families whose name matches")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, by default one for each core")
+    parser.add_argument("--output", type=Path, help="the document whose tables to replace")
+    parser.add_argument("--json", type=Path, help="a file for one JSON line for each family")
+    options = parser.parse_args()
     chosen = [family for family in FAMILIES if fnmatchcase(family.name, options.only)]
     missing = [family for family in chosen if not all(map(importlib.util.find_spec, family.needs))]
+    able = [family for family in chosen if family not in missing]
     lines = []
-    for family in chosen:
-        if family not in missing:
-            lines.append(examine(family))
-            print(f"{lines[-1].seconds:5.1f} s  {family.name}", file=sys.stderr, flush=True)
-            if options.json:
-                with options.json.open("a" if len(lines) > 1 else "w") as file:
-                    file.write(json.dumps(asdict(lines[-1])) + "\n")
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), set_up) as pool:
+        for line in pool.map(examine_named, [family.name for family in able]):
+            lines.append(line)
+            print(f"{line.seconds:5.1f} s  {line.name}", file=sys.stderr, flush=True)
+    if options.json:
+        options.json.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
     text = f"{summary(lines)} With {versions()}.\n\n{table(lines)}"
     if missing:
         text += "\nNot run, because a package is missing: " + ", ".join(family.name for family in missing) + ".\n"

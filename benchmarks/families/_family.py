@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Make = Callable[[], nn.Module]
 Inputs = Callable[[], list[Any]]
@@ -97,6 +98,7 @@ class Family:
             for parameter in matrices(self, model).values():
                 inputs = parameter[0].numel() if parameter.ndim != 3 else parameter.shape[-1]
                 parameter.normal_(std=inputs**-0.5)
+                parameter[parameter == 0] = inputs**-0.5  # so that zeros are those that were made
         return model
 
     def batches(self) -> list[Any]:
@@ -115,11 +117,10 @@ def tiny_config(config_class: Any, settings: Mapping[str, Any] | None = None) ->
         if own is None or not isinstance(own, Mapping):
             values[part] = own
             continue
-        if part_class.__name__ == "AutoConfig":
-            default = default or config_class()
-            part_class = type(getattr(default, part))
-        if part_class is not type(None):
-            values[part] = tiny_config(part_class, own)
+        default = default or (config_class() if part_class.__name__ == "AutoConfig" else None)
+        own_class = part_class if part_class.__name__ != "AutoConfig" else type(getattr(default, part))
+        if own_class is not type(None):
+            values[part] = tiny_config(own_class, own)
     return config_class(**(values | settings))
 
 
@@ -160,7 +161,12 @@ def matrices(family: Family, model: nn.Module) -> dict[str, nn.Parameter]:
     Depthwise convolutions are no matrices: each of their outputs reads one channel.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    left = {id(parameter) for module in model.modules() if isinstance(module, _EMBEDDINGS) for parameter in module.parameters()}
+    left = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _EMBEDDINGS)
+        for parameter in module.parameters()
+    }
     left |= set() if head is None else set(map(id, head.parameters()))
     found = {}
     for prefix, module in model.named_modules():
@@ -168,7 +174,12 @@ def matrices(family: Family, model: nn.Module) -> dict[str, nn.Parameter]:
         plain = isinstance(module, (nn.Linear, *_CONVOLUTIONS))
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{own}".lstrip(".")
-            if parameter.ndim < 2 or sum(size > 1 for size in parameter.shape) < 2 or id(parameter) in left or depthwise:
+            if (
+                parameter.ndim < 2
+                or sum(size > 1 for size in parameter.shape) < 2
+                or id(parameter) in left
+                or depthwise
+            ):
                 continue
             if (not plain and _NO_MATRIX.search(own)) or any(fnmatchcase(name, glob) for glob in family.heads):
                 continue
@@ -184,6 +195,36 @@ def run(family: Family, model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+class _Reads(TorchFunctionMode):
+    """Collects the parameters that are arguments of functions, and those that modules hold while they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, nn.Parameter):
+                self.read.add(id(value))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def read_without_call(family: Family, model: nn.Module) -> set[str]:
+    """The layers whose weight a forward pass reads although none of these layers is called."""
+    called: set[nn.Module] = set()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))}
+    hooks = [layer.register_forward_hook(lambda module, *rest: called.add(module)) for layer in layers.values()]
+    with _Reads() as reads:
+        run(family, model, family.batches()[0])
+    for hook in hooks:
+        hook.remove()
+    used = {id(module.weight) for module in called}
+    return {name for name, layer in layers.items() if id(layer.weight) in reads.read - used}
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from families._family import TOKENS, VOCABULARY, Family, Inputs, ids, pixels, transformers_model
 
 VISION: dict[str, dict[str, Any]] = {
@@ -56,9 +57,15 @@ VISION: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "patch_size": 16,
     },
-    "CvtModel": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
+    "CvtModel": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
     "FocalNetModel": {"embed_dim": 32, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3]},
-    "HieraModel": {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 4], "patch_size": [7, 7]},
+    "HieraModel": {
+        "image_size": [64, 64],
+        "embed_dim": 16,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 4, 4],
+        "patch_size": [7, 7],
+    },
     "VitDetModel": {},
     "YolosModel": {"image_size": [32, 32], "num_detection_tokens": 4},
     "DPTForDepthEstimation": {
@@ -143,7 +150,9 @@ AUDIO: dict[str, tuple[dict[str, Any], Inputs]] = {
             **{"posterior_encoder_num_wavenet_layers": 2, "prior_encoder_num_wavenet_layers": 2},
             **{"prior_encoder_num_flows": 2, "duration_predictor_num_flows": 2, "hidden_size": 32},
             **{"noise_scale": 0.0, "noise_scale_duration": 0.0, "use_stochastic_duration_prediction": False},
-        }, lambda: [{"input_ids": ids(2, 16)} for _ in "ab"]),
+        },
+        lambda: [{"input_ids": ids(2, 16)} for _ in "ab"],
+    ),
     "PatchTSTModel": (
         {"context_length": 64, "patch_length": 8, "patch_stride": 8, "num_input_channels": 4},
         lambda: [{"past_values": torch.randn(8, 64, 4)} for _ in "ab"],
@@ -165,7 +174,9 @@ def images_in_text(images: int, token: int, rotary: bool = False, **more: Callab
     def batch() -> dict[str, Any]:
         tokens = ids(2, TOKENS)
         tokens[:, 1 : 1 + images] = token
-        return {"input_ids": tokens, **({"mm_token_type_ids": (tokens == token).int()} if rotary else {})} | {name: make() for name, make in more.items()}
+        return {"input_ids": tokens, **({"mm_token_type_ids": (tokens == token).int()} if rotary else {})} | {
+            name: make() for name, make in more.items()
+        }
 
     return [batch() for _ in range(2)]
 
@@ -255,7 +266,13 @@ MODALITIES: dict[str, tuple[dict[str, Any], Inputs]] = {
         ),
     ),
     "PerceiverModel": (
-        {"d_latents": 64, "num_latents": 16, "d_model": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4},
+        {
+            "d_latents": 64,
+            "num_latents": 16,
+            "d_model": 64,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+        },
         lambda: [{"inputs": torch.randn(4, 32, 64)} for _ in range(2)],
     ),
     "DecisionTransformerModel": (
@@ -276,12 +293,16 @@ MODALITIES: dict[str, tuple[dict[str, Any], Inputs]] = {
         {
             "vision_config": {"output_channels": 64, "num_pos_feats": 32, "global_attn_indexes": [1], "window_size": 2},
             "mask_decoder_config": {"mlp_dim": 128, "iou_head_hidden_dim": 64},
-        }, lambda: [{"pixel_values": torch.randn(1, 3, 32, 32), "input_points": torch.rand(1, 1, 1, 2)} for _ in "ab"]),
+        },
+        lambda: [{"pixel_values": torch.randn(1, 3, 32, 32), "input_points": torch.rand(1, 1, 1, 2)} for _ in "ab"],
+    ),
 }
 
 MEDIA: tuple[Family, ...] = (
     *(
-        Family(name, "vision", partial(transformers_model, name, settings), partial(pixels, 64 if name in _LARGER else 32))
+        Family(
+            name, "vision", partial(transformers_model, name, settings), partial(pixels, 64 if name in _LARGER else 32)
+        )
         for name, settings in VISION.items()
     ),
     *(

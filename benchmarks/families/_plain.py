@@ -1,4 +1,4 @@
-"""Plain PyTorch: recurrent layers, attention in all its forms, convolutions, and weights that are read without a call."""
+"""Plain PyTorch: recurrent layers, attention in all its forms, convolutions, weights that are read without a call."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from families._family import Family
 from torch import Tensor, nn
+
+from families._family import Family
 
 
 class Around(nn.Module):
@@ -27,7 +28,7 @@ class Around(nn.Module):
 class Packed(nn.Module):
     """A recurrent layer on sequences of different lengths."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
         self.rnn, self.last = kind(64, 64, batch_first=True), nn.Linear(64, 64)
 
@@ -195,7 +196,7 @@ MAKES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "TransformerDecoder": (lambda: Translate(whole=False), (4, 32, 64)),
     "Transformer": (lambda: Translate(whole=True), (4, 32, 64)),
-    "MultiheadAttention": (lambda: Attention(), (4, 32, 64)),
+    "MultiheadAttention": (Attention, (4, 32, 64)),
     "MultiheadAttention batch_first": (lambda: Attention(batch_first=True), (4, 32, 64)),
     "MultiheadAttention cross": (lambda: Attention(cross=True, batch_first=True), (4, 32, 64)),
     "MultiheadAttention kdim vdim": (lambda: Attention(32, 48, cross=True, batch_first=True), (4, 32, 64)),
@@ -238,7 +239,12 @@ MAKES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "Autoencoder ConvTranspose2d": (
         lambda: nn.Sequential(
-            *(nn.Conv2d(4, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+            *(
+                nn.Conv2d(4, 16, 3, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(16, 32, 3, stride=2, padding=1),
+                nn.ReLU(),
+            ),
             *(nn.ConvTranspose2d(32, 16, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(16, 4, 2, stride=2)),
         ),
         (4, 4, 16, 16),
