@@ -1,11 +1,11 @@
-"""What the zoo asks of every family, for one family of each kind: see benchmarks/zoo.py."""
+"""What the zoo asks of every family, for one family of each kind: see benchmarks/zoo."""
 
 import re
 from functools import cache
 from pathlib import Path
 
+import examine
 import pytest
-import zoo
 from families import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -24,7 +24,7 @@ KINDS = {
     "EsmModel": {"reaches": UNREACHED},
     "T5ForConditionalGeneration": {},
     "ViTModel": {},
-    "WavLMModel": {"reaches": UNREACHED, "trains": READ},
+    "WavLMModel": {"reaches": UNREACHED, "trains": READ, "reloads": "a route that fits one layer is given to another"},
     "SiglipModel": {"reaches": SEVERAL},
     "TransformerEncoder": {"reaches": SEVERAL, "trains": "no layer that is called may learn a mask"},
     "MultiheadAttention kdim vdim": {"reaches": SEVERAL},
@@ -37,7 +37,7 @@ KINDS = {
 
 @cache
 def line(name):
-    return zoo.examine(BY_NAME[name])
+    return examine.examine(BY_NAME[name])
 
 
 def kinds(law):
@@ -60,7 +60,7 @@ def test_the_default_call_reaches_every_matrix_and_makes_exactly_the_zeros_it_re
 
 @kinds("trains")
 def test_masks_act_while_the_model_trains(name):
-    assert line(name).train == "yes"
+    assert line(name).train.startswith("yes")
 
 
 @kinds("reloads")
@@ -71,11 +71,11 @@ def test_a_packed_file_gives_the_same_outputs(name):
 
 def test_models_and_inputs_are_the_same_in_every_run():
     family = BY_NAME["Mixtral"]
-    first, second = (zoo.outputs(family, family.model()) for _ in range(2))
-    assert zoo.differ(first, second) == 0
+    first, second = (examine.outputs(family, family.model()) for _ in range(2))
+    assert examine.differ(first, second) == 0
 
 
 def test_every_family_has_a_line_in_the_document():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\| (?!family|---)([^|]+) \|", text.partition(zoo.MARK)[2], re.MULTILINE)
+    listed = re.findall(r"^\| (?!family|---)([^|]+) \|", text, re.MULTILINE)
     assert sorted(listed) == sorted(BY_NAME)

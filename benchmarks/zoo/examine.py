@@ -1,35 +1,21 @@
-"""Which families of models do pruning, training, packing and files serve, and what does a user read where they do not?
-
-Tiny models with random weights, one line a family, without a download. Every stage makes its model anew:
+"""What pruning, training, packing and a packed file do with one family. Every stage makes its model anew.
 
 - prune: 2:4 and 60 % with calibration by the default method. Zeros are counted in the parameters, not in the report.
 - coverage: the share of all weights in matrices, outside embeddings and output heads, that pruning reaches.
 - train: a few steps by gate and by SR-STE; the mask acts if finalize does not change the output.
 - pack: with made-up times, so that every layer that can be packed is; then save, and load into a new model.
-
-    python benchmarks/zoo.py --only 'Mi*'
-    python benchmarks/zoo.py --output docs/models.md
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import importlib.util
-import json
 import logging
-import multiprocessing
-import os
 import re
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,8 +29,6 @@ import secateur
 TARGETS: tuple[tuple[str, float | None], ...] = (("2:4", None), ("unstructured", 0.6))
 METHODS = ("gate", "sr-ste")
 STEPS = 10
-MARK = "<!-- made by benchmarks/zoo.py -->"
-PACKAGES = ("torch", "transformers", "torchvision", "timm", "diffusers")
 
 
 @dataclass
@@ -219,10 +203,12 @@ def train(family: Family, line: Line) -> None:
             continue
         change = differ(before, outputs(family, model))
         made = sum(zeros(dict(model.named_parameters())).values())
+        counted = matrices(family, model)
+        share = sum(zeros(counted).values()) / report.sparsity / sum(map(torch.numel, counted.values()))
         cells.append(
             f"{made} zeros, reported {report.num_pruned}"
             if made < report.num_pruned
-            else "yes"
+            else ("yes" if share >= 0.95 else f"yes, {100 * share:.1f} % of the matrices")
             if change == 0
             else f"finalize changes the output by {change:.0e}"
         )
@@ -293,41 +279,6 @@ def examine(family: Family) -> Line:
     return line
 
 
-def table(lines: list[Line]) -> str:
-    text = []
-    for group in dict.fromkeys(line.group for line in lines):
-        rows = [line for line in lines if line.group == group]
-        text.append(f"## {group.capitalize()} ({len(rows)})\n")
-        text.append(
-            "| family | parameters | coverage | pruned | calibration | trains | packed | reload | what a user reads |"
-        )
-        text.append("|---" * 9 + "|")
-        for line in rows:
-            coverage = "" if line.coverage is None else f"{100 * line.coverage:.1f} %"
-            notes = "; ".join(note.replace("|", "\\|") for note in line.notes)
-            cells = (line.name, f"{line.parameters:,}", coverage, line.prune, line.replay, line.train, line.pack)
-            text.append("| " + " | ".join((*cells, line.reload, notes)) + " |")
-        text.append("")
-    return "\n".join(text)
-
-
-def summary(lines: list[Line]) -> str:
-    reached = [line for line in lines if (line.coverage or 0) >= 0.95]
-    default = [line for line in lines if line.prune and ": " not in line.prune]
-    trains = [line for line in lines if line.train == "yes"]
-    again = [line for line in lines if line.reload.startswith("equal")]
-    return (
-        f"{len(lines)} families: the default call prunes {len(default)} to both targets, and reaches 95 % or more of "
-        f"the matrices of {len(reached)}; {len(trains)} train with a mask that acts; {len(again)} are packed, saved "
-        "and reloaded with equal outputs."
-    )
-
-
-def versions() -> str:
-    found = (name for name in PACKAGES if importlib.util.find_spec(name))
-    return ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in found)
-
-
 def set_up() -> None:
     """What each process does first."""
     warnings.simplefilter("ignore")
@@ -338,34 +289,3 @@ def set_up() -> None:
 def examine_named(name: str) -> Line:
     """For another process, which finds the family by its name."""
     return examine(next(family for family in FAMILIES if family.name == name))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Which families of models are served, and how far?")
-    parser.add_argument("--only", metavar="GLOB", default="*", help="families whose name matches")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, by default one for each core")
-    parser.add_argument("--output", type=Path, help="the document whose tables to replace")
-    parser.add_argument("--json", type=Path, help="a file for one JSON line for each family")
-    options = parser.parse_args()
-    chosen = [family for family in FAMILIES if fnmatchcase(family.name, options.only)]
-    missing = [family for family in chosen if not all(map(importlib.util.find_spec, family.needs))]
-    able = [family for family in chosen if family not in missing]
-    lines = []
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), set_up) as pool:
-        for line in pool.map(examine_named, [family.name for family in able]):
-            lines.append(line)
-            print(f"{line.seconds:5.1f} s  {line.name}", file=sys.stderr, flush=True)
-    if options.json:
-        options.json.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines))
-    text = f"{summary(lines)} With {versions()}.\n\n{table(lines)}"
-    if missing:
-        text += "\nNot run, because a package is missing: " + ", ".join(family.name for family in missing) + ".\n"
-    if options.output is None:
-        print(text)
-    else:
-        head = options.output.read_text() if options.output.exists() else f"{MARK}\n"
-        options.output.write_text(head.partition(MARK)[0] + f"{MARK}\n\n{text}")
-
-
-if __name__ == "__main__":
-    main()

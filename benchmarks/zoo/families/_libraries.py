@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from families._family import Family, Inputs
 from torch import nn
+
+from families._family import Family, Inputs
 
 HEADS = ("fc.*", "head.*", "heads.*", "classifier*", "*.classifier.*", "last_linear.*")
 
@@ -39,11 +40,19 @@ def library_model(module: str, name: str, settings: dict[str, Any]) -> nn.Module
 
 
 def timm_model(name: str, settings: dict[str, Any]) -> nn.Module:
+    """A model by its name or, for sizes that a name does not let us choose, by the module and class of timm."""
     import_torchvision()
-    import timm
-
-    model: nn.Module = timm.create_model(name, **{"num_classes": 8, **settings})
-    return model
+    create_model = importlib.import_module("timm").create_model
+    module, _, class_name = name.rpartition(".")
+    settings = {"num_classes": 8, **settings}
+    made: nn.Module
+    if not module:
+        made = create_model(name, **settings)
+    else:
+        source = importlib.import_module(f"timm.models.{module}")
+        parts = {key: getattr(source, value) for key, value in settings.items() if key.endswith("_layer")}
+        made = getattr(source, class_name)(**settings | parts)
+    return made
 
 
 def images(size: int = 32, batch: int = 4) -> list[Any]:
@@ -54,11 +63,8 @@ _VIT = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hid
 _SWIN = {"patch_size": [2, 2], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
 TORCHVISION: dict[str, tuple[str, dict[str, Any], int]] = {
     "resnet18": ("torchvision.models", {}, 32),
-    "resnext50_32x4d": ("torchvision.models", {}, 32),
-    "vgg11": ("torchvision.models", {}, 32),
-    "alexnet": ("torchvision.models", {}, 64),
     "squeezenet1_1": ("torchvision.models", {}, 32),
-    "densenet121": ("torchvision.models", {"growth_rate": 8, "block_config": (2, 2), "num_init_features": 16}, 32),
+    "DenseNet": ("torchvision.models", {"growth_rate": 8, "block_config": (2, 2), "num_init_features": 16}, 32),
     "mobilenet_v2": ("torchvision.models", {"width_mult": 0.25}, 32),
     "mobilenet_v3_small": ("torchvision.models", {}, 32),
     "shufflenet_v2_x0_5": ("torchvision.models", {}, 32),
@@ -80,6 +86,7 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 _SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4}
+_MIXER = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_blocks": 2}
 TIMM: dict[str, tuple[dict[str, Any], int]] = {
     "vit_tiny_patch16_224": (_SMALL, 32),
     "deit3_small_patch16_224": (_SMALL, 32),
@@ -95,24 +102,24 @@ TIMM: dict[str, tuple[dict[str, Any], int]] = {
         {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4},
         32,
     ),
-    "mixer_s32_224": ({"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_blocks": 2}, 32),
-    "resmlp_12_224": ({"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_blocks": 2}, 32),
-    "gmlp_ti16_224": ({"img_size": 32, "patch_size": 8, "embed_dim": 64, "num_blocks": 2}, 32),
+    "mlp_mixer.MlpMixer": (_MIXER, 32),
+    "mlp_mixer.MlpMixer gMLP": (
+        _MIXER | {"block_layer": "SpatialGatingBlock", "mlp_layer": "GatedMlp", "mlp_ratio": 2},
+        32,
+    ),
+    "convmixer.ConvMixer": ({"dim": 64, "depth": 2, "kernel_size": 3, "patch_size": 4}, 32),
     "convnext_atto": ({"depths": (1, 1, 1, 1), "dims": (16, 32, 32, 64)}, 32),
-    "convmixer_768_32": ({"dim": 64, "depth": 2, "kernel_size": 3, "patch_size": 4}, 32),
-    "resnet10t": ({}, 32),
+    "resnet10t": ({"channels": (16, 32, 64, 128)}, 32),
     "resnetv2_50": ({"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_chs": 16}, 32),
-    "nf_resnet26": ({}, 32),
+    "nf_resnet26": ({"depths": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_chs": 16}, 32),
     "regnetx_002": ({}, 32),
-    "efficientnet_lite0": ({"channel_multiplier": 0.25}, 32),
+    "efficientnet_lite0": ({}, 32),
     "mobilenetv3_small_050": ({}, 32),
     "mobilenetv4_conv_small_050": ({}, 32),
     "fastvit_t8": ({"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}, 64),
     "levit_128s": ({"embed_dim": (32, 48, 64), "depth": (1, 1, 1), "num_heads": (2, 3, 4), "key_dim": 16}, 224),
-    "poolformer_s12": ({"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}, 32),
     "pvt_v2_b0": ({"depths": (1, 1, 1, 1)}, 32),
     "edgenext_xx_small": ({"depths": (1, 1, 2, 1), "dims": (16, 32, 32, 64)}, 64),
-    "coatnet_0_rw_224": ({"img_size": 224}, 224),
     "hiera_tiny_224": ({"img_size": (64, 64), "embed_dim": 16, "stages": (1, 1, 1, 1)}, 64),
     "tf_efficientnetv2_b0": ({"channel_multiplier": 0.25, "depth_multiplier": 0.3}, 32),
 }
@@ -128,9 +135,9 @@ def diffusion(latent: tuple[int, ...], **more: Any) -> list[Any]:
     return [batch() for _ in range(2)]
 
 
-def noisy_images(name: str = "sample", **more: Any) -> list[Any]:
+def noisy_images(**more: Any) -> list[Any]:
     batches = diffusion((4, 4, 16, 16), **more)
-    return [{name: batch.pop("hidden_states"), **batch} for batch in batches]
+    return [{"sample": batch.pop("hidden_states"), **batch} for batch in batches]
 
 
 def latents(channels: int = 3) -> list[Any]:
@@ -261,7 +268,14 @@ def swin_v2(settings: dict[str, Any]) -> nn.Module:
 LIBRARIES: tuple[Family, ...] = (
     *(_torchvision(name, *entry) for name, entry in TORCHVISION.items()),
     *(
-        Family(f"timm {name}", "timm", partial(timm_model, name, settings), partial(images, size), HEADS, needs=("timm",))
+        Family(
+            f"timm {name}",
+            "timm",
+            partial(timm_model, name.partition(" ")[0], settings),
+            partial(images, size),
+            HEADS,
+            needs=("timm",),
+        )
         for name, (settings, size) in TIMM.items()
     ),
     *(
