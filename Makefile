@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-fast lint format docs native asan bench clean
+.PHONY: demo test test-fast lint format docs native asan bench zoo clean
 
 demo: .venv/installed
 	$(BIN)/secateur demo
@@ -48,6 +48,16 @@ native: $(if $(wildcard .venv/installed),,.venv/installed)
 bench: .venv/installed
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
+# The tables of docs/models.md. The libraries whose models it tries have an environment of their own, and are not in CI.
+zoo: .zoo/installed
+	.zoo/bin/python benchmarks/zoo --output docs/models.md
+
+.zoo/installed: .venv/installed
+	$(PYTHON) -m venv .zoo
+	.zoo/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . transformers \
+	    torchvision==0.28.0 timm==1.0.31 diffusers==0.42.1
+	touch $@
+
 asan: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind
 	$(BIN)/python native/sanitize.py
@@ -58,4 +68,4 @@ asan: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .zoo
