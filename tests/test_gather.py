@@ -1,5 +1,7 @@
 """Gathering statistics: padding kept out, sums exact, mistakes named; sources and statistics of one's own."""
 
+import copy
+
 import pytest
 import torch
 from calibration_cases import (
@@ -223,13 +225,65 @@ class UnusedBlock(Chain):
         return self.blocks[1](self.blocks[0](x))
 
 
-@pytest.mark.parametrize("sequential", [True, False], ids=["stages", "one_pass"])
-@pytest.mark.parametrize(("kind", "name"), [(Unused, "spare"), (UnusedBlock, "blocks.2.up")], ids=["layer", "block"])
-def test_a_layer_that_no_input_reaches_is_an_error_that_names_it(kind, name, sequential):
-    with pytest.raises(StatisticsError, match="no calibration input ever reached it") as raised:
-        prune_(kind(), [torch.randn(4, 8)], method="wanda", sparsity=0.5, sequential=sequential)
-    assert str(raised.value).startswith(f"{name}: ")
-    assert f"exclude=[{name!r}]" in str(raised.value)
+UNREACHED = pytest.mark.parametrize(
+    ("kind", "names", "globs"),
+    [
+        (Unused, ["spare"], ["spare"]),
+        # A glob with a star would match the blocks that run.
+        (UnusedBlock, [f"blocks.{i}.{part}" for i in (2, 3) for part in ("up", "down")], None),
+    ],
+    ids=["layer", "block"],
+)
+SEQUENTIAL = pytest.mark.parametrize("sequential", [True, False], ids=["stages", "one_pass"])
+
+
+@SEQUENTIAL
+@UNREACHED
+def test_layers_that_no_input_reaches_stay_dense_and_are_named_before(kind, names, globs, sequential):
+    model = kind()
+    before = copy.deepcopy(model.state_dict())
+    told = []
+
+    def progress(description, done, total):
+        told.append(all(torch.equal(value, before[name]) for name, value in model.state_dict().items()))
+
+    with pytest.warns(UserWarning, match="no calibration input reached") as warned:
+        report = prune_(
+            model, [torch.randn(4, 8)], method="wanda", sparsity=0.5, sequential=sequential, progress=progress
+        )
+    assert f"exclude={globs or names!r}" in str(warned[0].message)
+    skipped = {skip.name: skip.reason for skip in report.skipped}
+    assert skipped == dict.fromkeys(names, "no calibration input reached it")
+    assert len(report.layers) == sum(isinstance(module, nn.Linear) for module in model.modules()) - len(names)
+    for name in names:
+        assert torch.equal(model.get_submodule(name).weight, before[f"{name}.weight"])
+
+
+@SEQUENTIAL
+@UNREACHED
+def test_under_strict_a_layer_that_no_input_reaches_is_an_error_and_nothing_changes(kind, names, globs, sequential):
+    model = kind()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StatisticsError, match="no calibration input reached") as raised:
+        prune_(model, [torch.randn(4, 8)], method="wanda", sparsity=0.5, sequential=sequential, strict=True)
+    assert f"exclude={globs or names!r}" in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class OnlyEven(Chain):
+    """Its last block runs only where an input says so."""
+
+    def forward(self, x):
+        for block in self.blocks[: 4 if x[0, 0] > 0 else 3]:
+            x = block(x)
+        return x
+
+
+def test_a_layer_that_a_later_batch_reaches_is_pruned():
+    batches = [-torch.rand(4, 8), -torch.rand(4, 8), torch.rand(4, 8)]
+    report = prune_(OnlyEven(), batches, method="wanda", sparsity=0.5, strict=True)
+    assert not report.skipped
+    assert {layer.name: layer.tokens for layer in report.layers}["blocks.3.up"] == 4
 
 
 def test_a_layer_that_no_input_reaches_can_be_excluded():

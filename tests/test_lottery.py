@@ -733,13 +733,19 @@ def test_a_ticket_that_cannot_be(make_ticket, error, message):
         make_ticket()
 
 
-def test_a_frozen_weight_is_named_and_nothing_hooked():
+def test_a_frozen_weight_stays_dense_and_is_reported():
     model = Net()
     model.wide.weight.requires_grad_(False)
-    with pytest.raises(RecipeError, match="wide: its weight takes no gradient"):
+    ticket = ticket_of(model)
+    assert ticket.masks.keys() == {"conv", "small"}
+    assert ("wide", "frozen: it takes no gradient") in [(skip.name, skip.reason) for skip in ticket.finalize().skipped]
+
+
+def test_a_model_of_frozen_weights_is_refused_and_nothing_hooked():
+    model = Net().requires_grad_(False)
+    with pytest.raises(RecipeError, match="no weight takes a gradient"):
         ticket_of(model)
     assert not hooks_on(model)
-    assert ticket_of(model, exclude=["wide"]).masks.keys() == {"conv", "small"}
 
 
 @pytest.mark.parametrize("pattern", [Unstructured("row"), Unstructured("layer")], ids=str)

@@ -187,7 +187,7 @@ def test_columns_of_a_convolution_go_as_whole_input_channels(method):
 @all_solvers
 def test_rows_go_as_whole_output_channels(method):
     model = mixed()
-    prune_(model, batches(), pattern="row", sparsity=0.25, method=method)
+    prune_(model, batches(), pattern="row", sparsity=0.25, method=method, include=NAMES)
     for name in NAMES:
         gone = model.get_submodule(name).weight.flatten(1) == 0
         assert int(gone.all(1).sum()) == int(gone.any(1).sum()) == len(gone) // 4
@@ -296,7 +296,7 @@ def test_the_reported_error_is_that_of_the_outputs(method, dtype):
     """From the layer's own forward on the inputs it saw, with the weights as they are stored."""
     model, inputs = mixed(dtype), batches(dtype)
     dense = copy.deepcopy(model)
-    report = prune_(model, inputs, sparsity=0.5, method=method)
+    report = prune_(model, inputs, sparsity=0.5, method=method, include=NAMES)
     assert [layer.name for layer in report.layers] == NAMES
     for layer in report.layers:
         before, after = dense.get_submodule(layer.name), model.get_submodule(layer.name)
@@ -360,7 +360,7 @@ def test_an_output_of_nothing_but_zeros_has_no_relative_error():
 def test_the_report_lists_what_was_skipped_and_survives_json():
     report = prune_(mixed(), batches(), pattern="2:4", method="wanda", exclude=["conv"])
     reasons = {skip.name: skip.reason for skip in report.skipped}
-    assert reasons.keys() == {"conv", "norm", "classifier"}
+    assert reasons.keys() == {"conv", "depthwise", "norm", "classifier"}
     assert reasons["conv"] == "excluded"
     assert Report.from_json(report.to_json()) == report
     assert Recipe.from_dict(report.recipe) == Recipe(pattern="2:4", method="wanda", exclude=["conv"])

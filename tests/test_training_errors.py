@@ -154,9 +154,9 @@ def test_models_that_cannot_be_trained(method):
     model, other = Network(), Network()
     refuse(model, sgd(other), RecipeError, "stem: its weight is not among the optimizer's 9 parameters")
     refuse(model, torch.optim.SGD(list(model.parameters())[:-5], lr=1), RecipeError, r"body.2: its weight is not among")
-    model.body[2].weight.requires_grad_(False)
-    refuse(model, sgd(model), RecipeError, r"body.2: its weight takes no gradient.* Exclude the layer")
-    SparseTraining(model, sgd(model), method=method, sparsity=0.6, steps=8, exclude=["body.2"])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    refuse(model, sgd(model), RecipeError, r"stem, body.0, body.2: no weight takes a gradient.*\nUnfreeze some")
     model = Network()
     model.body[0].weight.data[0, 0] = math.inf
     refuse(model, sgd(model), RecipeError, r"body.0: 1 of its weights are NaN or infinite")
@@ -225,7 +225,7 @@ def test_methods_with_plain_layers_leave_sparse_ones_alone(method):
 @pytest.mark.parametrize(
     ("to_none", "message"),
     [
-        (True, r"stem: rigl needs its gradient after step 2, but there is none\.\nCall step\(\) before"),
+        (True, r"rigl needs gradients after step 2, but there are none\.\nCall step\(\) before"),
         (False, r"rigl needs gradients after step 2, but those of all layers are zero\.\nCall step\(\) before"),
     ],
 )
@@ -243,6 +243,38 @@ def test_rigl_needs_its_gradients(to_none, message):
     assert training.step_count == 1
     assert all(torch.equal(mask, before[name]) for name, mask in training.masks.items())
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_layer_stays_as_it_is_and_is_reported(method):
+    model = Network()
+    model.body[2].weight.requires_grad_(False)
+    before = model.body[2].weight.clone()
+    model, optimizer, training = setup(method, model)
+    train(model, optimizer, training, range(8))
+    report = training.finalize()
+    assert torch.equal(model.body[2].weight, before)
+    assert [layer.name for layer in report.layers] == ["stem", "body.0"]
+    assert ("body.2", "frozen: it takes no gradient") in [(skip.name, skip.reason) for skip in report.skipped]
+
+
+class WithSpare(Network):
+    """The loss does not depend on one of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_without_a_gradient_is_pruned_like_the_others(method):
+    model, optimizer, training = setup(method, WithSpare())
+    train(model, optimizer, training, range(8))
+    layers = {layer.name: layer for layer in training.finalize().layers}
+    assert layers["spare"].pruned == round(layers["spare"].asked * 64)
+    assert int((model.spare.weight == 0).sum()) >= layers["spare"].pruned
+    noted = [name for name, layer in layers.items() if any("had no gradient" in note for note in layer.notes)]
+    assert noted == (["spare"] if method == "rigl" else [])
 
 
 def test_no_other_method_needs_gradients_nor_does_rigl_between_updates():

@@ -6,6 +6,7 @@ from secateur.calibration._batches import hash_batches as hash_batches
 from secateur.calibration._batches import load_batches as load_batches
 from secateur.calibration._batches import quiet as quiet
 from secateur.calibration._gather import gather as gather
+from secateur.calibration._observe import observe as observe
 from secateur.calibration._replay import StageSource as StageSource
 from secateur.calibration._replay import replayed as replayed
 from secateur.calibration._statistics import LayerStatistics as LayerStatistics

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from secateur._errors import StatisticsError
@@ -20,7 +21,7 @@ def call_model(model: nn.Module, batch: Any) -> object:
     """Call the model as the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, tuple | list):
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         return model(*batch)
     return model(batch)
 

@@ -10,16 +10,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur._errors import StatisticsError, naming
 from secateur.calibration._accumulators import Accumulator, Hook
 from secateur.calibration._inputs import INPUTS, Gram, InputNorm
+from secateur.calibration._observe import key_of
 from secateur.calibration._padding import padding_masks, without_padding
+from secateur.calibration._reads import FunctionWatch, Product
 from secateur.calibration._replay import StageSource
 from secateur.calibration._statistics import LayerStatistics, Need
-from secateur.layers import Layer
+from secateur.layers import Layer, Observed
 
+FEWEST_TOKENS = 64  # below, a weight of a stack is calibrated on the inputs of the whole stack
 STATISTICS: dict[Need, type[Accumulator]] = {statistic.name: statistic for statistic in (InputNorm, Gram)}
 
 
@@ -28,14 +31,21 @@ def gather(
     stage_index: int,
     needs: Iterable[Need],
     on_batch: Callable[[int], None] = lambda done: None,
+    observed: Observed | None = None,
+    strict: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run a stage on all batches and return the statistics of each of its layers, by layer name.
+
+    A weight that is one of a stack, such as an expert, and that fewer than 64 inputs reach, gets the statistics of all
+    inputs of its stack.
 
     Args:
         source: whose stages are gathered in order. Between two stages the caller may change the weights of the first.
         stage_index: which of its stages.
         needs: the statistics to gather.
         on_batch: called after each batch with the number of batches done.
+        observed: what forward passes showed, where weights may be multiplied without a call of their layer.
+        strict: refuse a layer that too few inputs reach. If False, one that none reached is left out of the result.
 
     Raises:
         StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask.
@@ -43,14 +53,15 @@ def gather(
     layers = source.stages[stage_index].layers
     needs = frozenset(needs)
     hooks = dict.fromkeys([INPUTS, *(STATISTICS[need].hook for need in sorted(needs))])  # tokens are counted on inputs
-    watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook]) for hook in hooks]
+    read = frozenset[int]() if observed is None else frozenset(observed.read)
+    watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook], read) for hook in hooks]
     for index, batch in enumerate(source.batches):
         with ExitStack() as stack:
             for watch in watches:
                 stack.enter_context(watch.watching(batch))
             source.run(stage_index, index)
         on_batch(index + 1)
-    return _statistics(layers, watches)
+    return _statistics(layers, watches, strict)
 
 
 class RowSums:
@@ -109,9 +120,13 @@ class RowSums:
 class _Watch:
     """Watches the layers of a stage through one hook. Layers that see the same tensors in every batch share sums."""
 
-    def __init__(self, hook: Hook, layers: tuple[Layer, ...], needs: Iterable[Need]) -> None:
+    def __init__(
+        self, hook: Hook, layers: tuple[Layer, ...], needs: Iterable[Need], read: frozenset[int] = frozenset()
+    ) -> None:
         self._hook = hook
         self._layers = layers
+        self._read = {key_of(layer.matrix()): layer for layer in layers if id(layer.parameter) in read}
+        self._memory = {layer.parameter.untyped_storage().data_ptr() for layer in self._read.values()}
         self._needs = frozenset(needs)
         # All layers start with the same sums, and get their own when a batch gives them different tensors.
         self.sums = dict.fromkeys((layer.name for layer in layers), RowSums(self._needs))
@@ -135,12 +150,40 @@ class _Watch:
                 parts[key] = (x if view else rows.new_empty(0), part)
             seen[layer.name].append(parts[key][1])
 
+        running: Counter[int] = Counter()  # by the id of a parameter, the calls of its layer that have not returned
+
+        def multiplied(product: Product) -> None:
+            for layer, x in self._inputs_of(product):
+                if not running[id(layer.parameter)]:
+                    report(layer, x, x.reshape(1, -1, x.shape[-1]))
+
         with ExitStack() as stack:
             for layer in self._layers:
+                if not layer.runs_by_call:
+                    continue
                 for module in layer.modules:
                     stack.callback(self._hook.attach(layer, module, partial(report, layer)).remove)
+                    if self._read:
+                        stack.enter_context(_counted(module, running, id(layer.parameter)))
+            if self._read:
+                stack.enter_context(FunctionWatch(multiplied, self._is_weight))
             yield
         self._absorb(seen)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() in self._memory
+
+    def _inputs_of(self, product: Product) -> Iterator[tuple[Layer, Tensor]]:
+        """The layers whose weights a function multiplies, each with its inputs."""
+        if product.matrix.ndim == 2:
+            if (layer := self._read.get(key_of(product.matrix))) is not None:
+                yield layer, product.x
+            return
+        for index, matrix in enumerate(product.matrix):
+            if (layer := self._read.get(key_of(matrix))) is not None:
+                rows = product.rows_of(index)
+                if len(rows):
+                    yield layer, rows
 
     def _absorb(self, seen: dict[str, list[RowSums]]) -> None:
         """Add what each layer saw in one batch, once for all layers that have seen the same tensors so far."""
@@ -157,21 +200,66 @@ class _Watch:
             self.sums.update(dict.fromkeys(names, sums))
 
 
-def _statistics(layers: Iterable[Layer], watches: list[_Watch]) -> dict[str, LayerStatistics]:
+@contextmanager
+def _counted(module: nn.Module, running: Counter[int], key: int) -> Iterator[None]:
+    """Count the calls of a module that have not returned yet."""
+
+    def begins(module: nn.Module, args: object) -> None:
+        running[key] += 1
+
+    def ends(module: nn.Module, args: object, output: object) -> None:
+        running[key] -= 1
+
+    handles = module.register_forward_pre_hook(begins), module.register_forward_hook(ends, always_call=True)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _statistics(layers: Iterable[Layer], watches: list[_Watch], strict: bool) -> dict[str, LayerStatistics]:
     """What was gathered, by layer name; one object for all layers that share everything.
 
     Raises:
-        StatisticsError: naming a layer that no input reached.
+        StatisticsError: naming a layer that no input reached, if that is refused.
     """
     made: dict[tuple[int, ...], LayerStatistics] = {}
     found = {}
+    stacks: dict[int, list[Layer]] = {}
     for layer in layers:
-        sums = [watch.sums[layer.name] for watch in watches]
-        key = tuple(map(id, sums))
+        if isinstance(layer.kind.part, int):
+            stacks.setdefault(id(layer.parameter), []).append(layer)
+    pooled = {key: [_pooled(watch, members) for watch in watches] for key, members in stacks.items()}
+    for layer in layers:
+        own = [watch.sums[layer.name] for watch in watches]
+        sums = own
+        if isinstance(layer.kind.part, int) and own[0].tokens < FEWEST_TOKENS:
+            sums = pooled[id(layer.parameter)]
+            if strict and sums[0].tokens > own[0].tokens:
+                raise StatisticsError(
+                    f"{layer.title}: only {own[0].tokens} calibration inputs reached it, and {FEWEST_TOKENS} are "
+                    "needed.\nCalibrate on more, exclude it, or let it use those of its whole stack (strict=False)."
+                )
+        if not strict and not sums[0].tokens:
+            continue
+        key = (own[0].tokens if sums is not own else -1, *map(id, sums))
         if key not in made:
             advice = f"Exclude it with exclude=[{layer.name!r}], or calibrate on batches that use it."
             with naming(layer.title, advice):
                 values = {name: value for part in sums for name, value in part.results().items()}
-            made[key] = LayerStatistics(tokens=sums[0].tokens, **values)
+            made[key] = LayerStatistics(
+                tokens=sums[0].tokens, own_tokens=None if sums is own else own[0].tokens, **values
+            )
         found[layer.name] = made[key]
     return found
+
+
+def _pooled(watch: _Watch, layers: Iterable[Layer]) -> RowSums:
+    """The sums over all weights of a stack."""
+    first, *others = (watch.sums[layer.name] for layer in layers)
+    total = first.copy()
+    for sums in others:
+        if sums.tokens:
+            total.merge(sums)
+    return total

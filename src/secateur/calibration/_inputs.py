@@ -17,7 +17,11 @@ from secateur.layers import Layer
 def _attach(layer: Layer, module: nn.Module, report: Report) -> RemovableHandle:
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        report(x, layer.kind.input_rows(module, x))
+        if layer.kind.call_rows is not None:
+            rows = layer.kind.call_rows(module, args, kwargs)
+            report(x if isinstance(x, Tensor) else rows[0], rows)
+        elif layer.kind.input_rows is not None:
+            report(x, layer.kind.input_rows(module, x))
 
     return module.register_forward_pre_hook(read, with_kwargs=True)
 

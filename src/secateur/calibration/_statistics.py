@@ -24,11 +24,13 @@ class LayerStatistics:
         tokens: input rows seen (tokens, or output positions of a convolution).
         input_norm: ``[in]`` or ``[groups, in]``: the L2 norm of each input feature over all tokens.
         gram: ``[in, in]`` or ``[groups, in, in]``: the raw sum ``X.T @ X`` over all tokens, not their mean.
+        own_tokens: input rows of the layer itself, where they were too few and those of its whole stack count.
     """
 
     tokens: int
     input_norm: Tensor | None = field(default=None, metadata={"dimensions": 1})
     gram: Tensor | None = field(default=None, metadata={"dimensions": 2})
+    own_tokens: int | None = None
     # Factorisations of the gram, by what they depend on: layers that read the same inputs share them.
     factors: dict[Hashable, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 

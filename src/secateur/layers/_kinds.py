@@ -1,40 +1,21 @@
-"""The kinds of layers: how the weight of a module is read as ``[out, in]``, and its inputs as rows."""
+"""The kinds of layers: how the weights of a module are read as ``[out, in]``, and its inputs as rows."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from secateur._checks import instance
-from secateur._types import Weight
+from secateur.layers._attention import attention_kinds
+from secateur.layers._kind import LayerKind, as_it_is, flat_rows, turned
+from secateur.layers._recurrent import cell_kinds, recurrent_kinds
+from secateur.layers._stacks import stacked_kinds
+from secateur.layers._transposed import TRANSPOSED_CONVOLUTION
 
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How the modules of one class are read as linear maps of rows.
-
-    Args:
-        to_matrix: given the module and its parameter, returns the matrix ``[out, in]``: a view where possible.
-        from_matrix: given the module and a matrix ``[out, in]``, returns it in the shape of the parameter.
-        input_rows: given the module and its first positional input, ``[..., features]``, returns
-            ``[groups, tokens, in]``: one row for each position of the input's leading dimensions, in their order.
-        parameter: name of the attribute that is the weight.
-        channel_width: given the module, returns how many adjacent columns read one input channel: the kernel positions
-            of a convolution.
-    """
-
-    to_matrix: Callable[[nn.Module, Tensor], Weight]
-    from_matrix: Callable[[nn.Module, Weight], Tensor]
-    input_rows: Callable[[nn.Module, Tensor], Tensor]
-    parameter: str = "weight"
-    channel_width: Callable[[nn.Module], int] = lambda module: 1
-
-
-def _flat_rows(module: nn.Module, x: Tensor) -> Tensor:
-    return x.reshape(1, -1, x.shape[-1])
+KindsOf: TypeAlias = Callable[[Any], Iterable[LayerKind]]
 
 
 def _unfolded_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -62,39 +43,38 @@ def _unfolded_rows(module: nn.Module, x: Tensor) -> Tensor:
     return x.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
-_LINEAR = LayerKind(
-    to_matrix=lambda module, weight: weight,
-    from_matrix=lambda module, matrix: matrix,
-    input_rows=_flat_rows,
-)
-_TRANSPOSED = LayerKind(
-    to_matrix=lambda module, weight: weight.T,
-    from_matrix=lambda module, matrix: matrix.T,
-    input_rows=_flat_rows,
-)
+_LINEAR = LayerKind(as_it_is, as_it_is, flat_rows)
+_TRANSPOSED = LayerKind(turned, turned, flat_rows)
 FLATTENED = LayerKind(
     to_matrix=lambda module, weight: weight.flatten(1),
     from_matrix=lambda module, matrix: matrix.view_as(module.weight),  # type: ignore[arg-type]
     input_rows=_unfolded_rows,
     channel_width=lambda module: module.weight[0, 0].numel(),  # type: ignore[index]
 )
-_KINDS: dict[type[nn.Module], LayerKind] = {
+_KINDS: dict[type[nn.Module], LayerKind | KindsOf] = {
     nn.Linear: _LINEAR,
     nn.Conv1d: FLATTENED,
     nn.Conv2d: FLATTENED,
     nn.Conv3d: FLATTENED,
+    nn.ConvTranspose1d: TRANSPOSED_CONVOLUTION,
+    nn.ConvTranspose2d: TRANSPOSED_CONVOLUTION,
+    nn.ConvTranspose3d: TRANSPOSED_CONVOLUTION,
+    nn.MultiheadAttention: attention_kinds,
+    nn.RNNBase: recurrent_kinds,
+    nn.RNNCellBase: cell_kinds,
 }
 
 
-def register_layer(module_type: type[nn.Module], kind: LayerKind) -> None:
+def register_layer(module_type: type[nn.Module], kind: LayerKind | KindsOf) -> None:
     """Make the modules of a class and of its subclasses prunable. Registering a class again replaces its kind.
 
     Args:
-        module_type: a subclass of ``nn.Module`` with one weight that acts linearly on rows.
-        kind: how to read it.
+        module_type: a subclass of ``nn.Module`` with weights that act linearly on rows.
+        kind: how to read its weight. For several weights in one module, a function from the module to their kinds, each
+            with its own ``name``.
 
     Raises:
-        TypeError: not a module class, or not a ``LayerKind``.
+        TypeError: not a module class, or neither a ``LayerKind`` nor a function.
 
     Example:
         >>> import torch, secateur
@@ -116,22 +96,40 @@ def register_layer(module_type: type[nn.Module], kind: LayerKind) -> None:
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type must be a subclass of nn.Module, got {module_type!r}")
-    _KINDS[module_type] = instance("kind", kind, LayerKind)
+    _KINDS[module_type] = kind if callable(kind) else instance("kind", kind, LayerKind, "a LayerKind or a function")
+
+
+def registered_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class of the module, or else its nearest base class, that has a kind; None if there is none."""
+    transposed = transposed_linear()
+    return next((base for base in type(module).__mro__ if base in _KINDS or base is transposed), None)
+
+
+def kinds_of(module: nn.Module) -> tuple[LayerKind, ...]:
+    """Return how the weights of a module are read, each by its own kind: none for a module that is not known.
+
+    They are those that are registered for the module's class, or else for its nearest base class. A module of no
+    registered class may hold stacks of matrices, such as experts.
+    """
+    base = registered_class(module)
+    if base is None:
+        return stacked_kinds(module)
+    kind = _KINDS.get(base, _TRANSPOSED)
+    return (kind,) if isinstance(kind, LayerKind) else tuple(kind(module))
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the kind that is registered for the module's class or else for its nearest base class, or None."""
-    transposed = _transposed_linear()
-    fallback = _TRANSPOSED if transposed is not None and isinstance(module, transposed) else None
-    return next((_KINDS[base] for base in type(module).__mro__ if base in _KINDS), fallback)
+    """Return how the only weight of a module is read; None for a module that has none, or several."""
+    kinds = kinds_of(module)
+    return kinds[0] if len(kinds) == 1 and not kinds[0].name else None
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Return whether a module is exactly transformers' ``Conv1D``, a linear layer with the weight as ``[in, out]``."""
-    return type(module) is _transposed_linear()
+    return type(module) is transposed_linear()
 
 
-def _transposed_linear() -> type[nn.Module] | None:
-    # A model can only have such a layer if transformers was imported. secateur itself does not import it for this.
-    transformers = sys.modules.get("transformers.pytorch_utils")
+def transposed_linear() -> type[nn.Module] | None:
+    """Return transformers' ``Conv1D``; None where transformers was not imported, and no model can have one."""
+    transformers = sys.modules.get("transformers.pytorch_utils")  # secateur does not import it for this
     return None if transformers is None else transformers.Conv1D

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,12 @@ from secateur.layers._sharding import local_part, sharded_like
 
 
 @torch.no_grad()
-def clear_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask: Mask) -> None:
+def clear_state_(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    mask: Mask,
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
     """Set the optimizer's momenta of a parameter to zero where ``mask`` is False.
 
     Otherwise the momentum of a weight from before pruning would move it when it grows again.
@@ -18,7 +25,8 @@ def clear_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask
     Args:
         optimizer: any. A state tensor of the parameter's shape is taken to hold one number for each weight.
         parameter: the one whose state is cleared. If it is sharded, so is its state.
-        mask: bool, in the shape of the whole parameter, True = leave the state unchanged.
+        mask: bool, in the shape of the whole parameter or of the part, True = leave the state unchanged.
+        part: given a tensor of the parameter's shape, returns a view of the part that is pruned.
     """
     state = optimizer.state.get(parameter)
     if not state:
@@ -26,4 +34,4 @@ def clear_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, mask
     forget = ~sharded_like(mask, parameter)
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            local_part(value).masked_fill_(forget, 0)
+            part(local_part(value)).masked_fill_(forget, 0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from secateur.layers._plain import why_not_plain
 from secateur.layers._sharding import is_sharded
 
 
@@ -37,6 +38,8 @@ class Replaceability:
             return "it has hooks, which a replacement would lose"
         if "forward" in vars(module):
             return "its forward was replaced on the object, which a replacement would lose"
+        if (reason := why_not_plain(module)) is not None:
+            return reason
         if (reader := self._readers.get(id(module))) is not None:
             return reads_without_calling(f"nn.{reader}")
         return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from secateur._checks import settings
-from secateur._errors import RecipeError, SolverError, naming
+from secateur._errors import RecipeError, SolverError, StatisticsError, naming
 from secateur._types import Progress
 from secateur.calibration import (
     Forward,
@@ -20,10 +22,11 @@ from secateur.calibration import (
     gather,
     hash_batches,
     load_batches,
+    observe,
     quiet,
     replayed,
 )
-from secateur.layers import Layer, select_layers
+from secateur.layers import NEVER_REACHED, Layer, Observed, globs_of, select_layers
 from secateur.patterns import SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
@@ -45,6 +48,7 @@ def prune_(
     exclude: Iterable[str] | None = None,
     sequential: bool | None = None,
     measure_error: bool | None = None,
+    strict: bool | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -62,7 +66,7 @@ def prune_(
             or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
-        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error: see :class:`Recipe`.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict: see :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
         progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
 
@@ -95,6 +99,7 @@ def prune_(
         "exclude": exclude,
         "sequential": sequential,
         "measure_error": measure_error,
+        "strict": strict,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
@@ -110,7 +115,16 @@ def prune_(
             "Pass batches, or use allocation='uniform', which needs none."
         )
 
-    layers, skipped = select_layers(model, recipe.include, recipe.exclude)
+    run = forward or call_model
+    loaded: list[Any] = []
+    observed = None
+    if batches is not None:
+        loaded = load_batches(batches, _device_of(model))
+        with quiet(model):
+            observed = observe(model, loaded, run, lambda seen: not _unreached(model, recipe, seen))
+    layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
+    unreached = [entry.name for entry in skipped if entry.reason == NEVER_REACHED]
+    _tell_unreached(unreached, [layer.name for layer in layers], recipe.strict)
     patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
@@ -124,20 +138,18 @@ def prune_(
     def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
         return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
 
-    if batches is None:
+    if observed is None:
         shares = allocate(candidates({}), recipe.allocation, recipe.sparsity)
         for layer in layers:
             finish(layer, shares[layer.name], None)
             tell(layer.name, len(reports), total)
     else:
-        run = forward or call_model
-        loaded = load_batches(batches, layers[0].parameter.device)
         digest = hash_batches(loaded)
         if recipe.measure_error:
             needs = needs | {"gram"}
         with quiet(model):
             whole = replayed(model, loaded, layers, run, sequential=False)
-            dense = gather(whole, 0, dense_needs) if dense_needs else {}
+            dense = gather(whole, 0, dense_needs, observed=observed, strict=recipe.strict) if dense_needs else {}
             shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
             del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
@@ -148,8 +160,11 @@ def prune_(
                 def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
                     tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
 
-                gathered = gather(source, index, needs, on_batch)
+                gathered = gather(source, index, needs, on_batch, observed, recipe.strict)
                 for layer in stage.layers:
+                    if layer.name not in gathered:  # such as an expert, after the layers before it were pruned
+                        skipped.append(SkippedLayer(layer.name, type(layer.modules[0]).__name__, NEVER_REACHED))
+                        continue
                     finish(layer, shares[layer.name], gathered.pop(layer.name))
                     tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
 
@@ -160,6 +175,36 @@ def prune_(
         versions=versions(),
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _unreached(model: nn.Module, recipe: Recipe, observed: Observed) -> bool:
+    """Whether there is a layer to prune that no input has reached so far."""
+    try:
+        _, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
+    except RecipeError:  # no layer was reached, or the recipe is wrong, which is said later
+        return True
+    return any(entry.reason == NEVER_REACHED for entry in skipped)
+
+
+def _tell_unreached(names: Sequence[str], others: Sequence[str], strict: bool) -> None:
+    """Say, before any weight changes, which layers calibration says nothing of."""
+    if not names:
+        return
+    globs = globs_of(names, others)
+    what = f"{len(names)} layer{'s' * (len(names) > 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    if strict:
+        raise StatisticsError(
+            f"no calibration input reached {what}, and strict asks for all.\n"
+            f"Exclude them with exclude={globs!r}, or calibrate on batches that use them."
+        )
+    warnings.warn(
+        f"no calibration input reached {what}, which stays dense. To say that it should: exclude={globs!r}.",
+        stacklevel=3,
     )
 
 
@@ -176,5 +221,8 @@ def _prune_layer_(
     overflowing = int((~solution.weight.to(layer.parameter.dtype).isfinite()).sum())
     if overflowing:
         raise SolverError(f"{overflowing} new weights are beyond the range of {layer.parameter.dtype}.")
+    if statistics is not None and statistics.own_tokens is not None:
+        note = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
+        solution = replace(solution, notes=(*solution.notes, note))
     layer.write_(solution.weight)
     return layer_report(layer, problem, solution, seconds=time.perf_counter() - began)

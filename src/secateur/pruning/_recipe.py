@@ -43,6 +43,8 @@ class Recipe:
             dense model.
         measure_error: measure each layer's relative output error. It needs the Gram matrix of each layer's inputs,
             which second-order methods gather anyway and which about doubles the cost of calibrating for Wanda.
+        strict: refuse, before any weight changes, what is otherwise left dense or calibrated on more than its own
+            inputs, and reported: layers that no calibration input reaches, and experts that fewer than 64 reach.
 
     Raises:
         RecipeError: an unknown method or allocation.
@@ -65,6 +67,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     sequential: bool = True
     measure_error: bool = True
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -77,7 +80,7 @@ class Recipe:
         instance("method", self.method, Solver, "a Solver or its name")  # type: ignore[type-abstract]
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
-        for name in ("sequential", "measure_error"):
+        for name in ("sequential", "measure_error", "strict"):
             flag(name, getattr(self, name))
         one_of("allocation", self.allocation, ALLOCATIONS)
         self.pattern.resolve(self.sparsity)

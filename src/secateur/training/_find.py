@@ -13,6 +13,7 @@ from secateur.layers import FLATTENED, Layer, select_layers
 from secateur.nn import SparseLayer, replaceable_layers, sparse_layers
 from secateur.patterns import Column, SparsityPattern, with_channel_width
 from secateur.reports import SkippedLayer
+from secateur.training._masked_model import trainable
 from secateur.training._settings import TrainingSettings
 
 
@@ -44,7 +45,7 @@ def find_layers(model: nn.Module, settings: TrainingSettings) -> FoundLayers:
     """
     method = settings.method
     if not method.learns:
-        return FoundLayers(*select_layers(model, settings.include, settings.exclude), [])
+        return FoundLayers(*trainable(*select_layers(model, settings.include, settings.exclude)), [])
     existing = sparse_layers(model)
     if existing:
         _check_existing(existing, settings)
@@ -56,7 +57,7 @@ def find_layers(model: nn.Module, settings: TrainingSettings) -> FoundLayers:
                     f"{layer.title}: its weight is sharded already, and {method.name} needs layers of its own.\n"
                     "Call secateur.sparsify_(model, pattern=..., sparsity=...) before fully_shard."
                 )
-        found = FoundLayers(*replaceable_layers(model, settings.include, settings.exclude), [])
+        found = FoundLayers(*trainable(*replaceable_layers(model, settings.include, settings.exclude)), [])
     _check_readers(model, found.layers, method.name)
     return found
 

@@ -15,10 +15,17 @@ from secateur._types import Mask
 from secateur.layers import select_layers
 from secateur.patterns import SparsityPattern, as_pattern
 from secateur.reports import Report
-from secateur.training._masked_model import STATE_VERSION, MaskedModel, check_optimizer, check_trained, report_layer
+from secateur.training._masked_model import (
+    STATE_VERSION,
+    MaskedModel,
+    check_optimizer,
+    check_trained,
+    report_layer,
+    trainable,
+)
 from secateur.training._rewind import Rewindable
 from secateur.training._ticket_masks import TicketMasks, TicketScope, pattern_so_far
-from secateur.training._weights import MaskedWeight
+from secateur.training._weights import MaskedGradient, MaskedWeight
 
 Rewinding: TypeAlias = Literal["weights", "learning-rate", "nothing"]
 
@@ -85,11 +92,14 @@ class LotteryTicket:
         if scheduler is not None and not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
             raise TypeError(f"scheduler must have state_dict and load_state_dict, got {type(scheduler).__name__}")
         self.model, self.optimizer, self.scheduler, self.pattern = model, optimizer, scheduler, as_pattern(pattern)
-        layers, skipped = select_layers(model, include, exclude)
+        layers, skipped = trainable(*select_layers(model, include, exclude))
         patterns = [layer.fit(self.pattern) for layer in layers]
         check_optimizer(optimizer, layers)
 
-        weights = {layer.name: MaskedWeight(layer, own, 0.0) for layer, own in zip(layers, patterns, strict=True)}
+        gradients: dict[int, MaskedGradient] = {}
+        weights = {
+            layer.name: MaskedWeight(layer, own, 0.0, gradients) for layer, own in zip(layers, patterns, strict=True)
+        }
         self._masked = MaskedModel(
             model, weights, skipped, closed="the ticket is finalized: its hooks are gone. Make a new LotteryTicket."
         )

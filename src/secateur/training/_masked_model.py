@@ -129,8 +129,31 @@ def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     reshard(sharded_modules(model))
 
 
+def trainable(layers: Iterable[Layer], skipped: Iterable[SkippedLayer]) -> tuple[list[Layer], list[SkippedLayer]]:
+    """Return the layers whose weights train, and all others with reasons: frozen ones stay as they are.
+
+    Args:
+        layers: that were selected.
+        skipped: those that were not.
+
+    Raises:
+        RecipeError: all are frozen.
+    """
+    layers = list(layers)
+    frozen = [layer for layer in layers if not layer.parameter.requires_grad]
+    if len(frozen) == len(layers):
+        raise RecipeError(
+            f"{listed(layer.name for layer in frozen)}: no weight takes a gradient, so none can train.\n"
+            "Unfreeze some, or select other layers."
+        )
+    reasons = [
+        SkippedLayer(layer.name, type(layer.modules[0]).__name__, "frozen: it takes no gradient") for layer in frozen
+    ]
+    return [layer for layer in layers if layer.parameter.requires_grad], [*skipped, *reasons]
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -> None:
-    """Raise unless the optimizer holds every layer's weight and each of them trains.
+    """Raise unless the optimizer holds every layer's weight.
 
     Raises:
         RecipeError: naming the first layer for which it is not so.
@@ -142,8 +165,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -
                 f"{layer.title}: its weight is not among the optimizer's {len(held)} parameters.\n"
                 "Make the optimizer from the parameters of this very model, or exclude the layer."
             )
-        if not layer.parameter.requires_grad:
-            raise RecipeError(f"{layer.title}: its weight takes no gradient, so it cannot train. Exclude the layer.")
 
 
 def report_layer(

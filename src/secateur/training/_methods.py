@@ -255,7 +255,10 @@ class RigL(Method):
         if not self.wants_gradient(progress.step, progress.steps, progress.update_every):
             return
         gradient = weight.gradient()
-        assert gradient is not None  # SparseTraining.step has checked it for all layers
+        if (
+            gradient is None
+        ):  # the loss did not depend on the layer; SparseTraining.step has checked that it does on some
+            return
         if not gradient.isfinite().all() and weight.matrix().isfinite().all():
             return  # loss scaling skipped this step; the exchange waits for the next update
         fraction = self.fraction / 2 * (1 + math.cos(math.pi * progress.step / (self.until * progress.steps)))

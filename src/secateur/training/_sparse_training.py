@@ -20,7 +20,7 @@ from secateur.training._find import FoundLayers, find_layers
 from secateur.training._masked_model import STATE_VERSION, MaskedModel, check_optimizer, check_trained, report_layer
 from secateur.training._method import Method, Progress
 from secateur.training._settings import TrainingSettings, fit_schedule
-from secateur.training._weights import LearnedWeight, MaskedWeight, TrainedWeight
+from secateur.training._weights import LearnedWeight, MaskedGradient, MaskedWeight, TrainedWeight
 
 
 class SparseTraining:
@@ -150,8 +150,10 @@ class SparseTraining:
         if self.method.learns:
             weights = self._learned_weights(found)
         else:
+            gradients: dict[int, MaskedGradient] = {}
             weights = [
-                MaskedWeight(layer, own, self.sparsity) for layer, own in zip(found.layers, patterns, strict=True)
+                MaskedWeight(layer, own, self.sparsity, gradients)
+                for layer, own in zip(found.layers, patterns, strict=True)
             ]
         self._masked: MaskedModel[TrainedWeight] = MaskedModel(
             model,
@@ -160,6 +162,7 @@ class SparseTraining:
             closed="the training is finalized: its layers are plain again. Make a new SparseTraining.",
         )
         self._step = 0
+        self._without_gradient: set[str] = set()  # at some update that reads gradients
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def _learned_weights(self, found: FoundLayers) -> list[TrainedWeight]:
@@ -205,21 +208,20 @@ class SparseTraining:
         return self.method.wants_gradient(step, self.steps, self.update_every)
 
     def _check_gradients(self) -> None:
-        any_nonzero = False
-        for weight in self._masked.weights.values():
-            gradient = weight.gradient()
-            if gradient is None:
-                raise RecipeError(
-                    f"{weight.layer.title}: {self.method.name} needs its gradient after step {self._step + 1}, but "
-                    "there is none.\n"
-                    "Call step() before zero_grad(), and exclude layers that the loss does not depend on."
-                )
-            any_nonzero = any_nonzero or bool(gradient.any())
-        if not any_nonzero:
+        """Raise if no layer has a gradient. One that has none keeps its mask, and the report says so."""
+        gradients = {name: weight.gradient() for name, weight in self._masked.weights.items()}
+        without = {name for name, gradient in gradients.items() if gradient is None}
+        if len(without) == len(gradients):
+            raise RecipeError(
+                f"{self.method.name} needs gradients after step {self._step + 1}, but there are none.\n"
+                "Call step() before zero_grad()."
+            )
+        if not any(bool(gradient.any()) for gradient in gradients.values() if gradient is not None):
             raise RecipeError(
                 f"{self.method.name} needs gradients after step {self._step + 1}, but those of all layers are zero."
                 "\nCall step() before zero_grad()."
             )
+        self._without_gradient |= without
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -263,6 +265,8 @@ class SparseTraining:
         layers = []
         for weight, (mask, count, early) in zip(weights, masks, strict=True):
             notes = early + weight.finish(mask, self.optimizer)
+            if weight.layer.name in self._without_gradient:
+                notes.append(f"had no gradient at some updates, where {self.method.name} kept its mask")
             layers.append(
                 report_layer(weight, mask, pattern=weight.pattern, asked=weight.sparsity, count=count, notes=notes)
             )

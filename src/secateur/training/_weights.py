@@ -69,27 +69,74 @@ class TrainedWeight(Protocol):
         """Return whether the weight in the model is the one of a state: its zeros or its mask agree with it."""
 
 
+class MaskedGradient:
+    """Keeps the gradient of a parameter at zero where the weights in it are pruned, by one hook on the parameter.
+
+    Args:
+        parameter: whose gradient passes the hook, until every weight that was added has been removed.
+    """
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._weights: list[MaskedWeight] = []
+        self._hook = parameter.register_hook(self._without_pruned)
+
+    def add(self, weight: MaskedWeight) -> None:
+        """Mask the gradient of a weight in the parameter, too."""
+        self._weights.append(weight)
+
+    def remove(self, weight: MaskedWeight) -> None:
+        """Mask the gradient of this weight no longer."""
+        self._weights.remove(weight)
+        if not self._weights:
+            self._hook.remove()
+
+    def _without_pruned(self, gradient: Tensor) -> Tensor | None:
+        masked = [weight for weight in self._weights if weight.masks_gradient]
+        if not masked:
+            return None
+        gradient = gradient.clone()
+        for weight in masked:
+            weight.mask_(gradient)
+        return gradient
+
+
 class MaskedWeight:
-    """A plain parameter that is kept at zero in the pruned places, under any kind of layer.
+    """A plain parameter, or a part of one, that is kept at zero in the pruned places, under any kind of layer.
 
     Its gradient is zero there too, so that clipping by norm and momenta see the sparse network only. A hook on the
     parameter does that, until :meth:`release` removes it. The gradients of sharded parameters do not pass such a hook;
     their zeros are restored after each step.
+
+    Args:
+        layer: that has the weight.
+        pattern: that its masks follow.
+        sparsity: to be reached.
+        gradients: by the id of a parameter, its hook: one for all weights that are parts of it.
     """
 
-    def __init__(self, layer: Layer, pattern: SparsityPattern, sparsity: float) -> None:
+    def __init__(
+        self, layer: Layer, pattern: SparsityPattern, sparsity: float, gradients: dict[int, MaskedGradient]
+    ) -> None:
         self.layer, self.pattern, self.sparsity = layer, pattern, sparsity
         self.mask: Mask | None = None  # [out, in], of the whole weight
         self._dense_gradient = False
         self.seconds = 0.0
-        self._pruned: Tensor | None = None  # in the parameter's shape, of this process's part
-        parameter = layer.parameter
-        self._hook = None if layer.is_sharded else parameter.register_hook(self._without_pruned)
+        self._pruned: Tensor | None = None  # in the shape of the parameter or part, of this process's part
+        self._gradient: MaskedGradient | None = None
+        if not layer.is_sharded:
+            key = id(layer.parameter)
+            self._gradient = gradients[key] = gradients.get(key) or MaskedGradient(layer.parameter)
+            self._gradient.add(self)
 
-    def _without_pruned(self, gradient: Tensor) -> Tensor | None:
-        if self._pruned is None or self._dense_gradient:
-            return None
-        return gradient.masked_fill(self._pruned, 0)
+    @property
+    def masks_gradient(self) -> bool:
+        """Whether pruned weights must have no gradient now."""
+        return self._pruned is not None and not self._dense_gradient
+
+    def mask_(self, tensor: Tensor) -> None:
+        """Set what is pruned to zero in a tensor of the parameter's shape, such as the parameter or its gradient."""
+        if self._pruned is not None:
+            self.layer.part(tensor).masked_fill_(self._pruned, 0)
 
     def matrix(self) -> Weight:
         """The weight as ``[out, in]``, detached and whole."""
@@ -121,7 +168,7 @@ class MaskedWeight:
         lasting = mask if self.mask is None else mask & self.mask
         self._use(mask)
         self.hold_zeros_()
-        clear_state_(optimizer, self.layer.parameter, self._in_shape(lasting))
+        clear_state_(optimizer, self.layer.parameter, self._in_shape(lasting), self.layer.part)
 
     def remove_mask(self) -> None:
         """Prune nothing from now on; what was pruned stays at zero until something moves it."""
@@ -137,8 +184,7 @@ class MaskedWeight:
     @torch.no_grad()
     def hold_zeros_(self) -> None:
         """Set the pruned weights to zero, wherever an optimizer may have moved them."""
-        if self._pruned is not None:
-            local_part(self.layer.parameter).masked_fill_(self._pruned, 0)
+        self.mask_(local_part(self.layer.parameter))
 
     def expect_gradient(self, dense: bool) -> None:
         """Let the next gradient pass whole, or mask it."""
@@ -151,8 +197,9 @@ class MaskedWeight:
 
     def release(self) -> None:
         """Remove the hook; the zeros stay."""
-        if self._hook is not None:
-            self._hook.remove()
+        if self._gradient is not None:
+            self._gradient.remove(self)
+            self._gradient = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what cannot be read off the model."""

@@ -1,0 +1,73 @@
+"""Layers that are left dense because of what they do: output heads, routers, depthwise convolutions, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from secateur.layers._kinds import kind_of
+
+# A part of the name of an output head, which turns features into predictions.
+_HEADS = frozenset({"lm_head", "embed_out", "classifier", "score", "qa_outputs", "output_projection", "head", "heads"})
+
+
+def roles(model: nn.Module) -> dict[int, str]:
+    """Return what modules of a model do, by their id, for those that are left dense unless they are asked for."""
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if any(part.startswith("lora_") for part in name.split(".")):
+            found[id(module)] = "adapter"
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 1 < module.groups == module.in_channels:
+            found[id(module)] = "depthwise convolution"
+    found |= {id(module): "router" for module in _routers(model)}
+    return found | {id(module): "output head" for module in _heads(model)}
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The last layer of each part of the model that makes predictions.
+
+    Such a part is what the model says that it is (``get_output_embeddings`` of transformers, ``get_classifier`` of
+    timm), or one outside of numbered blocks with the name of a head, or a last layer ``fc`` of the model itself.
+    """
+    for getter in ("get_output_embeddings", "get_classifier"):
+        try:
+            part = getattr(model, getter, lambda: None)()
+        except (AttributeError, NotImplementedError, TypeError):  # such as a base model that has none
+            part = None
+        if isinstance(part, nn.Module):
+            yield from _last_layer(part)
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[-1] in _HEADS and not any(part.isdigit() for part in parts):
+            yield from _last_layer(module)
+    children = list(model.named_children())
+    if len(children) > 1 and children[-1][0] == "fc":
+        yield from _last_layer(children[-1][1])
+
+
+def _last_layer(part: nn.Module) -> list[nn.Module]:
+    layers = [module for module in part.modules() if kind_of(module) is not None]
+    return layers[-1:]
+
+
+def _routers(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules beside experts whose weight has one row for each expert, or one for a shared expert."""
+    for block in model.modules():
+        experts = {id(child): count for name, child in block.named_children() if (count := _num_experts(name, child))}
+        if not experts:
+            continue
+        inside = {id(module) for child in block.children() if id(child) in experts for module in child.modules()}
+        for module in block.modules():
+            rows = {len(p) for p in module.parameters(recurse=False) if p.ndim == 2}
+            if id(module) not in inside and rows & {1, *experts.values()}:
+                yield module
+
+
+def _num_experts(name: str, module: nn.Module) -> int:
+    """How many experts a module holds: matrices of a stack, or modules in a list with such a name; else 0."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return len(module) if "expert" in name else 0
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
+    is_known = kind_of(module) is not None or isinstance(module, nn.RNNBase)
+    return 0 if is_known or not stacks else len(stacks[0])
