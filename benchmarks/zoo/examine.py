@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 import time
 import warnings
@@ -29,6 +28,7 @@ import secateur
 TARGETS: tuple[tuple[str, float | None], ...] = (("2:4", None), ("unstructured", 0.6))
 METHODS = ("gate", "sr-ste")
 STEPS = 10
+CALIBRATION = {"sequential with replay": "replay", "sequential in full": "full", "one pass": "one pass"}
 
 
 @dataclass
@@ -97,7 +97,7 @@ def every_route_wins() -> Iterator[None]:
 
 @contextmanager
 def watching_replay() -> Iterator[list[str]]:
-    """Collect how calibration ran: the report of pruning does not say it."""
+    """Collect how calibration ran, where the report of pruning does not say it."""
     found: list[str] = []
     original = secateur.calibration.replayed
 
@@ -141,7 +141,7 @@ def prune(family: Family, line: Line) -> nn.Module | None:
             cells.append(f"{label}: no")
             model = None
             continue
-        line.replay = replay[-1]
+        line.replay = CALIBRATION.get(getattr(report, "calibration_mode", ""), replay[-1])
         after = zeros(dict(model.named_parameters()))
         made = sum(after.values()) - sum(before.values())
         cells.append(label if made == report.num_pruned else f"{label}: {made} zeros, reported {report.num_pruned}")
@@ -156,6 +156,17 @@ def prune(family: Family, line: Line) -> nn.Module | None:
     return model
 
 
+def parameters_of(model: nn.Module, name: str) -> set[str]:
+    """The parameters that a report means: those of a module, one by its own name, or the one that a part lies in."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    while name and name not in known:
+        own = {key for key in known if key.rpartition(".")[0] == name}
+        if own:
+            return own
+        name = name.rpartition(".")[0]
+    return {name} & known.keys()
+
+
 def explain_rest(
     line: Line, model: nn.Module, report: secateur.Report, counted: dict[str, nn.Parameter], after: dict[str, int]
 ) -> None:
@@ -165,7 +176,8 @@ def explain_rest(
     for name, parameter in counted.items():
         owner = name.rpartition(".")[0]
         if not after[name]:
-            reason = re.sub(r"^include=\[.*", "", reasons.get(owner, "not in the report"))
+            inside = next((why for other, why in reasons.items() if other.startswith(f"{name}.")), "not in the report")
+            reason = reasons.get(name, reasons.get(owner, inside))
             untouched[reason] = untouched.get(reason, 0) + parameter.numel()
     total = sum(parameter.numel() for parameter in counted.values())
     for reason, count in sorted(untouched.items(), key=lambda item: -item[1])[:2]:
@@ -216,7 +228,7 @@ def train(family: Family, line: Line) -> None:
 
 
 def pack(family: Family, line: Line, model: nn.Module) -> None:
-    dense = outputs(family, model)
+    expected = outputs(family, model)
     uncalled = read_without_call(family, model)
     pruned = sum(zeros(matrices(family, model)).values())
     with every_route_wins():
@@ -224,21 +236,17 @@ def pack(family: Family, line: Line, model: nn.Module) -> None:
     packed = [layer for layer in report.layers if layer.packed]
     removed = sum(round((1 - layer.density) * layer.shape[0] * layer.shape[1]) for layer in packed)
     after = outputs(family, model)
-    change = differ(dense, after)
+    change = differ(expected, after)
     line.pack = f"{100 * removed / pruned:.0f} %" if change < 1e-3 else f"the output changes: {change:.0%}"
     if slow := uncalled & {layer.name for layer in packed}:
         line.pack += f", with {len(slow)} of {len(packed)} layers that are read without a call"
-    reasons: dict[str, int] = {}
-    for layer in report.layers:
-        if not layer.packed:
-            reasons[layer.reason] = reasons.get(layer.reason, 0) + layer.shape[0] * layer.shape[1]
-    for skip in report.skipped:
-        if skip.reason not in ("no zeros", "no weight matrix", "embedding") and "output head" not in skip.reason:
-            module = model.get_submodule(skip.name)
-            count = sum(int((p == 0).sum()) for p in module.parameters(recurse=False) if p.ndim >= 2)
-            reasons[skip.reason] = reasons.get(skip.reason, 0) + count
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:1]:
-        if count > 0.01 * pruned:
+    reasons: dict[str, set[str]] = {}  # the parameters with zeros that each one leaves dense
+    dense_layers = [(layer.reason, layer.name) for layer in report.layers if not layer.packed]
+    for reason, name in (*dense_layers, *((skip.reason, skip.name) for skip in report.skipped)):
+        reasons.setdefault(reason, set()).update(parameters_of(model, name))
+    counts = zeros(matrices(family, model))
+    for reason, names in sorted(reasons.items(), key=lambda item: -sum(counts.get(name, 0) for name in item[1]))[:1]:
+        if sum(counts.get(name, 0) for name in names) > 0.01 * pruned:
             line.note("not packed", reason)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
