@@ -391,18 +391,10 @@ def test_the_installed_command_prints_plain_progress_lines(llama, tmp_path):
     lines = result.stderr.strip().splitlines()
     assert all(" % " in line for line in lines)
     assert "100 %" in result.stderr
-    assert "pruned" in result.stdout
+    assert re.search(
+        r"^\d+\.\d\d% of the model's [\d,]+ weights are zero now; .*\npruned ", result.stdout, re.MULTILINE
+    )
     assert "\x1b" not in result.stdout + result.stderr
-
-
-def test_a_quantized_checkpoint_is_refused(llama, tmp_path):
-    quantized = tmp_path / "quantized"
-    shutil.copytree(llama, quantized)
-    config = json.loads((quantized / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "zzz"}}))
-    result = prune(quantized, tmp_path / "out", "--pattern", "2:4", "--method", "magnitude")
-    assert result.exit_code == 2, result.output
-    assert "is quantized" in result.stderr
 
 
 # Packing and measuring

@@ -4,6 +4,7 @@ The files in ``fixtures/v0.1.0`` were written by secateur 0.1.0 before its modul
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,11 +154,20 @@ def test_reports():
     report = secateur.Report.from_json((FILES / "report.json").read_text(encoding="utf-8"))
     assert (report.num_pruned, report.num_weights) == (4176, 4608)
     assert "wanda" in report.to_json()
+    assert (report.whole, report.first_line, report.warnings, report.calibration_mode) == (None, "", (), "")
+    assert str(report).startswith("pruned 4,176 of 4,608 weights")
+    with torch.no_grad():
+        model = nn.Sequential(*(nn.Linear(*reversed(layer.shape)) for layer in report.layers))
+        for module in model:
+            module.weight.zero_()
+    named = replace(report, layers=tuple(replace(layer, name=str(i)) for i, layer in enumerate(report.layers)))
+    assert named.verify(model).pruned == 4176  # it does not name its parameters
     packed = PackReport.from_json((FILES / "pack_report.json").read_text(encoding="utf-8"))
     assert [layer.name for layer in packed.layers] == ["0"]
     assert packed.layers[0].packed
     assert [choice.rows for choice in packed.layers[0].choices] == [1, 8]
     assert all(choice.route for choice in packed.layers[0].choices)
+    assert (packed.whole, packed.first_line) == (None, "")
 
 
 def test_measurements():

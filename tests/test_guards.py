@@ -21,6 +21,7 @@ ROOMS = [
     "_errors",
     "_types",
     "_checks",
+    "_sharding",
     "patterns",
     "reports",
     "files",
@@ -34,6 +35,7 @@ ROOMS = [
     "formats",
     "kernels",
     "nn",
+    "zeros",
     "pruning",
     "training",
     "packing",
@@ -58,6 +60,7 @@ PUBLIC = [
     "LayerStatistics",
     "LotteryTicket",
     "Magnitude",
+    "ModelWeights",
     "NM",
     "PackReport",
     "PackSettings",
@@ -84,9 +87,12 @@ PUBLIC = [
     "SparsityPattern",
     "StatisticsError",
     "Unstructured",
+    "Verification",
     "Wanda",
+    "apply_masks_",
     "densify_",
     "load",
+    "masks",
     "pack_",
     "prune_",
     "register_layer",
@@ -271,7 +277,7 @@ class Knowledge:
 
 
 KNOWLEDGE = {
-    "sharded tensors": Knowledge(knows_dtensor, ("layers._sharding",), 'hasattr(weight, "full_tensor")'),
+    "sharded tensors": Knowledge(knows_dtensor, ("_sharding",), 'hasattr(weight, "full_tensor")'),
     "the transformers library": Knowledge(
         imports_transformers,
         # The last two have transformers' Conv1D. They look it up only where a model may have such a layer.
@@ -356,11 +362,13 @@ def test_public_callables_have_examples():
         "Evaluation",
         "Histogram",
         "LayerReport",
+        "ModelWeights",
         "PackReport",
         "PackSettings",
         "PackedLayer",
         "Report",
         "SkippedLayer",
+        "Verification",
     }
     errors = {name for name in PUBLIC if name.endswith("Error")}
     for name in set(PUBLIC) - without - reports - errors:

@@ -197,6 +197,56 @@ def test_transformers_best_model_brings_its_masks(tmp_path, name):
         assert torch.equal(weight[weight != 0], best[f"layers.{layer}.weight"][weight != 0])
 
 
+class Average(transformers.TrainerCallback):
+    """An average of weights that is written to the model when training ends."""
+
+    def on_train_end(self, args, state, control, *, model, **kwargs):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+
+
+def test_transformers_says_that_a_later_callback_wrote_over_the_zeros(tmp_path):
+    callback = for_transformers.SparseTrainingCallback(**SETTINGS["magnitude"])
+    trainer = trainer_for(tmp_path, callback, callbacks=[Average()], save_strategy="no")
+    trainer.train()
+    assert zeros(trainer.model) == 0
+    with pytest.warns(UserWarning, match=r"zeros were lost in 3 parameters:\n(.|\n)*apply_masks_"):
+        trainer.evaluate()
+    with pytest.raises(secateur.PatternError, match="zeros were lost"):
+        callback.report.verify(trainer.model)
+    secateur.apply_masks_(trainer.model, callback.report)
+    trainer.evaluate()
+    assert zeros(trainer.model) == PRUNED["magnitude"]
+
+
+def test_transformers_prunes_what_an_earlier_callback_wrote(tmp_path, name):
+    callback = for_transformers.SparseTrainingCallback(**SETTINGS[name])
+    trainer = trainer_for(tmp_path, Average(), callbacks=[callback], save_strategy="no")
+    trainer.train()
+    assert zeros(trainer.model) == callback.report.num_pruned == PRUNED[name]
+    assert callback.report.verify(trainer.model).by_masks
+    trainer.evaluate()
+
+
+class Bilinear(Net):
+    """A weight that no method reaches, larger than all that are."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Bilinear(16, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["gate", "magnitude"])
+def test_callbacks_tell_what_was_left_alone(tmp_path, caplog, name):
+    caplog.set_level("INFO", logger="secateur")
+    _, callback = hf(tmp_path, SETTINGS[name], model=Bilinear(), save_strategy="no")
+    (warning,) = callback.report.warnings
+    assert "4,096 in 1 Bilinear (Bilinear is no known kind of layer" in warning
+    assert [record.levelname for record in caplog.records if record.name == "secateur"] == ["INFO", "WARNING"]
+    assert "of the model's 5,252 weights are zero now; 20.72% were considered" in caplog.text
+
+
 class Interrupt(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 7:
@@ -520,3 +570,44 @@ def test_spoilt_states_are_refused(tmp_path, how):
     spoil(path, how)
     with pytest.raises(secateur.FormatError, match=SPOILT[how]):
         begin(model, optimizer, settings, state=read_state(path), source=str(path))
+
+
+AVERAGES = {
+    "swa": lambda: pl.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    "ema": lambda: pl.callbacks.EMAWeightAveraging(decay=0.5),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
+@pytest.mark.parametrize(("average", "name"), [("swa", "gate"), ("swa", "magnitude"), ("ema", "magnitude")])
+def test_lightning_prunes_what_an_average_leaves(average, name, first, tmp_path):
+    """StochasticWeightAveraging wrote over the zeros: the report said 0.75 and the model had none."""
+    callback, other = for_lightning.SparseTrainingCallback(**SETTINGS[name]), AVERAGES[average]()
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    listed = [saver, callback, other] if first else [other, callback, saver]
+    torch.manual_seed(0)
+    module = Lit()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(callbacks=listed, accelerator="cpu", max_epochs=3, **quiet)
+    loader = torch.utils.data.DataLoader(examples(), batch_size=BATCH)
+    trainer.fit(module, loader, loader)
+    assert trainer.callbacks == [other, callback, saver]
+    assert zeros(module.net) == callback.report.num_pruned == PRUNED[name]
+    assert callback.report.verify(module).by_masks
+
+
+class WritesAtTheEnd(Lit):
+    def on_train_end(self):
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(1)
+
+
+@pytest.mark.parametrize("name", ["gate", "magnitude"])
+def test_lightning_mends_the_model_that_it_leaves(name):
+    with pytest.warns(
+        UserWarning, match=r"816 pruned weights of 3 parameters, 'net\.layers\.0\.weight' first, were changed"
+    ):
+        module, callback, _ = fit(SETTINGS[name], kind=WritesAtTheEnd)
+    assert zeros(module.net) == PRUNED[name]
+    assert callback.report.verify(module).by_masks

@@ -563,21 +563,21 @@ def test_check_takes_bool_tensors_only(mask):
             NM(2, 4),
             (8, 1022),
             "2:4 needs an input size that is a multiple of 4, got 1022.\n"
-            "Exclude the layer, or use NM(2, 4, remainder='dense') ('2:4,remainder=dense') "
+            "Exclude the layer, or use '2:4,remainder=dense' (--remainder dense) "
             "to leave its last 2 columns dense.",
         ),
         (
             Block(4, 4),
             (7, 8),
             "block:4x4 needs an output size that is a multiple of 4, got 7.\n"
-            "Exclude the layer, or use Block(4, 4, remainder='dense') ('block:4x4,remainder=dense') "
+            "Exclude the layer, or use 'block:4x4,remainder=dense' (--remainder dense) "
             "to leave its last 3 rows dense.",
         ),
         (
             Block(4, 4),
             (8, 9),
             "block:4x4 needs an input size that is a multiple of 4, got 9.\n"
-            "Exclude the layer, or use Block(4, 4, remainder='dense') ('block:4x4,remainder=dense') "
+            "Exclude the layer, or use 'block:4x4,remainder=dense' (--remainder dense) "
             "to leave its last 1 column dense.",
         ),
         (Column(9), (4, 10), "column:9 needs an input size that is a multiple of 9, got 10.\nExclude the layer."),

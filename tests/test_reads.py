@@ -394,3 +394,50 @@ def test_a_training_of_parts_goes_on_from_its_state(method):
     run(*resumed, range(5, 8))
     for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4"])
+def test_experts_of_transformers_are_pruned_however_they_run(family, way):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"vocab_size": 40, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, kind)(**sizes, head_dim=8, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config._experts_implementation = way
+    ids = torch.randint(1, 40, (4, 40))
+    truth = experts_by_hand(model, ids) if family != "Llama4" else None
+    report = prune_(model, [{"input_ids": ids}], pattern="2:4", method="wanda", sequential=False)
+    assert model.config._experts_implementation == way
+    stacks = [p for p in model.parameters() if p.ndim == 3]
+    assert len(stacks) == 4
+    for stack in stacks:
+        assert int((stack == 0).sum()) == stack.numel() // 2
+    outside = {"embedding", "no weight matrix"}
+    left = [skip for skip in report.skipped if skip.reason not in outside]
+    assert all(skip.reason.startswith(("router", "output head")) for skip in left)
+    if truth is not None:
+        tokens = {layer.name: layer.tokens for layer in report.layers if "experts.gate_up_proj" in layer.name}
+        assert {name: count for name, count in tokens.items() if truth[name] >= 64} == {
+            name: count for name, count in truth.items() if count >= 64
+        }
+
+
+def experts_by_hand(model, ids):
+    """How many tokens the router sends to each expert, from what the expert modules are given."""
+    counts, handles = {}, []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+
+            def count(module, args, kwargs, name=name):
+                chosen = (list(args) + list(kwargs.values()))[1]
+                for expert in range(module.num_experts):
+                    counts[f"{name}.gate_up_proj.{expert}"] = int((chosen == expert).sum())
+
+            handles.append(module.register_forward_pre_hook(count, with_kwargs=True))
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return counts

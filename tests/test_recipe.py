@@ -30,6 +30,7 @@ FULL = {
     "sequential": False,
     "measure_error": False,
     "strict": True,
+    "remainder": "dense",
 }
 
 
@@ -62,7 +63,16 @@ def test_every_pattern_and_sparsity_comes_back_exactly(pattern, sparsity):
 def test_every_field_comes_back():
     recipe = Recipe.from_dict(FULL)
     assert recipe == Recipe(
-        Unstructured(), 0.6, Refit(Select(RIA(0.25)), 3, 0.5), "uniform", ("a.*", "b"), ("*.c",), False, False, True
+        Unstructured(),
+        0.6,
+        Refit(Select(RIA(0.25)), 3, 0.5),
+        "uniform",
+        ("a.*", "b"),
+        ("*.c",),
+        False,
+        False,
+        True,
+        "dense",
     )
     assert recipe.to_dict() == FULL
     assert tomllib.loads(recipe.to_toml()) == FULL

@@ -19,6 +19,7 @@ from secateur.reports import (
     Evaluation,
     Histogram,
     LayerReport,
+    ModelWeights,
     Report,
     SkippedLayer,
     Table,
@@ -67,7 +68,10 @@ BARE = LayerReport(
 )
 REPORT = Report(
     layers=(LAYER, BARE),
-    skipped=(SkippedLayer("embed", "Embedding", "its weight is a table"), SkippedLayer("", "Root", "no weight matrix")),
+    skipped=(
+        SkippedLayer("embed", "Embedding", "its weight is a table", 1000, 1000),
+        SkippedLayer("", "Root", "no weight matrix"),
+    ),
     recipe={"pattern": "2:4", "method": {"name": "refit", "inner": {"name": "wanda"}}, "include": []},
     versions={"secateur": "0.1.0", "torch": "2.9.0"},
     seconds=75.0,
@@ -190,6 +194,39 @@ def test_totals_count_the_pruned_layers():
     assert str(REPORT) == "pruned 10 of 22 weights (45.45%) in 2 layers, skipped 2 modules, 75.0 s"
 
 
+WHOLE = replace(REPORT, whole=ModelWeights(1030, 103, 4120, 7), calibration_mode="one pass")
+LEFT = replace(WHOLE, skipped=(SkippedLayer("a", HOSTILE, "no known kind", 900, 900), *REPORT.skipped))
+
+
+def test_every_text_begins_with_the_whole_model():
+    first = "10.00% of the model's 1,030 weights are zero now; 2.14% were considered"
+    first += "; 7 have no values (meta device) and do not count as zero"
+    assert str(WHOLE).splitlines() == [first, f"{REPORT}; calibration one pass"]
+    assert WHOLE.to_markdown().splitlines()[2] == f"{first}."
+    text = Page(WHOLE.to_html()).text
+    assert f"{first}." in text
+    assert text.index(first) < text.index("Weights pruned")
+    assert Report.from_json(WHOLE.to_json()) == WHOLE
+
+
+def test_every_text_warns_of_what_was_left_alone():
+    warning = "97.61% of the weights in matrices were left alone (900 of 922, without embeddings and output heads): "
+    assert f"warning: {warning}1,000 in embeddings, 900 in 1 <script>" in str(LEFT)
+    assert f"Warning: {warning}" in LEFT.to_markdown()
+    assert f"Warning: {warning}" in Page(LEFT.to_html()).text
+    assert "<script>" not in LEFT.to_markdown() + LEFT.to_html()
+    assert "warning" not in str(replace(LEFT, skipped=(replace(LEFT.skipped[0], weights=2, matrix_weights=2),)))
+
+
+def test_a_warning_lists_a_few_classes():
+    skipped = tuple(SkippedLayer(str(size), f"Kind{size}", "unknown", size, size) for size in range(100, 110))
+    (warning,) = replace(REPORT, skipped=skipped).warnings
+    assert warning.endswith(
+        "109 in 1 Kind109 (unknown), 108 in 1 Kind108 (unknown), 107 in 1 Kind107 (unknown), "
+        "106 in 1 Kind106 (unknown), 105 in 1 Kind105 (unknown), 510 in other classes"
+    )
+
+
 def test_a_packing_report_survives_json_and_names_routes():
     assert PackReport.from_json(PACKED.to_json()) == PACKED
     assert '"route": "lanes:2:4"' in PACKED.to_json()
@@ -286,7 +323,7 @@ def test_markdown_has_a_row_for_each_layer_and_skipped_module():
         "| blocks.0.mlp.up | 4 x 4 | 2:4 | 0.5 | 50.00% | 0.1250 | 2 | 0.25 | shared with decoder.up; damping" in text
     )
     assert "| head | 2 x 3 | unstructured | 0.3 | 33.33% |  |  | 0.00 |  |" in text
-    assert "| embed | Embedding | its weight is a table |\n| (root) | Root | no weight matrix |" in text
+    assert "| embed | Embedding | 1,000 | its weight is a table |\n| (root) | Root |  | no weight matrix |" in text
     assert "| perplexity | 4,096 | 12.50 | 15.25 | 1.220 |" in text
 
 
@@ -305,7 +342,7 @@ def test_markdown_of_a_packing_report():
     wanted = "50.0% | nm | int8 | 0.013 | 0.25 | 0.38 | 1: 2.00 (1.50-2.50) lanes:2:4, 8: 1.25 (1.00-2.00) rows |"
     assert f"| blocks.0.mlp.up | 4 x 8 | 2:4 | {wanted}" in lines
     assert "| head | 2 x 0 | row | 100.0% | dense |  |  |  |  | nothing is faster |" in lines
-    assert "| embed | Embedding | embedding |" in lines
+    assert "| embed | Embedding |  | embedding |" in lines
 
 
 # HTML

@@ -203,7 +203,7 @@ class Special(nn.Linear):
         (
             nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))),
             "0",
-            "its weight is computed from other parameters",
+            "its weight is computed by _WeightNorm",
         ),
         (nn.Sequential(SparseLinear(4, 4)), "0", "SparseLinear is no known kind of layer"),
     ],

@@ -38,10 +38,12 @@ from secateur.reports import Choice as Choice
 from secateur.reports import Evaluation as Evaluation
 from secateur.reports import Histogram as Histogram
 from secateur.reports import LayerReport as LayerReport
+from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport
 from secateur.reports import Report as Report
 from secateur.reports import SkippedLayer as SkippedLayer
+from secateur.reports import Verification as Verification
 from secateur.solvers import RIA as RIA
 from secateur.solvers import Importance as Importance
 from secateur.solvers import LayerProblem as LayerProblem
@@ -57,5 +59,7 @@ from secateur.solvers import verify as verify
 from secateur.training import GroupSparsity as GroupSparsity
 from secateur.training import LotteryTicket as LotteryTicket
 from secateur.training import SparseTraining as SparseTraining
+from secateur.zeros import apply_masks_ as apply_masks_
+from secateur.zeros import masks as masks
 
 __version__ = _version("secateur")

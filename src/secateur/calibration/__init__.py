@@ -1,5 +1,6 @@
 """What do the inputs of each layer look like?"""
 
+from secateur.calibration._arguments import fit_arguments as fit_arguments
 from secateur.calibration._batches import Forward as Forward
 from secateur.calibration._batches import call_model as call_model
 from secateur.calibration._batches import hash_batches as hash_batches

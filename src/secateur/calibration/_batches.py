@@ -7,19 +7,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map
 
 from secateur._errors import StatisticsError
+from secateur.calibration._arguments import is_sentence_transformer
 
 Forward: TypeAlias = Callable[[nn.Module, Any], object]
 
 
 def call_model(model: nn.Module, batch: Any) -> object:
-    """Call the model as the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``."""
+    """Call the model as the batch's type suggests: ``model(**mapping)``, ``model(*sequence)`` or ``model(batch)``.
+
+    A ``SentenceTransformer`` is called with a mapping itself, of which it gets a copy, because it adds its outputs.
+    """
     if isinstance(batch, Mapping):
+        if is_sentence_transformer(model):
+            return model(dict(batch))
         return model(**batch)
     if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
         return model(*batch)
@@ -33,7 +40,7 @@ def load_batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
         StatisticsError: there are no batches.
         TypeError: a single batch instead of an iterable of batches.
     """
-    if isinstance(batches, Tensor | Mapping | str):
+    if isinstance(batches, Tensor | Mapping | str | np.ndarray):
         raise TypeError(f"batches must be an iterable of batches, got one {type(batches).__name__}; wrap it in a list")
     loaded = []
     for batch in batches:
@@ -69,21 +76,33 @@ def code_path(batch: Any) -> str:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no key-value caches. The earlier state is restored on every exit."""
+    """Evaluation mode, no gradients, no key-value caches, experts one by one. All is restored on every exit."""
     modes = [(module, module.training) for module in model.modules()]
     configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     caching = [config for config in configs if getattr(config, "use_cache", False) is True]
+    # Other ways to run the experts of transformers gather copies of their weights for every token.
+    by_copies = {id(config): (config, way) for config in configs if (way := _way_of_experts(config)) is not None}
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # it runs layers without calling them, on nested tensors
         for config in caching:  # a cache filled by the first of a block's two runs would change the second
             config.use_cache = False
+        for config, _ in by_copies.values():
+            config._experts_implementation = "grouped_mm"
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
         for config in caching:
             config.use_cache = True
+        for config, way in by_copies.values():
+            config._experts_implementation = way
         for module, training in modes:
             module.training = training
+
+
+def _way_of_experts(config: Any) -> str | None:
+    """How a configuration of transformers runs experts, if that does not multiply their weights as they are."""
+    way = getattr(config, "_experts_implementation", None)
+    return way if isinstance(way, str) and way not in ("eager", "grouped_mm") else None

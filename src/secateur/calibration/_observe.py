@@ -123,6 +123,8 @@ class Observer:
 
         with ExitStack() as stack:
             for module in self._model.modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks, and cannot be pruned
+                    continue
                 stack.callback(module.register_forward_pre_hook(begins).remove)
                 stack.callback(module.register_forward_hook(ends, always_call=True).remove)
             stack.enter_context(FunctionWatch(self._note, self._is_weight))

@@ -117,6 +117,13 @@ class Replay:
         self._skips = skips
         self._trails = [_Trail() for _ in batches]
 
+    @property
+    def mode(self) -> str:
+        """How stages get their inputs, for the report: see :class:`secateur.Report`."""
+        if len(self.stages) == 1:
+            return "one pass"
+        return "sequential with replay" if self._skips else "sequential in full"
+
     def run(self, stage_index: int, batch_index: int) -> object:
         """Run one batch up to and including a stage, and return the stage's output."""
         stage, trail = self.stages[stage_index], self._trails[batch_index]

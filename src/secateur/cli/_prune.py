@@ -32,6 +32,10 @@ def prune(
         int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 2048.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    remainder: Annotated[
+        str | None,
+        typer.Option(help="Sizes that 2:4 or a block does not divide: error, or dense to leave the rest dense."),
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     evaluate: Annotated[Path | None, typer.Option(help="Text to measure on, before and after.")] = None,
@@ -47,7 +51,14 @@ def prune(
         from secateur.pruning import prune_directory
         from secateur.reports import evaluation_table, pruned_table, skipped_table
 
-        settings = {"pattern": pattern, "sparsity": sparsity, "method": method, "include": include, "exclude": exclude}
+        settings = {
+            "pattern": pattern,
+            "sparsity": sparsity,
+            "method": method,
+            "remainder": remainder,
+            "include": include,
+            "exclude": exclude,
+        }
         given = {name: value for name, value in settings.items() if value is not None}
         text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
         if html is not None:

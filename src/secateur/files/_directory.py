@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import FormatError
+from secateur.files._claims import first_part, without_claims
 from secateur.files._place import check_output
 from secateur.files._safetensors import open_safetensors
 from secateur.files._whole import whole_directory, write_safetensors
@@ -21,7 +22,8 @@ from secateur.files._whole import whole_directory, write_safetensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
-_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_OTHER_WEIGHTS = _PICKLES | {".h5", ".msgpack", ".onnx", ".gguf"}
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -74,12 +76,27 @@ class ModelDirectory:
     @property
     def widest_dtype(self) -> torch.dtype:
         """The dtype that holds all stored floating-point tensors, whatever the config says; else float32."""
-        dtypes: set[torch.dtype] = set()
+        dtypes = {_DTYPES[name] for name in self.dtypes.values() if name in _DTYPES}
+        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of every stored tensor by its name, in safetensors' spelling."""
+        found: dict[str, str] = {}
         for shard in self.shards:
             with open_safetensors(self.path / shard) as file:
-                stored = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            dtypes |= {_DTYPES[name] for name in stored if name in _DTYPES}
-        return reduce(torch.promote_types, dtypes) if dtypes else torch.float32
+                found |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        return found
+
+    @property
+    def first_part(self) -> tuple[str, str] | None:
+        """Name and dtype of the first stored tensor that is part of a packed or quantized weight, or None."""
+        return first_part(self.dtypes.items())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a stored tensor."""
+        stored = _DTYPES.get(self.dtypes[name])
+        return self.read(name).dtype if stored is None else stored
 
     @property
     def num_bytes(self) -> int:
@@ -96,14 +113,24 @@ class ModelDirectory:
             name: qualified name of the parameter in the model.
             weight: its value, as it was loaded.
         """
-        alike = [n for n in self.tensors if n == name or n.endswith(f".{name}") or name.endswith(f".{n}")]
+        shorter = [ending for ending in _endings(name) if ending in self.tensors]
+        alike: dict[str, None] = dict.fromkeys([*self._longer_names.get(name, ()), *shorter])
         for stored in sorted(alike, key=lambda n: n != name):  # the same name first: others may be copies of it
             tensor = self.read(stored)
             if tensor.shape == weight.shape:
                 loaded = weight.detach().cpu().to(tensor.dtype)
-                if bool(((loaded == tensor) | (loaded.isnan() & tensor.isnan())).all()):
+                if torch.equal(loaded, tensor) or torch.allclose(loaded, tensor, rtol=0, atol=0, equal_nan=True):
                     return stored
         return None
+
+    @cached_property
+    def _longer_names(self) -> dict[str, list[str]]:
+        """The stored names that end with a name, which may itself be stored."""
+        found: dict[str, list[str]] = {}
+        for name in self.tensors:
+            for ending in _endings(name):
+                found.setdefault(ending, []).append(name)
+        return found
 
     def write_pruned(
         self, output: str | Path, replaced: Mapping[str, Tensor], extra: Mapping[str, str], overwrite: bool = False
@@ -127,8 +154,9 @@ class ModelDirectory:
                 with open_safetensors(self.path / shard) as file:
                     metadata = file.metadata()
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                for name in tensors.keys() & replaced.keys():
-                    tensors[name] = replaced[name].detach().cpu().to(tensors[name].dtype).contiguous()
+                for name, old in tensors.items():  # in this order, because values may be made when they are asked for
+                    if name in replaced:
+                        tensors[name] = replaced[name].detach().cpu().to(old.dtype).contiguous()
                 write_safetensors(partial / shard, tensors, metadata)
                 shutil.copymode(self.path / shard, partial / shard)
             for name, text in extra.items():
@@ -137,6 +165,8 @@ class ModelDirectory:
 
 def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) -> None:
     """Copy the config, tokenizer and other files of a model directory into another one.
+
+    The copy of the config says nothing of quantized weights, because those that are written beside it are not.
 
     Args:
         source: the model.
@@ -149,6 +179,10 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(entry, target / relative)
+    if (target / "config.json").is_file():
+        config = _read_json(target / "config.json")
+        if (plain := without_claims(config)) != config:
+            (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 def find_shards(path: Path) -> tuple[str, ...]:
@@ -170,14 +204,47 @@ def find_shards(path: Path) -> tuple[str, ...]:
         return tuple(dict.fromkeys(weight_map.values()))
     if (path / SINGLE).is_file():
         return (SINGLE,)
-    pickled = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".bin", ".pt", ".pth"})
+    packed = sorted(entry.name for entry in path.iterdir() if entry.name.endswith(".sparse.safetensors"))
+    if packed:
+        raise FormatError(
+            f"{path} has packed weights ({packed[0]}), and dense ones are needed here.\n"
+            "Write them dense first: secateur export DIRECTORY --output DENSE."
+        )
+    pickled = sorted(entry for entry in path.iterdir() if entry.suffix in _PICKLES)
     if pickled:
         raise FormatError(
-            f"{path} has its weights as {pickled[0]}, a pickle, which can run any code when it is loaded; secateur "
-            "reads safetensors only.\nIf you trust the file, convert it once: load the model with transformers "
+            f"{path} has its weights as {pickled[0].name}, a pickle, which can run any code when it is loaded; "
+            "secateur reads safetensors only.\nIf you trust it, convert it once: load the model with transformers "
             "(from_pretrained) and save it again with model.save_pretrained(NEW_DIRECTORY)."
         )
     raise FormatError(f"{path} has no weights: neither {SINGLE} nor {INDEX}.")
+
+
+def _endings(name: str) -> list[str]:
+    """The name, and all that remains of it without its first parts."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
+def check_no_pickle(path: Path) -> None:
+    """Raise if a file of weights is a pickle, by its name or its first bytes.
+
+    Raises:
+        FormatError: it is one, which is said instead of an error of the reader of safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return  # the reader says why
+    # torch.save writes a zip archive, and wrote a bare pickle. Safetensors have the length of their header, then "{".
+    begins_like_one = start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"
+    if start[8:] != b"{" and (path.suffix in _PICKLES or begins_like_one):
+        raise FormatError(
+            f"{path} is a pickle, as torch.save writes it, which can run any code when it is loaded; secateur reads "
+            "safetensors only.\nIf you trust the file, convert it once in Python: "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'model.safetensors')."
+        )
 
 
 def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur.files import ModelDirectory
+from secateur.huggingface._architecture import check_named, classes, named
 
 
 def transformers_library() -> ModuleType:
@@ -31,13 +32,32 @@ def transformers_library() -> ModuleType:
     return transformers
 
 
+def open_model(path: str | Path) -> ModelDirectory:
+    """Return a model directory, checked, with the class of the model in its config: read off its tensors if need be.
+
+    Raises:
+        FormatError: it is not a model directory with safetensors weights.
+        ImportError: transformers is missing.
+    """
+    directory = ModelDirectory.open(path)
+    if directory.config.get("architectures"):
+        return directory
+    try:
+        config = _config(directory.path)
+    except ImportError:
+        raise
+    except Exception:  # a config that transformers cannot read: loading says why
+        return directory
+    return named(directory, config)
+
+
 def load_model(
     directory: ModelDirectory,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     with_head: bool = False,
 ) -> tuple[nn.Module, set[str]]:
-    """Return the model in a directory, in evaluation mode, and the names of modules that the checkpoint lacks.
+    """Return the model in a directory, in evaluation mode, and the names of tensors that the checkpoint lacks.
 
     The class comes from transformers' own tables by the config's model type, and no code in the directory is run.
 
@@ -49,44 +69,50 @@ def load_model(
             the checkpoint is left out; else a causal language model or a base model.
 
     Raises:
-        FormatError: transformers does not know the model type, or cannot load the weights.
+        FormatError: transformers does not know the model type, or cannot load the weights; or the class is not known.
     """
     transformers = transformers_library()
-    if directory.config.get("quantization_config"):
+    if (part := directory.first_part) is not None:
+        name, stored = part
+        advice = "Prune the model in full or half precision, and quantize it afterwards."
+        if name.endswith((".compressed", ".bitmask", ".row_offsets")):
+            advice = f"Write it dense first: secateur export {directory.path} --output DENSE."
         raise FormatError(
-            f"{directory.path} is quantized, and its packed weights cannot be pruned.\n"
-            "Prune the model in full or half precision, and quantize it afterwards."
+            f"{directory.path} is quantized or packed: it stores {name!r} as {stored}, no plain weight.\n{advice}"
         )
     device = _usable(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else directory.widest_dtype
     auto = transformers.AutoModelForCausalLM if is_causal(directory) else transformers.AutoModel
     try:
+        config = _config(directory.path)
         if with_head:
-            names = directory.config.get("architectures")
-            config = transformers.AutoConfig.from_pretrained(
-                directory.path, local_files_only=True, trust_remote_code=False
-            )
+            check_named(directory, config)
+            names = directory.config["architectures"]
             auto = model_class(config, names[0] if isinstance(names, list) and names else None) or auto
         model, info = auto.from_pretrained(
             directory.path,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except ImportError:
-        raise  # says what to install
+    except (ImportError, FormatError):
+        raise  # says what to do
     except Exception as error:  # whatever transformers makes of a config that it does not check
         raise FormatError(f"{directory.path} cannot be loaded by transformers: {error}") from None
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise FormatError(
-            f"{directory.path} is an encoder-decoder model, which needs pairs of texts to calibrate on.\n"
-            "Use secateur.prune_ in Python, with batches of your own."
-        )
-    missing = {name.removesuffix(".weight") for name in info["missing_keys"] if name.endswith(".weight")}
-    return model.to(device).eval(), missing
+    return model.to(device).eval(), set(info["missing_keys"])
+
+
+def _config(path: Path) -> Any:
+    """The config in a directory, without what it claims of quantized weights: what is stored was looked at."""
+    config = transformers_library().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def model_class(config: Any, name: object) -> type[nn.Module] | None:
@@ -94,16 +120,7 @@ def model_class(config: Any, name: object) -> type[nn.Module] | None:
 
     A name in a checkpoint chooses from transformers' tables and nothing else.
     """
-    for table in vars(importlib.import_module("transformers.models.auto.modeling_auto")).values():
-        mapping = getattr(table, "_model_mapping", None)
-        try:
-            found = () if mapping is None else mapping[type(config)]
-        except KeyError:
-            continue
-        for made in found if isinstance(found, tuple | list) else (found,):
-            if made.__name__ == name:
-                return made  # type: ignore[no-any-return]
-    return None
+    return next((made for made in classes(config) if made.__name__ == name), None)
 
 
 def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Module:
@@ -124,9 +141,7 @@ def model_without_weights(path: Path, name: str, *, initialise: bool) -> nn.Modu
         )
     transformers = transformers_library()
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # of compressed-tensors, which what is read now has no longer
+        config = _config(path)
         names = [name, *(getattr(config, "architectures", None) or ())]
         made_by = next(filter(None, (model_class(config, known) for known in names)), None)
         if made_by is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,25 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import FormatError, RecipeError
+from secateur._errors import FormatError, PatternError, RecipeError
+from secateur._sharding import is_sharded
 from secateur.files import open_safetensors, write_safetensors
-from secateur.nn import MaskSettings, sparse_layers, sparsify_
+from secateur.nn import MaskSettings, replaceable_layers, sparse_layers, sparsify_
 from secateur.patterns import Unstructured
+from secateur.reports import Report
 from secateur.training import SparseTraining, TrainingSettings
+from secateur.zeros import apply_masks_
 
 STATE_FILE = "sparse_training.safetensors"
 _METADATA = "secateur.SparseTraining"
+_LOG = logging.getLogger("secateur")
 
 
-def swap_(model: nn.Module, settings: TrainingSettings) -> None:
+def swap_(model: nn.Module, settings: TrainingSettings) -> dict[str, str]:
     """Swap in the layers of a method that learns its mask, before the model is wrapped or a checkpoint is loaded.
 
     Until the training begins they compute what the plain layers did. A model that has sparse layers is left as it is.
+
+    Returns:
+        Why other modules stay plain, by name, for :func:`finish`: the training itself only sees that they do.
     """
-    if settings.method.learns and not sparse_layers(model):
-        masks = MaskSettings(pattern=settings.pattern or Unstructured(), sparsity=settings.sparsity)
-        for layer in sparsify_(model, settings=masks, include=settings.include, exclude=settings.exclude).values():
-            layer.solve_threshold(0.0)
+    if not settings.method.learns or sparse_layers(model):
+        return {}
+    _, skipped = replaceable_layers(model, settings.include, settings.exclude)
+    masks = MaskSettings(pattern=settings.pattern or Unstructured(), sparsity=settings.sparsity)
+    for layer in sparsify_(model, settings=masks, include=settings.include, exclude=settings.exclude).values():
+        layer.solve_threshold(0.0)
+    return {entry.name: entry.reason for entry in skipped}
 
 
 def begin(
@@ -104,6 +116,44 @@ def known_steps(steps: float) -> int:
     if not math.isfinite(steps) or steps < 1:
         raise RecipeError(f"the Trainer expects {steps} optimizer steps. Tell the callback how many: steps=...")
     return int(steps)
+
+
+def finish(training: SparseTraining, reasons: Mapping[str, str]) -> Report:
+    """Finalize a training, and return its report with the reasons that :func:`swap_` found."""
+    report = training.finalize()
+    skipped = (replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped)
+    return replace(report, skipped=tuple(skipped))
+
+
+def tell(report: Report) -> None:
+    """Log a report, and as warnings what the user should look at."""
+    _LOG.info("%s", report)
+    for warning in report.warnings:
+        _LOG.warning("%s", warning)
+
+
+def keep_zeros_(model: nn.Module, report: Report) -> None:
+    """Set pruned weights to zero that something wrote to since the training was finalized, and warn of it."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return  # processes may have parted, and to read the weights they would have to meet
+    changed = {name: count for name, count in apply_masks_(model, report).items() if count}
+    if changed:
+        warnings.warn(
+            f"{sum(changed.values()):,} pruned weights of {len(changed)} parameters, {next(iter(changed))!r} first, "
+            "were changed after the sparse training ended, such as by the module's own on_train_end. They have been "
+            "set to zero again.",
+            stacklevel=2,
+        )
+
+
+def warn_of_lost_zeros(model: nn.Module, report: Report) -> None:
+    """Warn if something wrote to pruned weights since the training was finalized."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        return
+    try:
+        report.verify(model)
+    except PatternError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from secateur._errors import FormatError, RecipeError
-from secateur.integrations._shared import begin, known_steps, restore, swap_
+from secateur.integrations._shared import begin, finish, keep_zeros_, known_steps, restore, swap_, tell
 from secateur.patterns import SparsityPattern
 from secateur.reports import Report
 from secateur.schedules import Schedule
@@ -18,6 +18,7 @@ from secateur.training import Method, SparseTraining, TrainingSettings
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as error:
     raise ImportError("secateur.integrations.lightning needs lightning: pip install 'secateur[lightning]'") from error
@@ -30,6 +31,10 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
     loaded. The masks are updated after each step of the optimizer, with automatic and with manual optimization. When
     training ends the model is plain again, with real zeros, and what ``trainer.save_checkpoint`` writes then is an
     ordinary checkpoint.
+
+    When ``fit`` sets up, the callback moves behind all others but those that write checkpoints. So the weights that
+    ``StochasticWeightAveraging`` or ``WeightAveraging`` leave are pruned, too. When ``fit`` ends it checks the model,
+    and if anything wrote to pruned weights, it sets them to zero again and warns.
 
     Checkpoints from the middle of training hold the layers that learn, if there are any, and the state of this
     callback. A run resumed from one goes on exactly as one that was not interrupted.
@@ -106,6 +111,7 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         )
         self._state: dict[str, Any] | None = None  # loaded before there is a training
         self._hook: RemovableHandle | None = None
+        self._reasons: dict[str, str] = {}  # why modules stay plain
         self.training: SparseTraining | None = None
         self.report: Report | None = None
 
@@ -117,8 +123,13 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         if self.training is not None:  # it was interrupted
             self.training.release()
         self.training = self.report = self._state = None
+        self._reasons = {}
         if not is_overridden("configure_model", pl_module):
-            swap_(pl_module, self._settings)
+            self._reasons = swap_(pl_module, self._settings)
+        # A new list, because the Trainer is going through the old one. Checkpoints are to hold what this one leaves.
+        others = [callback for callback in trainer.callbacks if callback is not self]
+        savers = [callback for callback in others if isinstance(callback, Checkpoint)]
+        trainer.callbacks = [*(callback for callback in others if callback not in savers), self, *savers]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or go on: the optimizers are made and the weights loaded by now."""
@@ -137,7 +148,14 @@ class SparseTrainingCallback(Callback):  # type: ignore[misc]
         """Leave a plain model with real zeros, and the report. Later the strategy moves the model off its device."""
         assert self.training is not None
         self._let_go()
-        self.report = self.training.finalize()
+        self.report = finish(self.training, self._reasons)
+        if trainer.is_global_zero:
+            tell(self.report)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Check the model that is left: hooks of the module and of the strategy ran since the training ended."""
+        if self.report is not None:
+            keep_zeros_(pl_module, self.report)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint; nothing before training and after it, when the model is plain."""

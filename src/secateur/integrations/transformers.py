@@ -11,7 +11,18 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.integrations._shared import STATE_FILE, begin, known_steps, read_state, restore, swap_, write_state
+from secateur.integrations._shared import (
+    STATE_FILE,
+    begin,
+    finish,
+    known_steps,
+    read_state,
+    restore,
+    swap_,
+    tell,
+    warn_of_lost_zeros,
+    write_state,
+)
 from secateur.patterns import SparsityPattern
 from secateur.reports import Report
 from secateur.schedules import Schedule
@@ -31,6 +42,11 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
     Give it to the Trainer when that is made, so that methods that learn the mask can swap their layers before the model
     is wrapped or loaded. The masks are updated after each optimizer step. When training ends the model is plain again,
     with real zeros, and what ``save_model`` writes then is an ordinary model.
+
+    Give it as the last callback: it cannot order itself here, as it does in Lightning. A later one that writes averaged
+    weights (EMA, SWA) into the model when training ends writes over the zeros. ``evaluate`` and ``predict`` after
+    training warn of that; ``callback.report.verify(trainer.model)`` raises, and
+    ``secateur.apply_masks_(trainer.model, callback.report)`` sets the zeros again.
 
     A checkpoint that the Trainer writes is for resuming: it holds the layers that learn, if there are any, and the
     state of the masks in ``sparse_training.safetensors``. A run resumed from it goes on exactly as one that was not
@@ -108,12 +124,13 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
             seed=seed,
         )
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._reasons: dict[str, str] = {}  # why modules stay plain
         self.training: SparseTraining | None = None
         self.report: Report | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Swap layers, before the Trainer wraps the model or loads a checkpoint into it."""
-        swap_(model, self._settings)
+        self._reasons = swap_(model, self._settings)
 
     def on_train_begin(
         self,
@@ -166,7 +183,19 @@ class SparseTrainingCallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             path = Path(state.best_model_checkpoint) / STATE_FILE
             restore(self.training, read_state(path), source=str(path))
-        self.report = self.training.finalize()
+        self.report = finish(self.training, self._reasons)
+        if state.is_world_process_zero:
+            tell(self.report)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Warn if, since the training ended, something wrote to pruned weights."""
+        if self.report is not None:
+            warn_of_lost_zeros(model, self.report)
+
+    def on_predict(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Warn if, since the training ended, something wrote to pruned weights."""
+        if self.report is not None:
+            warn_of_lost_zeros(model, self.report)
 
     def _find_state(self, args: Any, state: Any) -> Path:
         folder = self._checkpoint

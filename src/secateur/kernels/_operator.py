@@ -158,7 +158,17 @@ def _depends_on_dtype(route: Route) -> bool:
     return isinstance(route.inner if isinstance(route, CompactRoute) else route, DenseRoute)
 
 
+def _refuse_onnx_export() -> None:
+    """Raise while torch.onnx exports a model: it has no operator for a packed weight, and says so in riddles."""
+    if torch.onnx.is_in_onnx_export():
+        raise KernelError(
+            "ONNX has no operator for packed weights, so a packed model cannot be exported.\n"
+            "Make its layers dense first: secateur.unpack_(model), then torch.onnx.export(model, ...)."
+        )
+
+
 def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    _refuse_onnx_export()
     rows, columns = _parse(spec).shape
     check_input(x, columns)
     return x.new_empty(*x.shape[:-1], rows)
@@ -199,6 +209,7 @@ def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
 # The operator that compilers and autograd see.
 @torch.library.custom_op("secateur::packed_linear", mutates_args=())
 def _packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
+    _refuse_onnx_export()
     return _run(x, weight, bias, spec)
 
 
@@ -270,5 +281,6 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
     if torch.compiler.is_compiling() or differentiated:
         y: Tensor = _packed_linear(x, weight, bias, spec)
     else:
+        _refuse_onnx_export()
         y = _inference(x, weight, bias, spec)
     return y

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from secateur._sharding import local_part, sharded_like
 from secateur._types import Mask
-from secateur.layers._sharding import local_part, sharded_like
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from secateur._sharding import is_sharded
 from secateur.layers._plain import why_not_plain
-from secateur.layers._sharding import is_sharded
 
 
 class Replaceability:

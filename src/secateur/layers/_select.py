@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from secateur._checks import globs
 from secateur._errors import RecipeError, naming
+from secateur._sharding import full_tensor, is_sharded, write_whole_
 from secateur._types import Weight, dtype_name
 from secateur.layers._kind import LayerKind
 from secateur.layers._kinds import kinds_of
+from secateur.layers._models import check_model, computed_by, why_no_values
 from secateur.layers._observed import NEVER_REACHED, Observed
 from secateur.layers._plain import why_not_plain
 from secateur.layers._roles import roles
-from secateur.layers._sharding import full_tensor, is_sharded, write_whole_
 from secateur.layers._stacks import observed_kinds
 from secateur.patterns import SparsityPattern, with_channel_width
 from secateur.reports import SkippedLayer
@@ -107,7 +108,7 @@ class Layer:
         weight = self.matrix()
         with naming(self.title):
             if weight.is_meta:
-                raise RecipeError("its weight is on the meta device, without values. Load the weights first.")
+                raise RecipeError(why_no_values(self.modules))
             if not (finite := weight.isfinite()).all():
                 raise RecipeError(f"{int((~finite).sum())} of its weights are NaN or infinite. Exclude the layer.")
             pattern.validate(weight.shape)
@@ -176,6 +177,7 @@ def select_layers(
         RecipeError: a glob matches no module with parameters, or no layer is left to prune.
         TypeError: a glob that is not a str.
     """
+    check_model(model)
     include, exclude = globs("include", include), globs("exclude", exclude)
     candidates = [
         candidate for name, module in model.named_modules() for candidate in _candidates(name, module, observed)
@@ -228,7 +230,8 @@ def select_layers(
         listed = "\n".join(
             f"  {s.name or '(the model itself)'} ({s.kind}): {s.reason}" for s in list(skipped.values())[:10]
         )
-        raise RecipeError(f"the model has no layer to prune. Its modules with parameters:\n{listed or '  none'}")
+        nothing = "  none; a packed model has none until secateur.unpack_"
+        raise RecipeError(f"the model has no layer to prune. Its modules with parameters:\n{listed or nothing}")
     return list(found.values()), list(skipped.values())
 
 
@@ -280,10 +283,14 @@ def _why_not_possible(candidate: _Candidate, observed: Observed | None) -> str |
         problem = next((reading.problem for reading in readings if reading is not None), None)
         if problem:
             return problem
+        if isinstance(module, torch.jit.ScriptModule):
+            return "scripted or traced by torch.jit; prune the module that it was made from"
+        if isinstance(module, nn.utils.parametrize.ParametrizationList):
+            return "holds the weight of a parametrized layer"
         return f"{type(module).__name__} is no known kind of layer; see secateur.register_layer"
     weight = getattr(module, kind.parameter, None)
     if not isinstance(weight, nn.Parameter):
-        return f"its {kind.parameter} is computed from other parameters (parametrized or pruned by torch.nn.utils)"
+        return f"its {kind.parameter} is computed by {computed_by(module, kind.parameter)}"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight has no shape yet; run the model once"
     if not weight.is_floating_point() or weight.element_size() == 1:

@@ -16,6 +16,7 @@ from secateur.packing._directory import pack_directory as pack_directory
 from secateur.packing._file import PackedFile as PackedFile
 from secateur.packing._file import read_packed as read_packed
 from secateur.packing._file import write_packed as write_packed
+from secateur.packing._inspect import inspect_stored as inspect_stored
 from secateur.packing._measure import Measurement as Measurement
 from secateur.packing._measure import cache_at as cache_at
 from secateur.packing._measure import measure as measure

@@ -17,9 +17,8 @@ from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own 
 
 from secateur._errors import KernelError, RecipeError
 from secateur._types import Progress, Weight
-from secateur.files import ModelDirectory
 from secateur.formats import Format, encode, pack, stored_share
-from secateur.huggingface import load_model
+from secateur.huggingface import load_model, open_model
 from secateur.kernels import DenseRoute, PrepackedRoute, Route, RoutePlan, available, can_run, candidates
 from secateur.layers import select_layers
 from secateur.nn import PackedLinear
@@ -96,7 +95,7 @@ def bench_directory(
         FormatError: not a model directory with safetensors files.
         RecipeError: no layer has zeros.
     """
-    model, _ = load_model(ModelDirectory.open(path), "cpu", with_head=True)
+    model, _ = load_model(open_model(path), "cpu", with_head=True)
     layers, _ = select_layers(model)
     examples: dict[str, tuple[str, Weight]] = {}  # the first layer of each shape, pattern and density
     for layer in layers:

@@ -13,14 +13,13 @@ from secateur._errors import FormatError
 from secateur.files import (
     INDEX,
     SINGLE,
-    ModelDirectory,
     check_output,
     copy_all_but_weights,
     find_shards,
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES
-from secateur.huggingface import Progress, load_model
+from secateur.huggingface import Progress, load_model, open_model
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
 from secateur.packing._settings import PackSettings
@@ -59,7 +58,7 @@ def pack_directory(
         RecipeError: no layer to pack, or a glob that matches nothing.
         ImportError: transformers is missing.
     """
-    directory = ModelDirectory.open(source)
+    directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, "cpu", with_head=True)
@@ -67,7 +66,7 @@ def pack_directory(
     settings = PackSettings() if settings is None else settings
     if settings.value_dtype is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
-    untrained = [name for name, _ in model.named_modules() if name in missing]
+    untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
     history = _history(directory.path, model)
     report = pack_(
         model,
@@ -76,7 +75,7 @@ def pack_directory(
         history=history,
         progress=progress,
     )
-    absent = [name for name in model.state_dict() if name.rpartition(".")[0] in missing]
+    absent = [name for name in model.state_dict() if name in missing]
     progress("writing", 0, 1)
     extra = {REPORT: report.to_json() + "\n"}
     save_with(

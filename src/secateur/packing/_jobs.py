@@ -13,7 +13,7 @@ from secateur._errors import RecipeError, SparsityError
 from secateur._types import Weight, dtype_name
 from secateur.formats import Format, pack, stored_share
 from secateur.kernels import RoutePlan
-from secateur.layers import Layer, Replaceability, select_layers
+from secateur.layers import Layer, Replaceability, check_model, select_layers
 from secateur.nn import PackedAs, PackedConv2d, PackedLinear, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._history import patterns_of
@@ -69,7 +69,7 @@ class Job:
     ) -> Decision:
         """Return how the layer should run, by a known measurement of a layer that runs alike, or else a new one."""
         rows = PIXELS if isinstance(self.dense, nn.Conv2d) else settings.batch_sizes
-        key = key_of(self.weight, self.packed, type(self.dense).__name__, rows, cold)
+        key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold)
         measured = known.get(key)
         if measured is None:
             inputs = [(n, self._input(n)) for n in rows]
@@ -161,6 +161,7 @@ def find_jobs(
         RecipeError: no layer to pack, or a glob that matches nothing.
     """
     include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
+    check_model(model)
     jobs = [] if include else _packed_jobs(model, exclude, dtype)
     try:
         layers, skipped = select_layers(model, include, exclude)

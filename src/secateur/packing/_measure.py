@@ -131,13 +131,24 @@ def measure(
     return Measurement(seconds, {**nbytes, DENSE: x.dtype.itemsize * packed.shape[0] * packed.shape[1]})
 
 
-def key_of(weight: Weight, packed: Format, layer_class: str, rows: Iterable[int], cold: bool) -> str:
-    """Return the key of a measurement, which is the same for all layers that run alike."""
+def key_of(
+    weight: Weight,
+    packed: Format,
+    patterns: Iterable[SparsityPattern],
+    layer_class: str,
+    rows: Iterable[int],
+    cold: bool,
+) -> str:
+    """Return the key of a measurement, which is the same for all layers that run alike.
+
+    The patterns that the zeros satisfy are part of it, because they decide which routes can run the layer.
+    """
     parts = (
         layer_class,
         f"{packed.shape[0]}x{packed.shape[1]}",
         packed.name,
         str(packed.pattern),
+        "+".join(sorted(map(str, patterns))) or "-",
         f"{stored_share(packed):.2f}",
         dtype_name(packed.value_dtype),
         dtype_name(weight.dtype),

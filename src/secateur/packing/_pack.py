@@ -20,6 +20,7 @@ from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
 from secateur.packing._settings import PackSettings
 from secateur.reports import PackedLayer, PackReport
+from secateur.zeros import weigh_skipped, weights_of
 
 _COLD = 32 << 20  # bytes of all weights; with more, no weight stays in a cache until the next call of its layer
 
@@ -104,11 +105,12 @@ def pack_(
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     return PackReport(
         layers=tuple(rows),
-        skipped=tuple(skipped),
+        skipped=weigh_skipped(model, skipped, {}),
         machine=machine(),
         memory=made.memory,
         seconds=time.perf_counter() - began,
         notes=tuple(notes),
+        whole=weights_of(model),
     )
 
 

@@ -8,6 +8,7 @@ from secateur.patterns._classes import Unstructured as Unstructured
 from secateur.patterns._classes import as_pattern as as_pattern
 from secateur.patterns._classes import at_partial_sparsity as at_partial_sparsity
 from secateur.patterns._classes import with_channel_width as with_channel_width
+from secateur.patterns._classes import with_dense_remainder as with_dense_remainder
 from secateur.patterns._classes import with_scope as with_scope
 from secateur.patterns._find import may_come_from as may_come_from
 from secateur.patterns._find import satisfied as satisfied

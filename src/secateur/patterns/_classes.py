@@ -321,6 +321,17 @@ def with_channel_width(pattern: SparsityPattern, width: int) -> SparsityPattern:
     return Column(width) if pattern == Column() else pattern
 
 
+def with_dense_remainder(pattern: SparsityPattern) -> SparsityPattern:
+    """Return the pattern with ``remainder="dense"``; the pattern itself where it fits every size.
+
+    Example:
+        >>> import secateur
+        >>> secateur.patterns.with_dense_remainder(secateur.NM(2, 4))
+        NM(2, 4, remainder='dense')
+    """
+    return replace(pattern, remainder="dense") if hasattr(pattern, "remainder") else pattern  # type: ignore[type-var]
+
+
 def at_partial_sparsity(pattern: SparsityPattern, sparsity: float) -> tuple[SparsityPattern, float]:
     """Return the pattern and the sparsity to prune with while a schedule is at ``sparsity``.
 

@@ -144,7 +144,7 @@ class SparsityPattern(ABC):
             >>> secateur.NM(2, 4).validate((8, 1022))
             Traceback (most recent call last):
             secateur._errors.PatternError: 2:4 needs an input size that is a multiple of 4, got 1022.
-            Exclude the layer, or use NM(2, 4, remainder='dense') ('2:4,remainder=dense') to leave ...
+            Exclude the layer, or use '2:4,remainder=dense' (--remainder dense) to leave its last 2 columns dense.
         """
         if len(shape) != 2:
             raise PatternError(f"{self} needs a matrix of shape (out, in), got shape {tuple(shape)}.")
@@ -154,7 +154,9 @@ class SparsityPattern(ABC):
             if size % step:
                 dense = replace(self, remainder="dense") if hasattr(self, "remainder") else None  # type: ignore[type-var]
                 tail = f"{size % step} {name if size % step > 1 else name[:-1]}"
-                advice = f", or use {dense!r} ({str(dense)!r}) to leave its last {tail} dense." if dense else "."
+                advice = (
+                    f", or use {str(dense)!r} (--remainder dense) to leave its last {tail} dense." if dense else "."
+                )
                 raise PatternError(
                     f"{self} needs an {side} size that is a multiple of {step}, got {size}.\nExclude the layer{advice}"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,21 @@ from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
 from secateur.calibration import batched, read_text
 from secateur.evaluation import DenseQuality
-from secateur.files import ModelDirectory, check_output
-from secateur.huggingface import CalibrationText, TextReader, is_causal, load_model, transformers_library
-from secateur.layers import Layer, select_layers
+from secateur.files import ModelDirectory, check_output, without_claims
+from secateur.huggingface import (
+    CalibrationText,
+    StoredWeights,
+    TextReader,
+    is_causal,
+    load_model,
+    open_model,
+    transformers_library,
+)
+from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.reports import PRUNING_REPORT, Report, SkippedLayer
+from secateur.reports import PRUNING_REPORT, Report
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -60,7 +69,7 @@ def prune_directory(
         SparsityError: its other children, for recipes and texts that do not fit.
         ImportError: transformers is missing.
     """
-    directory = ModelDirectory.open(source)
+    directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     if (recipe.method.needs or ALLOCATIONS[recipe.allocation].needs) and calibration is None:
         raise RecipeError(
@@ -71,6 +80,12 @@ def prune_directory(
 
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, device, dtype)
+    if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
+            "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
+            "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
+        )
     recipe, stored = _match_checkpoint(model, directory, recipe, missing)
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text or heldout else None
@@ -89,23 +104,21 @@ def prune_directory(
         quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
 
     report = prune_(model, batches, recipe, progress=progress)
-    for stored_name, parameter_name in stored.items():
-        _round_like_stored_(model, parameter_name, directory, stored_name)
+    _check_writable(directory, stored.unwritable)
+    stored.round_()
 
-    reasons = {entry.name: _NOT_STORED for entry in report.skipped if entry.name in missing}
+    reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
     report = replace(
         report,
         evaluation=None if quality is None else quality.compare(model, progress),
         calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
         versions={**report.versions, "transformers": transformers_library().__version__},
-        skipped=tuple(
-            SkippedLayer(entry.name, entry.kind, reasons.get(entry.name, entry.reason)) for entry in report.skipped
-        ),
+        skipped=tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped),
     )
     progress("writing", 0, 1)
     directory.write_pruned(
         output,
-        {name: model.get_parameter(parameter) for name, parameter in stored.items()},
+        stored,
         {"config.json": _config_with_sparsity(directory, report), PRUNING_REPORT: report.to_json() + "\n"},
         overwrite,
     )
@@ -119,40 +132,29 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
         "sparsity": report.sparsity,
         "layers": [layer.name for layer in report.layers],
     }
-    return json.dumps({**directory.config, "sparsity": sparsity}, indent=2) + "\n"
+    return json.dumps({**without_claims(directory.config), "sparsity": sparsity}, indent=2) + "\n"
 
 
 def _match_checkpoint(
     model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
-) -> tuple[Recipe, dict[str, str]]:
-    """Map stored names to parameters to prune, and leave out layers whose values do not come from the checkpoint."""
+) -> tuple[Recipe, StoredWeights]:
+    """Find where the parameters to prune are stored, and leave out layers whose values are not in the checkpoint."""
     layers, _ = select_layers(model, recipe.include, recipe.exclude)
-    untrained = tuple(layer.name for layer in layers if layer.name in missing)
+    untrained = tuple(layer.name for layer in layers if layer.parameter_name in missing)
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
-    names: dict[int, list[str]] = {}  # of each parameter; a tied one may be stored under some or all of them
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    stored: dict[str, str] = {}
-    lost: list[Layer] = []
-    for layer in layers:
-        if layer.name in untrained:
-            continue
-        found = {directory.find(name, layer.parameter) for name in names[id(layer.parameter)]} - {None}
-        if not found:
-            lost.append(layer)
-        stored.update({name: layer.parameter_name for name in found if name is not None})
-    if lost:
-        listed = ", ".join(layer.name for layer in lost[:5])
-        raise FormatError(
-            f"{directory.path} stores {len(lost)} layers in another form than the model uses them ({listed}), so they "
-            "cannot be written back.\nUse secateur.prune_ in Python and model.save_pretrained, or exclude them."
-        )
+    # Which weights are layers may turn out only while the model runs, so that all that may be one are looked for.
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name not in missing]
+    stored = StoredWeights(model, directory, matrices)
+    _check_writable(directory, set(stored.lost) & {layer.parameter_name for layer in layers})
     return recipe, stored
 
 
-@torch.no_grad()
-def _round_like_stored_(model: nn.Module, parameter_name: str, directory: ModelDirectory, stored_name: str) -> None:
-    """Give a computed weight the precision that it will have on disk."""
-    parameter = model.get_parameter(parameter_name)
-    parameter.copy_(parameter.to(directory.read(stored_name).dtype))
+def _check_writable(directory: ModelDirectory, lost: Collection[str]) -> None:
+    if lost:
+        listed = ", ".join(sorted(lost)[:5])
+        raise FormatError(
+            f"{directory.path} stores {len(lost)} weights in another form than the model uses them ({listed}), or not "
+            "at all, and transformers has no way back, so they cannot be written. Nothing was.\n"
+            "Exclude them, or use secateur.prune_ in Python and model.save_pretrained."
+        )

@@ -8,8 +8,9 @@ from torch import Tensor
 from secateur._types import Weight
 from secateur.calibration import LayerStatistics
 from secateur.layers import Layer
-from secateur.reports import LayerReport, histogram, thumbnail
+from secateur.reports import LayerReport, empty_rows, histogram, thumbnail
 from secateur.solvers import LayerProblem, Solution
+from secateur.zeros import parameter_names
 
 
 def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, seconds: float) -> LayerReport:
@@ -37,10 +38,26 @@ def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, second
         dead_inputs=dead_inputs(statistics),
         seconds=seconds,
         tied_to=layer.tied_to,
-        notes=solution.notes,
+        notes=(*solution.notes, *_dense_remainder(problem)),
         histogram=histogram(solution.scores, solution.mask),
         thumbnail=thumbnail(solution.mask),
+        parameters=parameter_names(layer),
+        empty_rows=empty_rows(stored),
     )
+
+
+def _dense_remainder(problem: LayerProblem) -> tuple[str, ...]:
+    """What is beyond the last whole group or tile of the pattern."""
+    units = problem.pattern.units(problem.weight.shape)
+    left = [
+        f"its last {size - core} {side}{'s' if size - core > 1 else ''}"
+        for size, core, side in zip(units.shape, units.core, ("row", "column"), strict=True)
+        if size > core
+    ]
+    if not left:
+        return ()
+    count = units.shape[0] * units.shape[1] - units.core[0] * units.core[1]
+    return (f"{' and '.join(left)} stayed dense ({count:,} weights), because {problem.pattern} does not divide them",)
 
 
 def relative_error(dense: Weight, stored: Weight, statistics: LayerStatistics | None) -> float | None:

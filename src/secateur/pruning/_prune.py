@@ -19,6 +19,7 @@ from secateur.calibration import (
     LayerStatistics,
     Need,
     call_model,
+    fit_arguments,
     gather,
     hash_batches,
     load_batches,
@@ -26,13 +27,14 @@ from secateur.calibration import (
     quiet,
     replayed,
 )
-from secateur.layers import NEVER_REACHED, Layer, Observed, globs_of, select_layers
-from secateur.patterns import SparsityPattern
+from secateur.layers import NEVER_REACHED, Layer, Observed, check_model, globs_of, select_layers
+from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
 from secateur.pruning._recipe import Recipe
-from secateur.reports import LayerReport, Report, SkippedLayer, versions
+from secateur.reports import LayerReport, PackedMask, Report, SkippedLayer, StoredMasks, versions
 from secateur.solvers import Importance, LayerProblem, Solver, verify
+from secateur.zeros import considered_of, packed_mask, weigh_skipped, weights_of
 
 
 def prune_(
@@ -49,6 +51,7 @@ def prune_(
     sequential: bool | None = None,
     measure_error: bool | None = None,
     strict: bool | None = None,
+    remainder: Remainder | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -63,10 +66,13 @@ def prune_(
     Args:
         model: any module. Layers are found by class; see :func:`register_layer` for your own.
         batches: calibration inputs, read once: tensors (``model(batch)``), tuples or lists (``model(*batch)``), dicts
-            or ``BatchEncoding`` (``model(**batch)``). Tokens whose ``attention_mask`` is 0 do not count. A few thousand
+            or ``BatchEncoding`` (``model(**batch)``); numpy arrays count as tensors. A label beside the inputs, as a
+            ``DataLoader`` gives it, is left out where the model takes one input. A ``SentenceTransformer`` also takes
+            texts. Tokens whose ``attention_mask`` is 0 do not count. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
-        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict: see :class:`Recipe`.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder: see
+            :class:`Recipe`.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
         progress: called with a description, the layers done (fractional while calibrating) and the number of layers.
 
@@ -88,6 +94,7 @@ def prune_(
         (0.5, 64)
     """
     began = time.perf_counter()
+    check_model(model)
     if isinstance(batches, Recipe):
         raise TypeError("batches must be calibration inputs, got a Recipe; pass recipe=Recipe(...)")
     keywords = {
@@ -100,6 +107,7 @@ def prune_(
         "sequential": sequential,
         "measure_error": measure_error,
         "strict": strict,
+        "remainder": remainder,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
@@ -117,9 +125,16 @@ def prune_(
 
     run = forward or call_model
     loaded: list[Any] = []
-    observed = None
+    observed, ignored = None, ""
     if batches is not None:
-        loaded = load_batches(batches, _device_of(model))
+        if any(parameter.is_meta for parameter in model.parameters()):  # before a forward pass fails on it
+            for layer in select_layers(model, recipe.include, recipe.exclude)[0]:
+                layer.fit(recipe.pattern)
+        device = _device_of(model)
+        loaded = load_batches(batches, device)
+        if forward is None:
+            fitted = fit_arguments(model, loaded, device)
+            loaded, ignored = fitted.batches, fitted.ignored
         with quiet(model):
             observed = observe(model, loaded, run, lambda seen: not _unreached(model, recipe, seen))
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
@@ -129,11 +144,14 @@ def prune_(
     total = float(len(layers))
     tell = progress or (lambda description, done, total: None)
     reports: list[LayerReport] = []
-    digest = None
+    masks: list[PackedMask] = []
+    digest, mode = None, ""
 
     def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
         with naming(layer.title):
-            reports.append(_prune_layer_(layer, patterns[layer.name], sparsity, statistics, recipe.method))
+            report, mask = _prune_layer_(layer, patterns[layer.name], sparsity, statistics, recipe.method)
+        reports.append(report)
+        masks.append(mask)
 
     def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
         return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
@@ -153,6 +171,7 @@ def prune_(
             shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
             del dense  # statistics of all layers at once, which the stages do not need
             source = replayed(model, loaded, layers, run, recipe.sequential)
+            mode = source.mode
             for index, stage in enumerate(source.stages):
                 # Half of a stage's share of the work is calibrating it, half is solving its layers.
                 done, size = len(reports), len(stage.layers)
@@ -170,11 +189,15 @@ def prune_(
 
     return Report(
         layers=tuple(reports),
-        skipped=tuple(SkippedLayer(entry.name, entry.kind, entry.reason) for entry in skipped),
+        skipped=weigh_skipped(model, skipped, considered_of(reports)),
         recipe=recipe.to_dict(),
         versions=versions(),
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
+        whole=weights_of(model),
+        calibration_mode=mode,
+        stored_masks=StoredMasks(masks),
+        calibration={"ignored": ignored} if ignored else {},
     )
 
 
@@ -210,8 +233,8 @@ def _tell_unreached(names: Sequence[str], others: Sequence[str], strict: bool) -
 
 def _prune_layer_(
     layer: Layer, pattern: SparsityPattern, sparsity: float, statistics: LayerStatistics | None, method: Solver
-) -> LayerReport:
-    """Solve a layer, check the solution, write it to the model, and report it."""
+) -> tuple[LayerReport, PackedMask]:
+    """Solve a layer, check the solution, write it to the model, and return its report and its mask."""
     began = time.perf_counter()
     dense = layer.matrix()
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True).contiguous()
@@ -225,4 +248,5 @@ def _prune_layer_(
         note = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
         solution = replace(solution, notes=(*solution.notes, note))
     layer.write_(solution.weight)
-    return layer_report(layer, problem, solution, seconds=time.perf_counter() - began)
+    mask = packed_mask(layer, solution.mask)
+    return layer_report(layer, problem, solution, seconds=time.perf_counter() - began), mask

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur._checks import flag, globs, instance, known_keys, one_of
 from secateur._errors import RecipeError, naming
-from secateur.patterns import SparsityPattern, Unstructured
+from secateur.patterns import Remainder, SparsityPattern, Unstructured, with_dense_remainder
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.solvers import (
     Importance,
@@ -45,6 +45,9 @@ class Recipe:
             which second-order methods gather anyway and which about doubles the cost of calibrating for Wanda.
         strict: refuse, before any weight changes, what is otherwise left dense or calibrated on more than its own
             inputs, and reported: layers that no calibration input reaches, and experts that fewer than 64 reach.
+        remainder: for layers whose size the pattern's groups or tiles do not divide, ``"error"`` raises and ``"dense"``
+            leaves the columns and rows beyond the last whole one dense, as a pattern with ``remainder="dense"`` does.
+            The report notes how many. A pattern that says so itself wins.
 
     Raises:
         RecipeError: an unknown method or allocation.
@@ -68,6 +71,7 @@ class Recipe:
     sequential: bool = True
     measure_error: bool = True
     strict: bool = False
+    remainder: Remainder = "error"
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -77,6 +81,9 @@ class Recipe:
         elif isinstance(self.method, Importance):
             object.__setattr__(self, "method", Select(self.method))
         instance("pattern", self.pattern, SparsityPattern, "a SparsityPattern or its name")  # type: ignore[type-abstract]
+        if one_of("remainder", self.remainder, ("error", "dense")) == "dense":
+            object.__setattr__(self, "pattern", with_dense_remainder(self.pattern))
+        object.__setattr__(self, "remainder", getattr(self.pattern, "remainder", self.remainder))
         instance("method", self.method, Solver, "a Solver or its name")  # type: ignore[type-abstract]
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))

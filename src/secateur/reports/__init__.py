@@ -1,10 +1,15 @@
 """What was done to a model, and how is that written down?"""
 
+from secateur.reports._figures import empty_rows as empty_rows
 from secateur.reports._figures import histogram as histogram
 from secateur.reports._figures import thumbnail as thumbnail
 from secateur.reports._figures import versions as versions
 from secateur.reports._html import Fact as Fact
 from secateur.reports._html import tables_page as tables_page
+from secateur.reports._masks import PackedMask as PackedMask
+from secateur.reports._masks import StoredMasks as StoredMasks
+from secateur.reports._match import Holder as Holder
+from secateur.reports._match import find_tensors as find_tensors
 from secateur.reports._packing import PackReport as PackReport
 from secateur.reports._page import comparison_page as comparison_page
 from secateur.reports._pruning import PRUNING_REPORT as PRUNING_REPORT
@@ -14,6 +19,7 @@ from secateur.reports._records import Comparison as Comparison
 from secateur.reports._records import Evaluation as Evaluation
 from secateur.reports._records import Histogram as Histogram
 from secateur.reports._records import LayerReport as LayerReport
+from secateur.reports._records import ModelWeights as ModelWeights
 from secateur.reports._records import PackedLayer as PackedLayer
 from secateur.reports._records import SkippedLayer as SkippedLayer
 from secateur.reports._rows import comparison_table as comparison_table
@@ -24,3 +30,5 @@ from secateur.reports._rows import skipped_table as skipped_table
 from secateur.reports._tables import Table as Table
 from secateur.reports._tables import TableColumn as TableColumn
 from secateur.reports._tables import bars as bars
+from secateur.reports._verify import Verification as Verification
+from secateur.reports._verify import wanted_by as wanted_by

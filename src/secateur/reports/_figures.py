@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from secateur._types import Mask, Scores
+from secateur._types import Mask, Scores, Weight
 from secateur.reports._records import Histogram
 
 _BINS = 48
@@ -43,6 +43,11 @@ def histogram(scores: Scores, mask: Mask) -> Histogram | None:
         pruned=tuple(pruned.tolist()),
         cut=round(float(lowest.log10()), 4) if lowest > 0 and lowest.isfinite() else None,
     )
+
+
+def empty_rows(matrix: Weight) -> int:
+    """How many rows of a matrix ``[out, in]`` are entirely zero; none where there are no columns."""
+    return len(matrix) - int(matrix.ne(0).any(1).count_nonzero()) if matrix.shape[1] else 0
 
 
 def thumbnail(mask: Mask) -> tuple[tuple[int, ...], ...]:

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from secateur.reports._coverage import packing_line
 from secateur.reports._html import Fact, tables_page
-from secateur.reports._records import Choice, PackedLayer, SkippedLayer
+from secateur.reports._records import Choice, ModelWeights, PackedLayer, SkippedLayer
 from secateur.reports._rows import packed_table, skipped_table
-from secateur.reports._tables import markdown_text
+from secateur.reports._tables import markdown_text, sentence
 
 _BUSY = 1.5  # upper over lower quartile; a quiet machine stays below 1.2
 
@@ -27,6 +28,7 @@ class PackReport:
         memory: how many times its dense bytes a layer's run-time layouts might take.
         seconds: that packing took.
         notes: what else is worth knowing, such as where the patterns come from.
+        whole: the weights of the whole model; None in reports of 0.1.0.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -35,6 +37,7 @@ class PackReport:
     memory: float
     seconds: float
     notes: tuple[str, ...] = ()
+    whole: ModelWeights | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -67,13 +70,23 @@ class PackReport:
             "poor; pack again on a quiet one"
         )
 
+    @property
+    def first_line(self) -> str:
+        """The share of the whole model's bytes that is packed now, and that has zeros; empty in reports of 0.1.0."""
+        packed = sum(layer.dense_bytes for layer in self.layers if layer.packed)
+        return packing_line(self.whole, packed, self.dense_bytes)
+
     def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
         packed = sum(layer.packed for layer in self.layers)
-        return (
+        run = (
             f"packed {packed} of {len(self.layers)} layers with zeros, skipped {len(self.skipped)} modules; "
             f"{self.dense_bytes:,} bytes dense, {self.stored_bytes:,} stored, {self.resident_bytes:,} while running; "
             f"{self.seconds:.1f} s"
         )
+        return [*filter(None, [self.first_line]), run]
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -94,18 +107,25 @@ class PackReport:
                 shape, tied_to = tuple(layer.pop("shape")), tuple(layer.pop("tied_to"))
                 layers.append(PackedLayer(choices=choices, shape=shape, tied_to=tied_to, **layer))
             skipped = tuple(SkippedLayer(**entry) for entry in table.pop("skipped"))
-            notes = tuple(table.pop("notes", ()))
-            return cls(layers=tuple(layers), skipped=skipped, notes=notes, **table)
+            notes, whole = tuple(table.pop("notes", ())), table.pop("whole", None)
+            return cls(
+                layers=tuple(layers),
+                skipped=skipped,
+                notes=notes,
+                whole=None if whole is None else ModelWeights(**whole),
+                **table,
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a report of pack_: {error}") from None
 
     def _remarks(self) -> list[str]:
         """What to know beside the table, a sentence each."""
-        return [f"{_sentence(remark)}." for remark in (self.warning, *self.notes) if remark]
+        return [f"{sentence(remark)}." for remark in (self.warning, *self.notes) if remark]
 
     def to_markdown(self) -> str:
         """Return the summary and a table of layers as Markdown."""
-        parts = ["# Packing report", f"{str(self).capitalize()}.", f"Measured on: {markdown_text(self._machine())}."]
+        lines = [f"{sentence(line)}." for line in self._lines()]
+        parts = ["# Packing report", *lines, f"Measured on: {markdown_text(self._machine())}."]
         parts += self._remarks()
         tables = (packed_table(self.layers), skipped_table(self.skipped))
         return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
@@ -118,7 +138,8 @@ class PackReport:
             Fact("Bytes while running", f"{self.resident_bytes:,}", "stored, and what kernels keep besides"),
             Fact("Time", f"{self.seconds:.1f} s"),
         )
-        lead = [f"Measured on: {self._machine()}.", *self._remarks()]
+        lead = [f"{line}." for line in [self.first_line] if line]
+        lead += [f"Measured on: {self._machine()}.", *self._remarks()]
         return tables_page("Packing report", lead, facts, (packed_table(self.layers), skipped_table(self.skipped)))
 
     def _machine(self) -> str:
@@ -129,7 +150,3 @@ def _choice(table: dict[str, Any]) -> Choice:
     if "route" not in table and "way" in table:  # what 0.1.0 called it
         table["route"] = table.pop("way")
     return Choice(**table)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
-from secateur.reports._records import Evaluation, Histogram, LayerReport, SkippedLayer
+from secateur._errors import RecipeError
+from secateur.reports._coverage import emptied, left_alone, pruning_line
+from secateur.reports._masks import StoredMasks
+from secateur.reports._match import Holder
+from secateur.reports._records import Evaluation, Histogram, LayerReport, ModelWeights, SkippedLayer
 from secateur.reports._rows import evaluation_table, pruned_table, skipped_table
+from secateur.reports._tables import markdown_text, sentence
+from secateur.reports._verify import Verification, verify_counts, verify_masks
 
 PRUNING_REPORT = "secateur.json"  # the report in a pruned model directory
 
@@ -26,6 +32,11 @@ class Report:
         calibration_hash: SHA-256 over the calibration batches, None without any.
         evaluation: measured before and after, if asked.
         calibration: where the batches came from, such as file, samples, sequence length and seed, if the caller says.
+        whole: the weights of the whole model after the run; None in reports of 0.1.0.
+        calibration_mode: ``"sequential with replay"`` (each stage on the outputs of the pruned stages before it, which
+            are not computed again), ``"sequential in full"`` (the same, but each stage ran the model from its start),
+            or ``"one pass"`` (all layers on the dense model). Empty without calibration, and where it is not known.
+        stored_masks: of the pruned layers. They stay in memory, one bit a weight, and are no part of JSON.
     """
 
     layers: tuple[LayerReport, ...]
@@ -36,6 +47,56 @@ class Report:
     calibration_hash: str | None = None
     evaluation: Evaluation | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    whole: ModelWeights | None = None
+    calibration_mode: str = ""
+    # No field: asdict and equality leave the masks out. But dataclasses.replace hands on what __post_init__ kept.
+    stored_masks: InitVar[StoredMasks | None] = None
+
+    def __post_init__(self, stored_masks: StoredMasks | None) -> None:
+        object.__setattr__(self, "stored_masks", stored_masks)
+
+    @property
+    def masks(self) -> StoredMasks:
+        """The masks by the qualified name of their parameter: bool, in its shape, True = kept.
+
+        A mapping that is kept packed: a mask is unpacked when it is looked up. ``dict(report.masks)`` unpacks all.
+
+        Raises:
+            RecipeError: the report was read from a file, and has no masks.
+        """
+        masks: StoredMasks | None = vars(self)["stored_masks"]
+        if masks is None:
+            raise RecipeError(
+                "this report has no masks: they stay in memory, and it was read from a file.\n"
+                "Take them from a model that has its zeros: secateur.masks(model)."
+            )
+        return masks
+
+    def verify(self, model: Holder) -> Verification:
+        """Check that every weight that was pruned is still zero in a model, in a copy of it, or in a ``state_dict``.
+
+        A report that was read from a file has no masks. Then each parameter must have at least as many zeros as were
+        pruned, and the result says so.
+
+        Args:
+            model: in which parameters have the same names, but for the prefixes of wrappers.
+
+        Returns:
+            What was compared.
+
+        Raises:
+            PatternError: parameters that have lost zeros, which are listed with numbers; or one of another shape.
+            RecipeError: a parameter that is not in the model, or that has no values.
+
+        Example:
+            >>> import torch, secateur
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+            >>> report = secateur.prune_(model, pattern="2:4", method="magnitude")
+            >>> print(report.verify(model))
+            all 16 pruned weights are zero, in 1 parameter
+        """
+        masks: StoredMasks | None = vars(self)["stored_masks"]
+        return verify_counts(model, self.layers) if masks is None else verify_masks(model, masks)
 
     @property
     def num_weights(self) -> int:
@@ -52,11 +113,26 @@ class Report:
         """Fraction of the pruned layers' weights that was pruned."""
         return self.num_pruned / self.num_weights if self.num_weights else 0.0
 
-    def __str__(self) -> str:
-        return (
+    @property
+    def first_line(self) -> str:
+        """The share of the whole model that is zero now, and that was considered; empty in reports of 0.1.0."""
+        return pruning_line(self.whole, self.num_weights)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to look at: many weights that were left alone, and layers that ended empty."""
+        return tuple(filter(None, (left_alone(self.layers, self.skipped), emptied(self.layers))))
+
+    def _lines(self) -> list[str]:
+        run = (
             f"pruned {self.num_pruned:,} of {self.num_weights:,} weights ({self.sparsity:.2%}) "
             f"in {len(self.layers)} layers, skipped {len(self.skipped)} modules, {self.seconds:.1f} s"
         )
+        run += f"; calibration {self.calibration_mode}" if self.calibration_mode else ""
+        return [*filter(None, [self.first_line]), run, *(f"warning: {text}" for text in self.warnings)]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready dicts and lists, with the totals."""
@@ -80,11 +156,14 @@ class Report:
             table.pop("totals", None)
             layers = [_layer_from_dict(layer) for layer in table.pop("layers")]
             skipped = [SkippedLayer(**entry) for entry in table.pop("skipped")]
-            evaluation = table.pop("evaluation")
+            evaluation, whole = table.pop("evaluation"), table.pop("whole", None)
+            if "stored_masks" in table:
+                raise TypeError("masks are never part of JSON")
             return cls(
                 layers=tuple(layers),
                 skipped=tuple(skipped),
                 evaluation=None if evaluation is None else Evaluation(**evaluation),
+                whole=None if whole is None else ModelWeights(**whole),
                 **table,
             )
         except (TypeError, KeyError, AttributeError) as error:
@@ -94,7 +173,7 @@ class Report:
         """Return the summary and the layers as Markdown, without pictures."""
         tables = [] if self.evaluation is None else [evaluation_table(self.evaluation)]
         tables += [pruned_table(self.layers), skipped_table(self.skipped)]
-        parts = ["# Pruning report", f"{str(self).capitalize()}."]
+        parts = ["# Pruning report", *(f"{sentence(markdown_text(line))}." for line in self._lines())]
         return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
 
     def to_html(self) -> str:
@@ -116,4 +195,5 @@ def _layer_from_dict(table: dict[str, Any]) -> LayerReport:
     table["thumbnail"] = tuple(tuple(row) for row in table["thumbnail"])
     for key in ("shape", "tied_to", "notes"):
         table[key] = tuple(table[key])
+    table["parameters"] = tuple(table.get("parameters", ()))
     return LayerReport(histogram=histogram, **table)

@@ -46,6 +46,9 @@ class LayerReport:
         notes: what the solver wants known.
         histogram: of the scores that decided.
         thumbnail: a picture of the mask, at most 48 x 48, rows of percent kept.
+        parameters: qualified names of the weight, as in a ``state_dict``: under its module, and under those of
+            ``tied_to``. Empty in reports of 0.1.0.
+        empty_rows: outputs whose weights are all zero now.
     """
 
     name: str
@@ -63,19 +66,74 @@ class LayerReport:
     notes: tuple[str, ...] = ()
     histogram: Histogram | None = None
     thumbnail: tuple[tuple[int, ...], ...] = ()
+    parameters: tuple[str, ...] = ()
+    empty_rows: int = 0
 
     @property
     def num_weights(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all weights are zero now."""
+        return bool(self.num_weights) and self.empty_rows == self.shape[0]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and one on outputs that ended empty. Under the pattern ``row`` these are what was asked for."""
+        if self.is_empty:
+            return (*self.notes, "all weights are zero: the output no longer depends on the input")
+        if self.empty_rows and self.pattern.partition(",")[0] != "row":
+            return (*self.notes, f"{self.empty_rows:,} of {self.shape[0]:,} output rows are entirely zero")
+        return self.notes
+
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A module with parameters that was left as it is, its class and the reason."""
+    """A module with parameters that was left as it is.
+
+    Args:
+        name: qualified name of the module.
+        kind: its class.
+        reason: why it was left alone.
+        weights: floating-point weights that it owns and that were left alone. A shared parameter counts once.
+        matrix_weights: those of them that are in parameters with two or more dimensions.
+    """
 
     name: str
     kind: str
     reason: str
+    weights: int = 0
+    matrix_weights: int = 0
+
+    @property
+    def role(self) -> str:
+        """``"embeddings"`` or ``"output heads"``, which are left alone by what they are; empty for all others."""
+        if self.kind in ("Embedding", "EmbeddingBag") or self.reason.startswith(("embedding", "tied to the embedding")):
+            return "embeddings"
+        return "output heads" if self.reason.startswith("output head") else ""
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the user left it out: by ``include`` or ``exclude``, or by the layers that ``sparsify_`` replaced."""
+        return self.reason in ("excluded", "not included", "not a sparse layer")
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All floating-point parameters of a model, each shared one counted once, packed layers as if they were dense.
+
+    Args:
+        weights: of the whole model: matrices, biases, norms, embeddings.
+        zeros: those that are zero now.
+        nbytes: that they take, dense.
+        without_values: weights that are not in memory (on the meta device). They do not count as zeros.
+    """
+
+    weights: int
+    zeros: int
+    nbytes: int
+    without_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,3 +262,11 @@ class PruningRecord(Protocol):
     @property
     def evaluation(self) -> Evaluation | None:
         """Quality before and after."""
+
+    @property
+    def first_line(self) -> str:
+        """The shares of the whole model."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should look at."""

@@ -34,7 +34,7 @@ def pruned_table(layers: Sequence[LayerReport]) -> Table:
             "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
             "" if layer.dead_inputs is None else f"{layer.dead_inputs:,}",
             f"{layer.seconds:.2f}",
-            "; ".join((*(f"shared with {name}" for name in layer.tied_to), *layer.notes)),
+            "; ".join((*(f"shared with {name}" for name in layer.tied_to), *layer.remarks)),
         )
         for layer in layers
     )
@@ -56,10 +56,17 @@ def block_of(name: str) -> str:
 
 def skipped_table(skipped: Sequence[SkippedLayer]) -> Table:
     """Return a table with a row for each module that was left as it is."""
-    rows = tuple((entry.name or "(root)", entry.kind, entry.reason) for entry in skipped)
-    return Table(
-        "Modules that were skipped", (TableColumn("skipped"), TableColumn("kind"), TableColumn("reason")), rows
+    rows = tuple(
+        (entry.name or "(root)", entry.kind, f"{entry.weights:,}" if entry.weights else "", entry.reason)
+        for entry in skipped
     )
+    columns = (
+        TableColumn("skipped"),
+        TableColumn("kind"),
+        TableColumn("weights", is_number=True),
+        TableColumn("reason"),
+    )
+    return Table("Modules that were skipped", columns, rows)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:

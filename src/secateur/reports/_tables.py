@@ -73,6 +73,11 @@ def markdown_text(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+def sentence(text: str) -> str:
+    """Return text that begins with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
 def size(shape: tuple[int, int]) -> str:
     """Return the shape of a matrix as text."""
     return f"{shape[0]} x {shape[1]}"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from secateur._checks import instance, number
+from secateur._checks import number
 from secateur._errors import PatternError, RecipeError, naming
 from secateur._types import Weight
-from secateur.layers import Layer, full_tensor, select_layers, write_whole_
+from secateur.layers import Layer, check_model, full_tensor, select_layers, write_whole_
 from secateur.patterns import SparsityPattern, as_pattern, with_channel_width
 
 
@@ -215,7 +215,7 @@ class GroupSparsity:
         self, model: nn.Module, include: Iterable[str], exclude: Iterable[str]
     ) -> list[tuple[Layer, SparsityPattern]]:
         """The layers to work on, each with the pattern as it applies to it."""
-        instance("model", model, nn.Module, "an nn.Module")
+        check_model(model)
         selected, _ = select_layers(model, include, exclude)
         # Not Layer.fit, which looks at every weight: this runs at each step of training.
         fitted = []

@@ -14,7 +14,7 @@ from secateur._errors import RecipeError
 from secateur._types import Mask
 from secateur.layers import select_layers
 from secateur.patterns import SparsityPattern, as_pattern
-from secateur.reports import Report
+from secateur.reports import Report, StoredMasks
 from secateur.training._masked_model import (
     STATE_VERSION,
     MaskedModel,
@@ -116,6 +116,11 @@ class LotteryTicket:
     def masks(self) -> dict[str, Mask]:
         """The masks, ``[out, in]`` bool, True = kept, by layer name: copies."""
         return self._masked.masks
+
+    @property
+    def parameter_masks(self) -> StoredMasks:
+        """The same masks in the shape of their parameters and by the names of these, for :func:`apply_masks_`."""
+        return self._masked.parameter_masks
 
     @property
     def sparsity(self) -> float:

@@ -13,10 +13,11 @@ from torch import nn
 from secateur._checks import instance
 from secateur._errors import PatternError, RecipeError
 from secateur._types import Mask
-from secateur.layers import Layer, reshard, sharded_modules
+from secateur.layers import Layer, check_model, reshard, sharded_modules
 from secateur.patterns import SparsityPattern
-from secateur.reports import LayerReport, Report, SkippedLayer, thumbnail, versions
+from secateur.reports import LayerReport, Report, SkippedLayer, StoredMasks, empty_rows, thumbnail, versions
 from secateur.training._weights import TrainedWeight
+from secateur.zeros import considered_of, parameter_names, stored_masks, weigh_skipped, weights_of
 
 STATE_VERSION = 1
 
@@ -44,12 +45,20 @@ class MaskedModel(Generic[W]):
         self.report: Report | None = None
         self._skipped = tuple(skipped)
         self._closed = closed
+        self._model = model
         self._sharded = sharded_modules(model)
 
     @property
     def masks(self) -> dict[str, Mask]:
         """The hard masks, ``[out, in]`` bool, True = kept, by layer name: copies."""
         return {name: weight.hard_mask() for name, weight in self.weights.items()}
+
+    @property
+    def parameter_masks(self) -> StoredMasks:
+        """The hard masks in the shape of their parameters, by the names of these; of the report once there is one."""
+        if self.report is not None:
+            return self.report.masks
+        return stored_masks((weight.layer, weight.hard_mask()) for weight in self.weights.values())
 
     def make_ready(self) -> None:
         """Prepare for work on the weights, which must come after this.
@@ -85,12 +94,15 @@ class MaskedModel(Generic[W]):
 
     def describe(self, layers: Iterable[LayerReport], recipe: Mapping[str, Any], seconds: float) -> Report:
         """Return a report about the layers, and about those that were left alone."""
+        layers = tuple(layers)
         return Report(
-            layers=tuple(layers),
-            skipped=tuple(SkippedLayer(entry.name, entry.kind, entry.reason) for entry in self._skipped),
+            layers=layers,
+            skipped=weigh_skipped(self._model, self._skipped, considered_of(layers)),
             recipe=dict(recipe),
             versions=versions(),
             seconds=seconds,
+            whole=weights_of(self._model),
+            stored_masks=self.parameter_masks,
         )
 
     def close(self, report: Report) -> Report:
@@ -124,7 +136,7 @@ class MaskedModel(Generic[W]):
 
 def check_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise unless these are a model and an optimizer; then give up the whole copies of weights that FSDP holds."""
-    instance("model", model, nn.Module, "an nn.Module")
+    check_model(model)
     instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     reshard(sharded_modules(model))
 
@@ -209,6 +221,8 @@ def report_layer(
         tied_to=weight.layer.tied_to,
         notes=tuple(notes),
         thumbnail=thumbnail(mask),
+        parameters=parameter_names(weight.layer),
+        empty_rows=empty_rows(matrix),
     )
 
 

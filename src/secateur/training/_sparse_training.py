@@ -14,7 +14,7 @@ from secateur._errors import RecipeError, naming
 from secateur._types import Mask
 from secateur.nn import MaskSettings, densify_, sparse_layers, sparsify_
 from secateur.patterns import SparsityPattern, Unstructured
-from secateur.reports import Report
+from secateur.reports import Report, StoredMasks
 from secateur.schedules import Schedule
 from secateur.training._find import FoundLayers, find_layers
 from secateur.training._masked_model import STATE_VERSION, MaskedModel, check_optimizer, check_trained, report_layer
@@ -190,6 +190,11 @@ class SparseTraining:
     def masks(self) -> dict[str, Mask]:
         """The hard masks, ``[out, in]`` bool, True = kept, by layer name; of soft ones what they would keep: copies."""
         return self._masked.masks
+
+    @property
+    def parameter_masks(self) -> StoredMasks:
+        """The same masks in the shape of their parameters and by the names of these, for :func:`apply_masks_`."""
+        return self._masked.parameter_masks
 
     @torch.no_grad()
     def step(self) -> None:
