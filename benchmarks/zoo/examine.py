@@ -28,7 +28,6 @@ import secateur
 TARGETS: tuple[tuple[str, float | None], ...] = (("2:4", None), ("unstructured", 0.6))
 METHODS = ("gate", "sr-ste")
 STEPS = 10
-CALIBRATION = {"sequential with replay": "replay", "sequential in full": "full", "one pass": "one pass"}
 
 
 @dataclass
@@ -96,18 +95,13 @@ def every_route_wins() -> Iterator[None]:
 
 
 @contextmanager
-def watching_replay() -> Iterator[list[str]]:
-    """Collect how calibration ran, where the report of pruning does not say it."""
-    found: list[str] = []
-    original = secateur.calibration.replayed
-
-    def replayed(*args: Any, **kwargs: Any) -> Any:
-        source = original(*args, **kwargs)
-        found.append("one pass" if len(source.stages) == 1 else "replay" if source._skips else "full")
-        return source
-
-    with mock.patch("secateur.pruning._prune.replayed", replayed):
-        yield found
+def noting_warnings(line: Line, stage: str) -> Iterator[None]:
+    """Note what secateur warns of, which names this file as the caller; other libraries warn of much."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for sentence in dict.fromkeys(str(one.message).partition("\n")[0] for one in said if one.filename == __file__):
+        line.note(stage, f"warns: {sentence}")
 
 
 def loss_of(family: Family, model: nn.Module, batch: Any) -> Tensor:
@@ -127,7 +121,7 @@ def prune(family: Family, line: Line) -> nn.Module | None:
         before = zeros(dict(model.named_parameters()))
         settings: dict[str, Any] = {"pattern": pattern, "sparsity": sparsity, "forward": family.forward}
         try:
-            with watching_replay() as replay:
+            with noting_warnings(line, f"prune {label}"):
                 try:
                     report = secateur.prune_(model, family.batches(), **settings)
                 except secateur.PatternError as error:
@@ -141,7 +135,7 @@ def prune(family: Family, line: Line) -> nn.Module | None:
             cells.append(f"{label}: no")
             model = None
             continue
-        line.replay = CALIBRATION.get(getattr(report, "calibration_mode", ""), replay[-1])
+        line.replay = report.calibration_mode.removeprefix("sequential with ").removeprefix("sequential in ")
         after = zeros(dict(model.named_parameters()))
         made = sum(after.values()) - sum(before.values())
         cells.append(label if made == report.num_pruned else f"{label}: {made} zeros, reported {report.num_pruned}")
