@@ -40,8 +40,9 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
             yield from _last_layer(part)
     for name, module in model.named_modules():
         parts = name.split(".")
-        if parts[-1] in _HEADS and not any(part.isdigit() for part in parts):
-            yield from _last_layer(module)
+        has_name = parts[-1] in _HEADS and not any(part.isdigit() for part in parts)
+        if has_name and not any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules()):
+            yield from _last_layer(module)  # what attends is no head but pools, and has features as its outputs
     children = list(model.named_children())
     if len(children) > 1 and children[-1][0] == "fc":
         yield from _last_layer(children[-1][1])
