@@ -185,13 +185,14 @@ def find_jobs(
     replaceability = Replaceability(model, "use PackedLinear.from_linear", reads_are_served=True)
     parts = [layer for layer in layers if layer.kind.name or layer.kind.parameter != "weight"]
     recurrent = [layer for layer in parts if isinstance(layer.modules[0], nn.RNNBase)]
-    stacked = [layer for layer in parts if layer not in recurrent]
+    stacked = [layer for layer in parts if not isinstance(layer.modules[0], nn.RNNBase)]
     new_stacks, unserved = find_stacks(stacked, known, dtype, lambda layer: _why_not_weight(layer.matrix()))
     new_modules, more = find_recurrent(recurrent, known, dtype, replaceability)
     jobs += [*new_stacks, *new_modules]
     skipped += [*unserved, *more]
+    taken = set(map(id, parts))
     for layer in layers:
-        if layer in parts:
+        if id(layer) in taken:
             continue
         weight = layer.matrix()
         reason = _why_not(replaceability, layer, weight)
