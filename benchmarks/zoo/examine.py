@@ -148,7 +148,9 @@ def prune(family: Family, line: Line) -> nn.Module | None:
             cells.append(f"{label}: no")
             model = None
             continue
-        line.replay = report.calibration_mode.removeprefix("sequential with ").removeprefix("sequential in ")
+        line.replay = (
+            report.calibration_mode.partition(" (")[0].removeprefix("sequential with ").removeprefix("sequential in ")
+        )
         after = zeros(dict(model.named_parameters()))
         made = sum(after.values()) - sum(before.values())
         cells.append(label if made == report.num_pruned else f"{label}: {made} zeros, reported {report.num_pruned}")
