@@ -10,24 +10,23 @@ from families import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
 # One of each kind. A law that today's code breaks has its reason.
-READ = "a weight that is read without calling its layer is trained without its mask"
 KINDS = {
     "Llama": {},
-    "GPT2": {"trains": "transformers' Conv1D learns no mask"},
-    "Falcon": {"trains": "a subclass of nn.Linear learns no mask"},
+    "GPT2": {},
+    "Falcon": {},
     "Mixtral": {},
     "GptOss": {},
-    "Mamba": {"trains": READ},
+    "Mamba": {},
     "EsmModel": {},
     "T5ForConditionalGeneration": {},
     "ViTModel": {},
-    "WavLMModel": {"reaches": "a convolution under weight_norm stays dense", "trains": READ},
-    "SiglipModel": {"reaches": "the end of its pooling is taken for an output head"},
+    "WavLMModel": {"reaches": "a convolution under weight_norm stays dense"},
+    "SiglipModel": {},
     "TransformerEncoder": {"trains": "no layer that is called may learn a mask"},
     "MultiheadAttention kdim vdim": {},
     "LSTM packed sequence": {},
     "U-Net": {},
-    "F.linear on a layer's weight": {"trains": READ},
+    "F.linear on a layer's weight": {},
     "Experts by bmm": {},
     "Experts by einsum": {"reaches": "einsum is not seen"},
 }

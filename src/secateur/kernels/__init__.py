@@ -31,6 +31,7 @@ from secateur.kernels._operator import FLOATS as FLOATS
 from secateur.kernels._operator import PackedSpec as PackedSpec
 from secateur.kernels._operator import check_bias as check_bias
 from secateur.kernels._operator import check_dense as check_dense
+from secateur.kernels._operator import packed_dense as packed_dense
 from secateur.kernels._operator import packed_linear as packed_linear
 from secateur.kernels._operator import runtime_nbytes as runtime_nbytes
 from secateur.kernels._plan import RoutePlan as RoutePlan

@@ -301,6 +301,31 @@ torch.library.register_vmap("secateur::packed_linear_inference", _vmap, lib=_lib
 _inference = torch.ops.secateur.packed_linear_inference.default
 
 
+@torch.library.custom_op("secateur::packed_dense", mutates_args=())
+def _packed_dense(weight: Sequence[Tensor], spec: str) -> Tensor:
+    packed = _get_ready(weight, spec).packed
+    dense = packed.to_dense()
+    return dense.clone() if dense.data_ptr() == packed.values.data_ptr() else dense
+
+
+@_packed_dense.register_fake
+def _packed_dense_fake(weight: Sequence[Tensor], spec: str) -> Tensor:
+    values = weight[0]
+    dtype = values.dtype if values.is_floating_point() else torch.float32
+    return values.new_empty(_parse(spec).shape, dtype=dtype)
+
+
+def packed_dense(weight: Sequence[Tensor], spec: str) -> Tensor:
+    """Return the dense weight, as one operator that compilers need not look into.
+
+    Args:
+        weight: the tensors of the format, in the order of the spec's names.
+        spec: a :class:`PackedSpec` as text.
+    """
+    dense: Tensor = _packed_dense(weight, spec)
+    return dense
+
+
 def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
     """Return x Wᵀ + b. Packed layers and :func:`~secateur.kernels.linear` call this.
 

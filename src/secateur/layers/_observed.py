@@ -37,10 +37,12 @@ class Observed:
     Args:
         called: ids of the modules that were called.
         read: by the id of a parameter, how functions multiply it.
+        all_reached: whether every weight counts as reached: this says how weights are read, and not which ones.
     """
 
     called: frozenset[int] = frozenset()
     read: Mapping[int, Reading] = field(default_factory=dict)
+    all_reached: bool = False
 
     def reached(self, module: nn.Module, parameter: nn.Parameter, *, by_call: bool) -> bool:
         """Return whether inputs of a weight were seen.
@@ -50,4 +52,4 @@ class Observed:
             parameter: the weight.
             by_call: whether a call of the module shows them.
         """
-        return id(parameter) in self.read or (by_call and id(module) in self.called)
+        return self.all_reached or id(parameter) in self.read or (by_call and id(module) in self.called)

@@ -16,14 +16,17 @@ class Replaceability:
     Args:
         model: the one that has the modules. Its structure must not change while this object is used.
         instead: advice for a model that is itself a layer.
+        reads_are_served: whether code that reads the weight of the replacement runs it, too.
     """
 
-    def __init__(self, model: nn.Module, instead: str = "put it into a module") -> None:
+    def __init__(
+        self, model: nn.Module, instead: str = "put it into a module", *, reads_are_served: bool = False
+    ) -> None:
         self._model, self._instead = model, instead
         # Their fast paths read the weights of their children without calling these: a replacement would not run there.
         self._readers = {
             id(child): type(parent).__name__
-            for parent in model.modules()
+            for parent in (() if reads_are_served else model.modules())
             if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention)
             for child in parent.children()
         }

@@ -12,6 +12,12 @@ from secateur.nn._packed import PackedLinear as PackedLinear
 from secateur.nn._packed_conv import PackedConv1d as PackedConv1d
 from secateur.nn._packed_conv import PackedConv2d as PackedConv2d
 from secateur.nn._packed_matrix import PackedMatrix as PackedMatrix
+from secateur.nn._packed_recurrent import PackedRecurrent as PackedRecurrent
+from secateur.nn._packed_recurrent import packed_recurrents as packed_recurrents
+from secateur.nn._packed_stack import PackedStack as PackedStack
+from secateur.nn._packed_stack import packed_stacks as packed_stacks
+from secateur.nn._packed_stack import put_in_place_ as put_in_place_
+from secateur.nn._packed_weight import PackedWeight as PackedWeight
 from secateur.nn._sparse import SparseConv2d as SparseConv2d
 from secateur.nn._sparse import SparseLinear as SparseLinear
 from secateur.nn._sparse_conv1d import SparseConv1D as SparseConv1D

@@ -14,6 +14,7 @@ from secateur.layers import kind_of, plain_class, transposed_linear
 from secateur.nn._packed import PackedConv1D, PackedLinear
 from secateur.nn._packed_conv import PackedConv1d, PackedConv2d, PackedConvolution
 from secateur.nn._packed_matrix import PackedMatrix
+from secateur.nn._packed_stack import PackedStack
 
 # Every layer that runs packed. ``isinstance`` takes it.
 Packed: TypeAlias = PackedMatrix | PackedConvolution
@@ -95,10 +96,18 @@ def linear_of(module: Packed) -> PackedMatrix:
 
 
 def packed_layers(model: nn.Module) -> dict[str, Packed]:
-    """Return the packed layers of a model by qualified name. A layer with several names is there under each."""
+    """Return the packed layers of a model by qualified name. A layer with several names is there under each.
+
+    The matrices of a :class:`PackedStack` are no layers: only the whole stack can be replaced.
+    """
     found: dict[str, Packed] = {}
+    stacks: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         inside = name.rpartition(".")[0]
-        if isinstance(module, Packed) and not isinstance(found.get(inside), PackedConvolution):
+        if isinstance(module, PackedStack):
+            stacks.add(name)
+        elif inside in stacks:
+            continue
+        elif isinstance(module, Packed) and not isinstance(found.get(inside), PackedConvolution):
             found[name] = module
     return found

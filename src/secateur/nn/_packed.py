@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from secateur._checks import instance
 from secateur._errors import RecipeError
-from secateur._types import Weight
 from secateur.formats import pack
 from secateur.kernels import RoutePlan
 from secateur.layers import own_behaviour
@@ -97,9 +96,9 @@ class PackedLinear(PackedMatrix):
         return self._shape[0]
 
     @property
-    def weight(self) -> Weight:
-        """The dense weight, ``[out, in]``, computed at each access. For code that only reads it."""
-        return self.matrix()
+    def weight(self) -> Tensor:
+        """The weight, ``[out, in]``, for code that reads it: see :class:`PackedWeight`."""
+        return self._read()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``x Wᵀ + bias`` for an input ``[..., in]``, in its dtype, or in that of autocast where it is on."""
@@ -143,8 +142,8 @@ class PackedConv1D(PackedMatrix):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, ``[in, out]``, computed at each access. For code that only reads it."""
-        return self.matrix().T
+        """The weight, ``[in, out]``, for code that reads it: see :class:`PackedWeight`."""
+        return self._read().T
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W + bias`` for an input ``[..., in]``, in its dtype, or in that of autocast where it is on."""
@@ -154,7 +153,7 @@ class PackedConv1D(PackedMatrix):
         """Return transformers' ``Conv1D`` with the same weight and bias, in new tensors."""
         made: nn.Module = importlib.import_module("transformers.pytorch_utils").Conv1D(0, 0)
         made.nf, made.nx = self.nf, self.nx  # type: ignore[assignment]
-        made.weight = nn.Parameter(self.weight.contiguous())
+        made.weight = nn.Parameter(self.matrix().T.contiguous())
         bias = torch.zeros(self.nf).to(self._like) if self.bias is None else self.bias.clone()
         made.bias = nn.Parameter(bias)
         return made.train(self.training)

@@ -19,10 +19,12 @@ from secateur.kernels import (
     RoutePlan,
     check_bias,
     default_plan,
+    packed_dense,
     packed_linear,
     runtime_nbytes,
     with_spare_values,
 )
+from secateur.nn._packed_weight import PackedWeight
 
 
 class PackedMatrix(nn.Module, ABC):
@@ -76,6 +78,10 @@ class PackedMatrix(nn.Module, ABC):
 
     def _multiply(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ + bias`` for x ``[..., in]``, in the dtype of x, or in that of autocast where it is on."""
+        return self.product(x, self._buffers["bias"])
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x Wᵀ + bias`` as a call of a linear layer does, with another bias ``[out]``, or with none."""
         # Not of dtypes that are refused, not of float64, which PyTorch leaves as it is, and not on the meta device.
         dtype = getattr(x, "dtype", None)
         is_cast = dtype in FLOATS and dtype != torch.float64 and not x.is_meta
@@ -83,7 +89,9 @@ class PackedMatrix(nn.Module, ABC):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         buffers: dict[str, Any] = self._buffers  # looking up an attribute of a module takes ten times as long
         weight = [buffers[name] for name in self.names]
-        return packed_linear(x, weight, buffers["bias"], self._spec)
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # the operator has none for a bias
+            return packed_linear(x, weight, None, self._spec) + bias.to(x.dtype)
+        return packed_linear(x, weight, bias, self._spec)
 
     @abstractmethod
     def forward(self, input: Tensor) -> Tensor:
@@ -92,7 +100,32 @@ class PackedMatrix(nn.Module, ABC):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The dense weight in the shape of the layer that was packed. It is made anew each time it is read."""
+        """The weight in the shape of the layer that was packed, for code that reads it."""
+
+    def _read(self) -> Tensor:
+        """The weight ``[out, in]`` for code that reads it: packed, but dense while a compiler traces."""
+        if torch.compiler.is_compiling():
+            weight: list[Any] = [self._buffers[name] for name in self.names]
+            return packed_dense(weight, self._spec).to(self._like.dtype)
+        made, of = self.__dict__.get("_view", (None, None))
+        if of is not self._buffers["_like"]:  # another dtype or device
+            made = PackedWeight((self,))
+            self.__dict__["_view"] = made, self._buffers["_like"]
+        return made  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what reads this very layer."""
+        return {key: value for key, value in self.__dict__.items() if key != "_view"}
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self._shape
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the weight is."""
+        return self.values.device
 
     @abstractmethod
     def to_dense(self) -> nn.Module:

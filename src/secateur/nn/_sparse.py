@@ -198,11 +198,11 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of the input ``[..., in]`` with the effective weight, plus the bias."""
-        if self._mask_in_use() is not None or not self.weight.numel():
+        if self._mask_in_use() is not None or not self._own_weight.numel():
             return F.linear(input, self._effective(), self.bias)
         return gated_linear(
             input,
-            self.weight,
+            self._own_weight,
             self.bias,
             self._threshold_by_competition(),
             self.temperature,
@@ -369,7 +369,7 @@ class SparseConv2d(SparseLayer):
 
     def from_matrix(self, matrix: Weight) -> Tensor:
         """Return a matrix as ``to_matrix`` makes them in the weight's shape."""
-        return matrix.view(self.weight.shape)
+        return matrix.view(self._own_weight.shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the input with the effective weight, plus the bias."""

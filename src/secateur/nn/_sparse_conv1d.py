@@ -83,7 +83,7 @@ class SparseConv1D(SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product of ``x`` with the effective weight, plus the bias."""
-        if self._mask_in_use() is not None or not self.weight.numel():
+        if self._mask_in_use() is not None or not self._own_weight.numel():
             return F.linear(x, self._effective().T, self.bias)
         return gated_linear(
             x,

@@ -118,6 +118,27 @@ class SparseLayer(nn.Module, ABC):
             return
         super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        """While another module that reads the weight runs, the weight that it reads is the effective one."""
+        if name == "weight" and self.__dict__.get("_readers"):
+            return self._effective()
+        return super().__getattr__(name)
+
+    @property
+    def _own_weight(self) -> nn.Parameter:
+        """The parameter, also while the weight that others read is another one."""
+        return self._parameters["weight"]  # type: ignore[return-value]
+
+    def count_readers(self, change: int) -> None:
+        """Say that modules begin or end to run that read ``weight`` instead of calling this layer.
+
+        Meanwhile ``weight`` is the effective weight, with its gradient, so that the mask acts there, too.
+
+        Args:
+            change: 1 for a module that begins, -1 for one that ends.
+        """
+        self._readers = self.__dict__.get("_readers", 0) + change
+
     @staticmethod
     @abstractmethod
     def to_matrix(tensor: Tensor) -> Weight:
@@ -130,7 +151,7 @@ class SparseLayer(nn.Module, ABC):
     @property
     def channel_width(self) -> int:
         """How many adjacent columns of the matrix read one input channel: the kernel positions of a convolution."""
-        return math.prod(self.weight.shape[2:])
+        return math.prod(self._own_weight.shape[2:])
 
     @property
     def mask(self) -> Mask | None:
@@ -188,11 +209,11 @@ class SparseLayer(nn.Module, ABC):
     def _effective(self) -> Tensor:
         """The weight that the forward pass uses, in the parameter's shape."""
         mask = self._mask_in_use()
-        if mask is None and not self.weight.numel():
-            mask = torch.ones_like(self.weight, dtype=torch.bool)  # a unit without elements has no score
+        if mask is None and not self._own_weight.numel():
+            mask = torch.ones_like(self._own_weight, dtype=torch.bool)  # a unit without elements has no score
         if mask is not None:
             grows_back = self._stage == _STRAIGHT_THROUGH
-            return _Masked.apply(self.weight, mask, self.threshold, grows_back)  # type: ignore[no-any-return,no-untyped-call]
+            return _Masked.apply(self._own_weight, mask, self.threshold, grows_back)  # type: ignore[no-any-return,no-untyped-call]
         matrix = gated(
             self._matrix(),
             self._threshold_by_competition(),
@@ -204,11 +225,11 @@ class SparseLayer(nn.Module, ABC):
         return self.from_matrix(matrix)
 
     def _matrix(self) -> Weight:
-        return self.to_matrix(self.weight).contiguous()
+        return self.to_matrix(self._own_weight).contiguous()
 
     def _units(self) -> Units:
         """What is kept or pruned together. A learned threshold judges each weight for itself, in its row."""
-        rows, columns = self.to_matrix(self.weight).shape
+        rows, columns = self.to_matrix(self._own_weight).shape
         return (self.pattern or _ELEMENTWISE).units((rows, columns))
 
     def _threshold_by_competition(self) -> Tensor:
@@ -232,20 +253,20 @@ class SparseLayer(nn.Module, ABC):
         return mask.clone() if mask is not None else self._mask_by_threshold()
 
     def _mask_by_threshold(self) -> Mask:
-        if not self.weight.numel():
-            return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        if not self._own_weight.numel():
+            return torch.ones(self._own_weight.shape, dtype=torch.bool, device=self._own_weight.device)
         threshold = full_tensor(self._threshold_by_competition())
         return self.from_matrix(hard_mask(self._whole_matrix(), threshold, self._units()))
 
     def _whole_matrix(self) -> Weight:
         """The weight as forward compares it: at least float32, and whole if it is sharded over processes."""
-        matrix = self.to_matrix(full_tensor(self.weight.detach())).contiguous()
+        matrix = self.to_matrix(full_tensor(self._own_weight.detach())).contiguous()
         return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
     @torch.no_grad()
     def effective_weight(self) -> Weight:
         """Return ``weight * hard mask``, a new tensor; nothing changes."""
-        return full_tensor(self.weight).masked_fill(~self.hard_mask(), 0)
+        return full_tensor(self._own_weight).masked_fill(~self.hard_mask(), 0)
 
     def num_active(self) -> int:
         """Return how many weights the hard rule keeps."""
@@ -253,7 +274,7 @@ class SparseLayer(nn.Module, ABC):
 
     def density(self) -> float:
         """Return the fraction of weights that the hard rule keeps; 1 for a layer without weights."""
-        return self.num_active() / self.weight.numel() if self.weight.numel() else 1.0
+        return self.num_active() / self._own_weight.numel() if self._own_weight.numel() else 1.0
 
     def sparsity(self) -> float:
         """Return ``1 - density()``."""
@@ -338,7 +359,7 @@ class SparseLayer(nn.Module, ABC):
             mask = self.mask
         self.freeze(mask)
         if optimizer is not None:
-            clear_state_(optimizer, self.weight, mask)
+            clear_state_(optimizer, self._own_weight, mask)
             if isinstance(self.threshold, nn.Parameter):
                 nothing = torch.zeros(self.threshold.shape, dtype=torch.bool, device=self.threshold.device)
                 clear_state_(optimizer, self.threshold, nothing)
@@ -358,8 +379,8 @@ class SparseLayer(nn.Module, ABC):
         """
         self.use_mask(mask, straight_through=straight_through)
         if not straight_through:
-            pruned = ~sharded_like(mask.to(self.weight.device), self.weight)
-            for stored in (self.weight, self.weight.grad):
+            pruned = ~sharded_like(mask.to(self._own_weight.device), self._own_weight)
+            for stored in (self._own_weight, self._own_weight.grad):
                 if stored is not None:
                     local_part(stored).masked_fill_(pruned, 0)
             self.threshold.fill_(0)
@@ -382,8 +403,10 @@ class SparseLayer(nn.Module, ABC):
             return
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.shape != self.weight.shape:
-            raise PatternError(f"a mask for this layer has shape {tuple(self.weight.shape)}, got {tuple(mask.shape)}.")
+        if mask.shape != self._own_weight.shape:
+            raise PatternError(
+                f"a mask for this layer has shape {tuple(self._own_weight.shape)}, got {tuple(mask.shape)}."
+            )
         self.kept.copy_(mask)
         self._enter(_STRAIGHT_THROUGH if straight_through else _FROZEN)
 
@@ -412,14 +435,14 @@ class SparseLayer(nn.Module, ABC):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A checkpoint has zeros where the mask prunes, whatever numbers an optimizer left there."""
         mask = self.mask
-        if mask is not None and not self.straight_through and not is_sharded(self.weight):
+        if mask is not None and not self.straight_through and not is_sharded(self._own_weight):
             # .data, so that a backward pass that is still to come does not take this for a change of its inputs.
-            self.weight.data.masked_fill_(~mask, 0)
+            self._own_weight.data.masked_fill_(~mask, 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with a mask makes the layer a pruned one, a checkpoint without makes it one that learns."""
-        state = _as_now(state_dict, prefix, self.weight.shape, self._stage)
+        state = _as_now(state_dict, prefix, self._own_weight.shape, self._stage)
         super()._load_from_state_dict(state, prefix, *args)
         self._seen = ()
         self._look()
@@ -427,7 +450,7 @@ class SparseLayer(nn.Module, ABC):
     def _describe(self) -> str:
         learned = "" if self.pattern is None else f", pattern={str(self.pattern)!r}"
         # Printing must not wait for other processes, which may not print.
-        unknown = self.weight.is_meta or (is_sharded(self.weight) and self.mask is None)
+        unknown = self._own_weight.is_meta or (is_sharded(self._own_weight) and self.mask is None)
         density = "?" if unknown else f"{self.density():.4f}"
         return f"bias={self.bias is not None}, structured={self.is_structured}{learned}, density={density}"
 
@@ -439,7 +462,7 @@ class SparseLayer(nn.Module, ABC):
         """
         if self.mask is None and self.pattern is not None:
             self.hard_prune()
-        write_whole_(self.weight, self.effective_weight())
+        write_whole_(self._own_weight, self.effective_weight())
 
     def _keep_shell(self, dense: nn.Module) -> None:
         """Keep all of the dense layer but its parameters, to make it again: it may be of a subclass."""
@@ -450,11 +473,11 @@ class SparseLayer(nn.Module, ABC):
         """The dense layer with the effective weight. It takes over the parameters."""
         self._bake_()
         plain = _without_parameters(self._shell[0])
-        plain._parameters.update(weight=self.weight, bias=self.bias)
+        plain._parameters.update(weight=self._own_weight, bias=self.bias)
         return plain.train(self.training)
 
     def _must_be_whole(self, method: str) -> None:
-        if is_sharded(self.weight):
+        if is_sharded(self._own_weight):
             raise RecipeError(
                 f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
                 "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur._errors import FormatError, RecipeError
 from secateur._types import dtype_name
 from secateur.formats import UNSCALED_DTYPES, Format, check_sizes, pack
-from secateur.nn import PackedAs, linear_of, packed_layers
+from secateur.nn import PackedAs, linear_of, packed_layers, packed_stacks
 from secateur.packing._file import PackedFile
 from secateur.packing._history import History, patterns_in, patterns_of
 from secateur.packing._measure import machine
@@ -41,6 +41,21 @@ class LayerEntry:
 
 
 @dataclass(frozen=True)
+class StackEntry:
+    """What a parameter that is packed as a whole has besides its matrices, each of which is stored as a layer.
+
+    Args:
+        parts: names of the matrices, in their order. The layer of each is that of the parameter, a dot, and this.
+        stacked: whether they are the matrices of a stack; else they follow on one another in the first dimension.
+        transposed: whether the parameter has them as ``[in, out]``.
+    """
+
+    parts: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class Contents:
     """Everything in a packed model, as a file has it.
 
@@ -57,6 +72,7 @@ class Contents:
         sparse: names among ``layers`` of tensors that are not packed layers but are stored without their zeros, and
             their shapes. They become dense only after the model was found to have a tensor of that shape, because a
             file of a few bytes may claim any shape.
+        stacks: parameters whose matrices are among ``layers``, by name.
     """
 
     layers: Mapping[str, Format]
@@ -69,6 +85,12 @@ class Contents:
     model: str = ""
     absent: tuple[str, ...] = ()
     sparse: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stacks: Mapping[str, StackEntry] = field(default_factory=dict)
+
+    @property
+    def stacked_layers(self) -> set[str]:
+        """Names of the layers that are matrices of a parameter."""
+        return {f"{name}.{part}" for name, entry in self.stacks.items() for part in entry.parts}
 
     def metadata(self) -> dict[str, Any]:
         """Return everything but the tensors, as JSON can hold it."""
@@ -84,7 +106,13 @@ class Contents:
         same = {name: dict(getattr(self, name)) for name in ("modules", "weights", "tied", "machine")}
         sparse = {name: list(shape) for name, shape in self.sparse.items()}
         # "kinds" is the key of version 1 of the file.
-        return {"kinds": entries, **same, "model": self.model, "absent": list(self.absent), "sparse": sparse}
+        found = {"kinds": entries, **same, "model": self.model, "absent": list(self.absent), "sparse": sparse}
+        if self.stacks:  # a key that files without stacks do not have, as in 0.1
+            found["stacks"] = {
+                name: {"parts": list(entry.parts), "stacked": entry.stacked, "transposed": entry.transposed}
+                for name, entry in self.stacks.items()
+            }
+        return found
 
     @classmethod
     def of(cls, file: PackedFile) -> Contents:
@@ -106,6 +134,7 @@ class Contents:
             texts = {key: dict(table.get(key, {})) for key in ("modules", "weights", "tied", "machine")}
             of = {**{name: name for name in layers if name not in sparse}, **texts["weights"]}
             entries = {n: _entry(table.get("kinds", {}).get(n), layers[first]) for n, first in of.items()}
+            stacks = {name: _stack_entry(name, e, entries) for name, e in dict(table.get("stacks", {})).items()}
             model, absent = table.get("model", ""), table.get("absent", [])
             if not all(isinstance(text, str) for named in texts.values() for text in named.values()):
                 raise TypeError("names should be str")
@@ -114,14 +143,32 @@ class Contents:
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise FormatError(f"the metadata is not that of a packed model: {error!s:.500}.") from None
         all_tensors = {**tensors, **sparse}
-        for key, known in (("modules", entries), ("weights", layers.keys() - sparse), ("tied", all_tensors)):
+        for key, known in (
+            ("modules", {**entries, **stacks}),
+            ("weights", layers.keys() - sparse),
+            ("tied", all_tensors),
+        ):
             for name, first in texts[key].items():
                 if first not in known or name in known:
                     raise FormatError(
                         f"the metadata says that {name!r:.200} is another name of {first!r:.200}, but the latter is "
                         "missing or the former is stored, too."
                     )
-        return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse)
+        return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse, stacks=stacks)
+
+
+def _stack_entry(name: str, table: Any, entries: Mapping[str, LayerEntry]) -> StackEntry:
+    parts, stacked, transposed = table["parts"], table["stacked"], table["transposed"]
+    if table.keys() != {"parts", "stacked", "transposed"} or not isinstance(parts, list) or not parts:
+        raise ValueError(f"the stack {name:.200} should have parts, stacked and transposed")
+    if not isinstance(stacked, bool) or not isinstance(transposed, bool) or not all(type(p) is str for p in parts):
+        raise TypeError(f"the stack {name:.200} should have str as parts, and bools")
+    if len(set(parts)) < len(parts) or any(not part or "." in part for part in parts):
+        raise ValueError(f"the parts of the stack {name:.200} should have different names without dots")
+    for part in parts:
+        if entries[f"{name}.{part}"].packed_as != PackedAs():
+            raise ValueError(f"part {part:.200} of the stack {name:.200} should be a plain matrix")
+    return StackEntry(tuple(parts), stacked, transposed)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -184,6 +231,20 @@ def take_apart(
             weights[name] = first
         else:
             layers[name] = inner.packed
+    stacks: dict[str, StackEntry] = {}
+    for name, stack in packed_stacks(model).items():
+        own |= {f"{name}.{part}.{key}" for part, inner in stack.parts.items() for key in (*inner.names, "bias")}
+        if (first := by_module.setdefault(id(stack), name)) != name:
+            modules[name] = first
+            continue
+        stacks[name] = StackEntry(tuple(stack.parts), stack.stacked, stack.transposed)
+        for part, inner in stack.parts.items():
+            where = f"{name}.{part}"
+            entries[where] = LayerEntry(dtype or inner.weight_dtype, PackedAs(), str(inner.plan))
+            if (first := by_weight.setdefault(id(inner.values), where)) != where:
+                weights[where] = first
+            else:
+                layers[where] = inner.packed
     if "" in entries:
         raise RecipeError(
             "the model is a bare packed layer, which has no name to be stored under. Put it into a module."
@@ -209,7 +270,7 @@ def take_apart(
     shapes = {name: tuple(tensors.pop(name).shape) for name in sparse}
     name = type(model).__name__
     absent = tuple(sorted(absent))
-    return Contents(layers | sparse, entries, tensors, modules, weights, tied, machine(), name, absent, shapes)
+    return Contents(layers | sparse, entries, tensors, modules, weights, tied, machine(), name, absent, shapes, stacks)
 
 
 def _without_zeros(tensor: Tensor, pattern: SparsityPattern | None) -> Format | None:

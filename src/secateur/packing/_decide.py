@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
+from typing import TypeAlias
 
 from secateur.kernels import Route, RoutePlan
 from secateur.packing._measure import DENSE, PREPACKED, Measurement
@@ -46,27 +47,11 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
         dense_bytes: bytes of the dense weight.
         memory: limit for the bytes of all routes of a plan together, as a multiple of ``dense_bytes``.
     """
-    rows = sorted(measured.seconds)
-    gains = {
-        batch: {route: ratios(times, DENSE, route) for route in times} for batch, times in measured.seconds.items()
-    }
-    routes = [route for route in measured.nbytes if all(route in gains[batch] for batch in rows)]
-    routes = [route for route in routes if measured.nbytes[route] <= memory * dense_bytes]
-    plans: list[tuple[float, int, dict[int, Route]]] = []  # score, bytes, and route by batch
-    for count in range(1, min(len(routes), len(rows)) + 1):
-        for combined in combinations(routes, count):
-            nbytes = sum(measured.nbytes[route] for route in combined)
-            taken = {batch: max(combined, key=lambda route, of=gains[batch]: of[route][1]) for batch in rows}  # type: ignore[misc]
-            if nbytes <= memory * dense_bytes and set(taken.values()) == set(combined) != {DENSE}:
-                reached = [gains[batch][route][1] for batch, route in taken.items()]
-                worst = min(reached)  # a plan that is never slower than dense comes before any other
-                score = worst - 1000 if worst < LOSS else sum(map(math.log, reached)) / len(rows)
-                plans.append((score, nbytes, taken))
-    if not plans:
+    gains = _gains(measured)
+    found = _best(measured, gains, dense_bytes, memory)
+    if found is None:
         return Decision(None, f"no route fits into {memory:g} times the bytes of the dense weight", (), 0)
-    top = max(score for score, _, _ in plans)
-    near = [plan for plan in plans if plan[0] >= top - SLACK]
-    _, nbytes, taken = min(near, key=lambda plan: (plan[1], -plan[0]))
+    nbytes, taken = found
     choices = tuple(
         _choice(batch, route, measured.seconds[batch], gains[batch][route]) for batch, route in taken.items()
     )
@@ -82,6 +67,46 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
             f"no route is faster than dense by more than noise: the best ratio is {fastest.ratio:.2f} ({fastest.route})"
         )
     return Decision(None if reason else RoutePlan.of(list(taken.items())), reason, choices, 0 if reason else nbytes)
+
+
+def fastest_plan(measured: Measurement, dense_bytes: int, memory: float) -> RoutePlan | None:
+    """Return the plan that :func:`decide` would choose, even if the dense layer is faster; None if no route fits.
+
+    Args:
+        measured, dense_bytes, memory: as for :func:`decide`.
+    """
+    found = _best(measured, _gains(measured), dense_bytes, memory)
+    return None if found is None else RoutePlan.of(list(found[1].items()))
+
+
+Gains: TypeAlias = dict[int, dict[Route, tuple[float, float, float]]]  # by rows and route: ratio and its quartiles
+
+
+def _gains(measured: Measurement) -> Gains:
+    return {batch: {route: ratios(times, DENSE, route) for route in times} for batch, times in measured.seconds.items()}
+
+
+def _best(measured: Measurement, gains: Gains, dense_bytes: int, memory: float) -> tuple[int, dict[int, Route]] | None:
+    """The bytes of the best plan, and its route for each batch; None if no route fits into memory."""
+    rows = sorted(measured.seconds)
+    routes = [route for route in measured.nbytes if all(route in gains[batch] for batch in rows)]
+    routes = [route for route in routes if measured.nbytes[route] <= memory * dense_bytes]
+    plans: list[tuple[float, int, dict[int, Route]]] = []  # score, bytes, and route by batch
+    for count in range(1, min(len(routes), len(rows)) + 1):
+        for combined in combinations(routes, count):
+            nbytes = sum(measured.nbytes[route] for route in combined)
+            taken = {batch: max(combined, key=lambda route, of=gains[batch]: of[route][1]) for batch in rows}  # type: ignore[misc]
+            if nbytes <= memory * dense_bytes and set(taken.values()) == set(combined) != {DENSE}:
+                reached = [gains[batch][route][1] for batch, route in taken.items()]
+                worst = min(reached)  # a plan that is never slower than dense comes before any other
+                score = worst - 1000 if worst < LOSS else sum(map(math.log, reached)) / len(rows)
+                plans.append((score, nbytes, taken))
+    if not plans:
+        return None
+    top = max(score for score, _, _ in plans)
+    near = [plan for plan in plans if plan[0] >= top - SLACK]
+    _, nbytes, taken = min(near, key=lambda plan: (plan[1], -plan[0]))
+    return nbytes, taken
 
 
 def _choice(

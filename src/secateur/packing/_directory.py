@@ -97,12 +97,13 @@ def _history(path: Path, model: nn.Module) -> list[Report]:
         report = Report.from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or another tool wrote it
         return []
-    names = {name for name, _ in model.named_modules()}
+    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def name_here(name: str) -> str:
         # Pruning may have loaded the model without its head, which names its layers without the prefix.
-        return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in names), name)
+        possible = (name, prefix + name, name.removeprefix(prefix))
+        return next((n for n in possible if n in names or n.rpartition(".")[0] in names), name)
 
     return [replace(report, layers=tuple(replace(layer, name=name_here(layer.name)) for layer in report.layers))]
 

@@ -20,12 +20,26 @@ from secateur._types import dtype_name
 from secateur.formats import Format
 from secateur.kernels import usable_plan
 from secateur.layers import swap_modules_
-from secateur.nn import Packed, PackedAs, linear_of, shape_as_matrix
+from secateur.nn import (
+    Packed,
+    PackedAs,
+    PackedStack,
+    linear_of,
+    packed_recurrents,
+    put_in_place_,
+    shape_as_matrix,
+)
 from secateur.packing._contents import DENSE_DTYPES, Contents, in_dtype
+from secateur.packing._fill_stacks import (
+    ADVICE,
+    device_of,
+    flatten_again_,
+    module_at,
+    new_recurrent,
+    new_stacks,
+)
 from secateur.packing._measure import machine
 from secateur.packing._pack import unpack_
-
-_ADVICE = "Give the model that was saved."
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,32 +74,44 @@ def fill_(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype 
     tensors: dict[str, _Stored] = dict(contents.tensors)
     for name, shape in contents.sparse.items():
         tensors[name] = _WithoutZeros(contents.layers[name], shape, dtype or contents.layers[name].dense_dtype)
-    swaps = _new_layers(model, contents, tensors, state, dtype, path)
-    replaced = {id(module) for module, _ in swaps}
+    # With other threads or versions a plan that was measured is still better than the default one.
+    here = machine()
+    same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
+    swaps = _new_layers(model, contents, tensors, state, dtype, path, same_machine=same_machine)
+    in_place = new_stacks(model, contents, dtype, path, same_machine=same_machine)
+    replaced = {id(old) for old, _ in (*swaps, *in_place)}
     covered = {
         f"{name}.{key}".lstrip(".")
         for name, module in model.named_modules(remove_duplicate=False)
         if id(module) in replaced
         for key in module.state_dict()
     }
+    covered |= {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in replaced}
     wanted = {name: tensor for name, tensor in state.items() if name not in covered}
     tensors.update((name, tensors[first]) for name, first in contents.tied.items() if first in tensors)
     _tie(tensors, wanted)
     _check(tensors, wanted, contents.absent, path)
     for module, new in swaps:
         first_tensor = next(iter(module.state_dict().values()), None)
-        new.to("cpu" if first_tensor is None else _device(first_tensor)).train(module.training)
+        new.to("cpu" if first_tensor is None else device_of(first_tensor)).train(module.training)
     if dense:
         made = nn.ModuleList(new for _, new in swaps)
         unpack_(made)
         swaps = [(module, new) for (module, _), new in zip(swaps, made, strict=True)]
+        whole = {id(new): nn.Parameter(new.to_dense()) for _, new in in_place if isinstance(new, PackedStack)}
+        in_place = [(old, whole[id(new)]) for old, new in in_place]
+    recurrent = [] if dense else new_recurrent(model, contents)
     values = _new_values({name: tensors[name] for name in wanted.keys() & tensors.keys()}, wanted, dtype)
 
     # From here on nothing fails.
-    swap_modules_(model, swaps)
+    swap_modules_(model, [*swaps, *recurrent])
+    put_in_place_(model, in_place)
     for name, value in values.items():
         owner, key = _owner(model, name)
         (owner._parameters if key in owner._parameters else owner._buffers)[key] = value  # type: ignore[assignment]
+    flatten_again_(model)
+    if dense:
+        swap_modules_(model, [(module, module.to_dense()) for module in packed_recurrents(model).values()])
 
 
 def _state_of(model: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -114,16 +140,18 @@ def _new_layers(
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     path: Path,
+    *,
+    same_machine: bool,
 ) -> list[tuple[nn.Module, nn.Module]]:
     """The modules to replace, with the packed layers. Their biases leave ``tensors``; dense weights are added there."""
-    # With other threads or versions a plan that was measured is still better than the default one.
-    here = machine()
-    same_machine = all(contents.machine.get(key) == here[key] for key in ("processor", "kernels"))
     swaps: list[tuple[nn.Module, nn.Module]] = []
     made: dict[str, Packed] = {}
+    in_stacks = contents.stacked_layers
     for name, entry in contents.entries.items():
+        if name in in_stacks:
+            continue
         packed = contents.layers[contents.weights.get(name, name)]
-        module = _module(model, name, path)
+        module = module_at(model, name, path)
         own = PackedAs.of(module)
         if own is None and f"{name}.weight" in state:  # such as an embedding: compressed-tensors compresses them, too
             tensors[f"{name}.weight"] = _WithoutZeros(packed, packed.shape, dtype or entry.dtype)
@@ -140,11 +168,11 @@ def _new_layers(
         swaps.append((module, made[name]))
     for name, of in contents.modules.items():
         if of in made:  # else it is dense in the model
-            module, inner = _module(model, name, path), linear_of(made[of])
+            module, inner = module_at(model, name, path), linear_of(made[of])
             _check_layer(name, module, contents.entries[of].packed_as, inner.packed.shape, inner.bias is not None, path)
             swaps.append((module, made[of]))
     if any(module is model for module, _ in swaps):
-        raise FormatError(f"{path} has a layer without a name, which cannot be put into a model.\n{_ADVICE}")
+        raise FormatError(f"{path} has a layer without a name, which cannot be put into a model.\n{ADVICE}")
     return swaps
 
 
@@ -155,13 +183,13 @@ def _check_layer(
     if PackedAs.of(module) != packed_as or shape_as_matrix(module) != shape:
         raise FormatError(
             f"{path}: layer {name:.200} is a {'convolution' if packed_as.stride else 'linear layer'} of "
-            f"{shape[0]}x{shape[1]}, but in the model it is {module!r:.200}.\n{_ADVICE}"
+            f"{shape[0]}x{shape[1]}, but in the model it is {module!r:.200}.\n{ADVICE}"
         )
     held = linear_of(module) if isinstance(module, Packed) else module
     bias = getattr(held, "bias", None)
     if has_bias != (bias is not None):
         raise FormatError(
-            f"{path}: layer {name:.200} has {'a' if has_bias else 'no'} bias, unlike the layer of the model.\n{_ADVICE}"
+            f"{path}: layer {name:.200} has {'a' if has_bias else 'no'} bias, unlike the layer of the model.\n{ADVICE}"
         )
     return bias
 
@@ -187,7 +215,7 @@ def _check(tensors: Mapping[str, _Stored], wanted: Mapping[str, Tensor], absent:
         what = f"lacks {missing[:5]}" if missing else f"has {extra[:5]!s:.500}"
         raise FormatError(
             f"{path} {what}, which the model {'has' if missing else 'has not'} "
-            f"({len(missing)} missing, {len(extra)} unknown).\n{_ADVICE}"
+            f"({len(missing)} missing, {len(extra)} unknown).\n{ADVICE}"
         )
     for name in sorted(wanted.keys() & tensors.keys()):
         _check_one(name, tensors[name], wanted[name], path)
@@ -197,13 +225,13 @@ def _check_one(name: str, stored: _Stored, wanted: Tensor, path: Path) -> None:
     if tuple(stored.shape) != tuple(wanted.shape):
         raise FormatError(
             f"{path}: {name} has the shape {list(stored.shape)}, but in the model it has {list(wanted.shape)}.\n"
-            f"{_ADVICE}"
+            f"{ADVICE}"
         )
     # A model computes alike in any of these; float8, integers, bools and complex numbers mean something else each.
     if stored.dtype != wanted.dtype and not {stored.dtype, wanted.dtype} <= DENSE_DTYPES:
         raise FormatError(
             f"{path}: {name} is {dtype_name(stored.dtype)}, but in the model it is {dtype_name(wanted.dtype)}, and "
-            f"one cannot stand for the other.\n{_ADVICE}"
+            f"one cannot stand for the other.\n{ADVICE}"
         )
 
 
@@ -222,25 +250,14 @@ def _new_values(
         if id(stored) not in whole:
             whole[id(stored)] = _made(stored, dtype)
         old = wanted[name]
-        value = whole[id(stored)].to(_device(old))
+        value = whole[id(stored)].to(device_of(old))
         if isinstance(old, nn.Parameter):
             value = parameters.setdefault(id(stored), nn.Parameter(value, requires_grad=old.requires_grad))
         values[name] = value
     return values
 
 
-def _device(tensor: Tensor) -> torch.device:
-    return torch.device("cpu") if tensor.is_meta else tensor.device  # a model without values gets them on the CPU
-
-
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter or buffer, and its name there."""
     where, _, key = name.rpartition(".")
     return model.get_submodule(where), key
-
-
-def _module(model: nn.Module, name: str, path: Path) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise FormatError(f"{path} has the layer {name:.200}, but the model has not.\n{_ADVICE}") from None

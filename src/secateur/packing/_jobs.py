@@ -13,12 +13,14 @@ from secateur._errors import RecipeError, SparsityError
 from secateur._types import Weight, dtype_name
 from secateur.formats import Format, pack, stored_share
 from secateur.kernels import RoutePlan
-from secateur.layers import Layer, Replaceability, check_model, select_layers
+from secateur.layers import Layer, Observed, Reading, Replaceability, check_model, select_layers
 from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._history import patterns_of
 from secateur.packing._measure import Measurement, key_of, measure
+from secateur.packing._recurrent import RecurrentJob, find_recurrent, packed_recurrent_jobs
 from secateur.packing._settings import PackSettings
+from secateur.packing._stacks import StackJob, find_stacks, packed_stack_jobs
 from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
@@ -150,29 +152,47 @@ def find_jobs(
     model: nn.Module,
     settings: PackSettings,
     known: Mapping[str, SparsityPattern],
-) -> tuple[list[Job], list[SkippedLayer]]:
+    read: Mapping[int, Reading],
+) -> tuple[list[Job | StackJob | RecurrentJob], list[SkippedLayer]]:
     """Return the weights to measure, and the modules that are skipped, each with the reason.
 
     Args:
         model: the model to pack.
         settings: how to pack. With an ``include``, layers that are already packed are not measured again.
         known: the patterns that layers were pruned to, by name.
+        read: by their id, how functions multiply parameters of modules of no known kind.
 
     Raises:
         RecipeError: no layer to pack, or a glob that matches nothing.
     """
     include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
     check_model(model)
-    jobs, unread = ([], []) if include else _packed_jobs(model, exclude, dtype)
+    jobs: list[Job | StackJob | RecurrentJob] = []
+    unread: list[SkippedLayer] = []
+    if not include:
+        packed, unread = _packed_jobs(model, exclude, dtype)
+        stacks, more = packed_stack_jobs(model, exclude, dtype, _why_not_here)
+        modules, still_more = packed_recurrent_jobs(model, exclude, dtype, _why_not_here)
+        jobs += [*packed, *stacks, *modules]
+        unread += [*more, *still_more]
     try:
-        layers, skipped = select_layers(model, include, exclude)
+        layers, skipped = select_layers(model, include, exclude, Observed(read=read, all_reached=True))
     except RecipeError:
         if not (jobs or unread) or exclude:
             raise
         return jobs, unread
     skipped += unread
-    replaceability = Replaceability(model, "use PackedLinear.from_linear")
+    replaceability = Replaceability(model, "use PackedLinear.from_linear", reads_are_served=True)
+    parts = [layer for layer in layers if layer.kind.name or layer.kind.parameter != "weight"]
+    recurrent = [layer for layer in parts if isinstance(layer.modules[0], nn.RNNBase)]
+    stacked = [layer for layer in parts if layer not in recurrent]
+    new_stacks, unserved = find_stacks(stacked, known, dtype, lambda layer: _why_not_weight(layer.matrix()))
+    new_modules, more = find_recurrent(recurrent, known, dtype, replaceability)
+    jobs += [*new_stacks, *new_modules]
+    skipped += [*unserved, *more]
     for layer in layers:
+        if layer in parts:
+            continue
         weight = layer.matrix()
         reason = _why_not(replaceability, layer, weight)
         if reason is None:
@@ -219,6 +239,11 @@ def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> st
         reason = replaceability.why_not(module) or why_no_counterpart(module)
         if reason is not None:
             return reason
+    return _why_not_weight(weight)
+
+
+def _why_not_weight(weight: Weight) -> str | None:
+    """The reason why a weight cannot be packed, whatever layer has it, or None."""
     if (reason := _why_not_here(weight)) is not None:
         return reason
     return None if bool((weight == 0).any()) else "no zeros"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,24 @@ from torch import nn
 from secateur._checks import settings as settings_from
 from secateur._errors import RecipeError
 from secateur._types import Progress
-from secateur.layers import swap_modules_
-from secateur.nn import Packed, linear_of, packed_layers
-from secateur.packing._history import History, patterns_in
+from secateur.calibration import Forward, call_model, load_batches, observe, quiet
+from secateur.layers import Reading, swap_modules_
+from secateur.nn import (
+    Packed,
+    PackedRecurrent,
+    PackedStack,
+    linear_of,
+    packed_layers,
+    packed_recurrents,
+    packed_stacks,
+    put_in_place_,
+)
+from secateur.packing._history import History, patterns_in, readings_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
+from secateur.packing._recurrent import RecurrentJob
 from secateur.packing._settings import PackSettings
+from secateur.packing._stacks import StackJob
 from secateur.reports import PackedLayer, PackReport
 from secateur.zeros import weigh_skipped, weights_of
 
@@ -29,6 +41,7 @@ def pack_(
     model: nn.Module,
     settings: PackSettings | None = None,
     *,
+    batches: Iterable[Any] | None = None,
     batch_sizes: Sequence[int] | None = None,
     value_dtype: torch.dtype | str | None = None,
     include: Iterable[str] | None = None,
@@ -36,6 +49,7 @@ def pack_(
     memory: float | None = None,
     cache: str | Path | None = None,
     history: History = (),
+    forward: Forward = call_model,
     timer: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda description, done, total: None,
 ) -> PackReport:
@@ -52,10 +66,14 @@ def pack_(
     Args:
         model: any module on the CPU, except a bare layer.
         settings: all settings as one value, instead of the following ones.
+        batches: inputs as for :func:`prune_`, to see which weights functions multiply. They are needed only for weights
+            that are found in no other way: parameters of modules that are no known kind of layer, without a report in
+            ``history`` that has them.
         batch_sizes, value_dtype, include, exclude, memory: see :class:`PackSettings`.
         cache: a JSON file of measurements, to read and to add to; None keeps them only while the process runs.
         history: reports of how the layers were pruned, whose patterns are used. The patterns of other layers are found
             from their zeros.
+        forward: how to call the model on one of the ``batches``.
         timer: returns seconds since any fixed time.
         progress: called with a description, how much is done, and how much there is in total.
 
@@ -87,12 +105,25 @@ def pack_(
     }
     made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
-    jobs, skipped = find_jobs(model, made, patterns_in(history))
+    read = {**readings_in(history, model), **({} if batches is None else _read(model, batches, forward))}
+    jobs, skipped = find_jobs(model, made, patterns_in(history), read)
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
     swaps: list[tuple[nn.Module, nn.Module]] = []
+    in_place: list[tuple[nn.Parameter | PackedStack, nn.Parameter | PackedStack]] = []
     for index, job in enumerate(jobs):
         progress(f"packing {job.title}", index, len(jobs))
+        if isinstance(job, StackJob):
+            decisions = job.decide(made, cold, known, timer)
+            in_place += job.swaps(decisions)
+            rows.append(job.report(decisions))
+            continue
+        if isinstance(job, RecurrentJob):
+            decision, replacement = job.decide(made, cold, known, timer)
+            if replacement is not None or isinstance(job.module, PackedRecurrent):
+                swaps.append((job.module, replacement or job.dense))
+            rows.append(job.report(decision))
+            continue
         decision = job.decide(made, cold, known, timer)
         if decision.plan is not None:
             swaps += job.packed_modules(decision.plan)
@@ -101,6 +132,7 @@ def pack_(
         rows.append(job.report(decision))
     known.save()  # which may fail, and then the model is as it was
     swap_modules_(model, swaps)
+    put_in_place_(model, in_place)
     found = sum(job.pattern_was_found for job in jobs)
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     return PackReport(
@@ -114,13 +146,20 @@ def pack_(
     )
 
 
+def _read(model: nn.Module, batches: Iterable[Any], forward: Forward) -> Mapping[int, Reading]:
+    """How functions multiply parameters, by their id."""
+    loaded = load_batches(batches, torch.device("cpu"))
+    with quiet(model), torch.no_grad():
+        return observe(model, loaded, forward).read
+
+
 def unpack_(model: nn.Module) -> list[str]:
     """Replace the packed layers of a model, in place, by dense ones with the same weight, zeros included.
 
     The weights are exact. int8 values are multiplied by their scales, and stay rounded.
 
     Returns:
-        The qualified names of the layers that were replaced.
+        The qualified names of the layers, and of the parameters, that were replaced.
 
     Raises:
         RecipeError: the model is itself a packed layer.
@@ -145,5 +184,11 @@ def unpack_(model: nn.Module) -> list[str]:
         key = id(inner.values), inner.weight_dtype
         made.weight = weights.setdefault(key, made.weight)  # shared ones stay shared
         dense[id(module)] = made
+    recurrent = packed_recurrents(model)
+    whole = {id(module): module.to_dense() for module in recurrent.values()}
     swap_modules_(model, [(module, dense[id(module)]) for module in found.values()])
-    return list(found)
+    swap_modules_(model, [(module, whole[id(module)]) for module in recurrent.values()])
+    stacks = packed_stacks(model)
+    different = {id(stack): stack for stack in stacks.values()}
+    put_in_place_(model, [(stack, nn.Parameter(stack.to_dense())) for stack in different.values()])
+    return [*found, *recurrent, *stacks]

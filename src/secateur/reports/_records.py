@@ -226,6 +226,8 @@ class PackedLayer:
         reason: why it stayed dense; empty where it did not.
         choices: by rows; empty where nothing was measured.
         tied_to: other modules that share the weight.
+        matrices: how many there are in a stack, such as experts, or in an LSTM. ``shape`` is that of the first,
+            ``density`` the mean, ``error`` the largest, and bytes are of all.
     """
 
     name: str
@@ -242,6 +244,7 @@ class PackedLayer:
     reason: str
     choices: tuple[Choice, ...]
     tied_to: tuple[str, ...] = ()
+    matrices: int = 1
 
 
 class PruningRecord(Protocol):

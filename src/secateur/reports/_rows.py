@@ -120,7 +120,7 @@ def packed_table(layers: Sequence[PackedLayer]) -> Table:
         rows.append(
             (
                 layer.name or "(root)",
-                size(layer.shape),
+                f"{layer.matrices} of {size(layer.shape)}" if layer.matrices > 1 else size(layer.shape),
                 layer.pattern,
                 f"{layer.density:.1%}",
                 layer.format if layer.packed else "dense",

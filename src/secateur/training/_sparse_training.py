@@ -19,6 +19,7 @@ from secateur.schedules import Schedule
 from secateur.training._find import FoundLayers, find_layers
 from secateur.training._masked_model import STATE_VERSION, MaskedModel, check_optimizer, check_trained, report_layer
 from secateur.training._method import Method, Progress
+from secateur.training._reads import ServedReads
 from secateur.training._settings import TrainingSettings, fit_schedule
 from secateur.training._state import check_generator, check_keys, check_plain, check_step
 from secateur.training._weights import LearnedWeight, MaskedGradient, MaskedWeight, TrainedWeight
@@ -162,6 +163,7 @@ class SparseTraining:
             found.skipped,
             closed="the training is finalized: its layers are plain again. Make a new SparseTraining.",
         )
+        self._reads = ServedReads(model) if self.method.learns else None
         self._step = 0
         self._without_gradient: set[str] = set()  # at some update that reads gradients
         self._generator = torch.Generator().manual_seed(self.seed)
@@ -276,6 +278,7 @@ class SparseTraining:
             layers.append(
                 report_layer(weight, mask, pattern=weight.pattern, asked=weight.sparsity, count=count, notes=notes)
             )
+        self._release_reads()
         if self.method.learns and not any(weight.layer.is_sharded for weight in weights):
             densify_(self.model)
         return self._masked.close(self._masked.describe(layers, self._recipe(), self._masked.seconds))
@@ -291,7 +294,12 @@ class SparseTraining:
 
     def release(self) -> None:
         """Give the model up as it is, without a report: another training takes over its weights."""
+        self._release_reads()
         self._masked.release()
+
+    def _release_reads(self) -> None:
+        if self._reads is not None:
+            self._reads.release()
 
     def _recipe(self) -> dict[str, Any]:
         """Everything that decides which masks are made, as plain values."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._sharding import full_tensor
-from secateur.nn import linear_of, packed_layers
+from secateur.nn import PackedMatrix
 from secateur.reports import LayerReport, ModelWeights, SkippedLayer
 
 
@@ -28,7 +28,8 @@ def weights_of(model: nn.Module) -> ModelWeights:
             without_values += parameter.numel()
         else:
             zeros += _zeros(full_tensor(parameter.detach()))
-    for inner in {id(found.values): found for found in map(linear_of, packed_layers(model).values())}.values():
+    packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    for inner in {id(found.values): found for found in packed}.values():
         rows, columns = inner.packed.shape
         size = rows * columns
         bias = 0 if inner.bias is None else inner.bias.numel()
