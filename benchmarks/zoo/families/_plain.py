@@ -45,7 +45,9 @@ class Attention(nn.Module):
     def __init__(self, keys: int = 64, values: int = 64, cross: bool = False, **settings: Any) -> None:
         super().__init__()
         self.cross, self.first = cross, settings.get("batch_first", False)
-        self.query, self.key, self.value = nn.Linear(64, 64), nn.Linear(64, keys), nn.Linear(64, values)
+        self.query = nn.Linear(64, 64)
+        if cross:
+            self.key, self.value = nn.Linear(64, keys), nn.Linear(64, values)
         self.attention = nn.MultiheadAttention(64, 4, kdim=keys, vdim=values, **settings)
 
     def forward(self, x: Tensor) -> Tensor:

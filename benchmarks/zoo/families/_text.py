@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from families._family import Family, Inputs, text, text_pairs, transformers_model
+import torch
+
+from families._family import TOKENS, Family, Inputs, text, text_pairs, transformers_model
 
 
 def families(group: str, inputs: Inputs, table: dict[str, dict[str, Any]], suffix: str = "") -> list[Family]:
@@ -155,6 +157,16 @@ PAIRS: dict[str, dict[str, Any]] = {
     "FSMTForConditionalGeneration": {"src_vocab_size": 128, "tgt_vocab_size": 128, "langs": ["en", "de"]},
 }
 
+
+def with_global(inputs: Inputs, name: str) -> Inputs:
+    """Let the first token of Longformer and LED attend to all, as their users do: layers of their own serve it."""
+    if name not in ("LongformerModel", "LEDForConditionalGeneration"):
+        return inputs
+    first = torch.zeros(4, TOKENS, dtype=torch.long)
+    first[:, 0] = 1
+    return lambda: [batch | {"global_attention_mask": first} for batch in inputs()]
+
+
 TEXT: tuple[Family, ...] = (
     *(
         Family(
@@ -166,6 +178,12 @@ TEXT: tuple[Family, ...] = (
         for name, settings in DECODERS.items()
     ),
     *families("mixture of experts", text, EXPERTS, "ForCausalLM"),
-    *families("encoder", text, ENCODERS),
-    *families("encoder-decoder", text_pairs, PAIRS),
+    *(
+        Family(name, "encoder", partial(transformers_model, name, settings), with_global(text, name))
+        for name, settings in ENCODERS.items()
+    ),
+    *(
+        Family(name, "encoder-decoder", partial(transformers_model, name, settings), with_global(text_pairs, name))
+        for name, settings in PAIRS.items()
+    ),
 )
