@@ -159,3 +159,39 @@ def test_an_error_in_a_pass_leaves_nothing_on():
     model.fails = False
     model(torch.randn(2, 3, IN))
     training.finalize()
+
+
+@pytest.mark.parametrize("kind", [ReadsWeight, ReadByTheModel, ReadsAttention])
+def test_a_run_that_is_resumed_goes_on_to_the_bit(kind):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = kind()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        return model, optimizer, SparseTraining(model, optimizer, method="gate", sparsity=0.5, steps=8)
+
+    def run(model, optimizer, training, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            x = torch.randn(4, 5, IN, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            training.step()
+
+    whole, resumed = make(0), make(1)
+    run(*whole, range(3))
+    for one, other in zip(resumed, whole, strict=True):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    run(*whole, range(3, 8))
+    run(*resumed, range(3, 8))
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("reads", [{"": "qkv"}, {"gone": ["qkv"]}, {"": ["gone"]}, {1: ["qkv"]}, [], {"": [None]}])
+def test_a_state_that_names_what_is_not_there_is_refused(reads):
+    model = ReadsWeight()
+    training = trained(model, "gate", steps=2)
+    state = training.state_dict()
+    assert state["reads"] == {"": ["qkv"]}
+    with pytest.raises(secateur.FormatError, match="Restore the checkpoint"):
+        training.load_state_dict(state | {"reads": reads})

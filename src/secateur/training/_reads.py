@@ -6,7 +6,7 @@ effective one while such a module runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class ServedReads:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.names: dict[str, list[str]] = {}  # by the module that reads, the layers; empty until the pass has ended
         self._watch: _Reads | None = None
         self._is_copy = False
         self._handles = [
@@ -66,11 +68,25 @@ class ServedReads:
         self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         if output is None:  # it failed, perhaps, and then PyTorch takes no change of the hooks; the next pass will do
             return
-        watch, self._watch = self._watch, None
-        watch.remove()
+        names = {id(module): name for name, module in model.named_modules()}
+        found = {names[id(reader)]: [names[id(layer)] for layer in read] for reader, read in self._watch.found.items()}
+        self.serve(found)
+
+    def serve(self, names: Mapping[str, Sequence[str]]) -> None:
+        """Serve these reads from now on, as an earlier first pass found them.
+
+        Args:
+            names: by the name of a module that reads, the names of the layers.
+        """
+        if self._watch is not None:
+            self._watch.remove()
         self._clear()
-        for reader, layers in watch.found.items():
-            serving = _Serving(layers)
+        self._watch, self.names = None, {reader: list(read) for reader, read in names.items()}
+        for name, read in self.names.items():
+            reader = self._model.get_submodule(name)
+            serving = _Serving(
+                layer for path in read if isinstance(layer := self._model.get_submodule(path), SparseLayer)
+            )
             self._handles += [
                 reader.register_forward_pre_hook(serving.begins),
                 reader.register_forward_hook(serving.ends, always_call=True),
@@ -80,7 +96,7 @@ class ServedReads:
 def _copied() -> ServedReads:
     """What the hooks of the first pass belong to in a copy of the model: they do nothing there."""
     made = ServedReads.__new__(ServedReads)
-    made._watch, made._is_copy, made._handles = None, True, []
+    made._watch, made._is_copy, made._handles, made.names = None, True, [], {}
     return made
 
 
@@ -120,9 +136,13 @@ class _Reads(TorchFunctionMode):
 
     def _begins(self, module: nn.Module, args: object) -> None:
         self._running.append(module)
+        if isinstance(module, SparseLayer):  # runs as without the mode, to the bit
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _ends(self, module: nn.Module, args: object, output: object) -> None:
         self._running.remove(module)
+        if isinstance(module, SparseLayer):
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._checks import integer
-from secateur._errors import RecipeError, naming
+from secateur._errors import FormatError, RecipeError, naming
 from secateur._types import Mask
 from secateur.nn import MaskSettings, densify_, sparse_layers, sparsify_
 from secateur.patterns import SparsityPattern, Unstructured
@@ -323,13 +323,16 @@ class SparseTraining:
             RecipeError: the training is finalized.
         """
         self._masked.must_be_open()
-        return {
+        state = {
             "version": STATE_VERSION,
             "recipe": self._recipe(),
             "step": self._step,
             "generator": self._generator.get_state(),
             "weights": {name: weight.state_dict() for name, weight in self._masked.weights.items()},
         }
+        if self._reads is not None and self._reads.names:
+            state["reads"] = {reader: list(layers) for reader, layers in self._reads.names.items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned, on a training made with the same settings.
@@ -353,6 +356,8 @@ class SparseTraining:
             weight.expect_gradient(dense_gradient)
         self._step = state["step"]
         self._generator.set_state(state["generator"])
+        if self._reads is not None and "reads" in state:
+            self._reads.serve(state["reads"])
 
     def layers_unlike(self, state: Mapping[str, Any]) -> list[str]:
         """Return the names of the layers whose weights in the model are not those that a state was saved with.
@@ -381,6 +386,11 @@ class SparseTraining:
             raise RecipeError(f"the state was saved by a training with another recipe:\n{lines}")
         check_step(state["step"])
         check_generator(state["generator"])
+        modules = dict(self.model.named_modules())
+        for reader, layers in check_keys(state.get("reads", {}), ()).items():
+            names = [reader, *layers] if isinstance(layers, list) else [None]
+            if not all(isinstance(name, str) and name in modules for name in names):
+                raise FormatError("the state says that modules read layers that are not there. Restore the checkpoint.")
         saved = check_keys(state["weights"], ())
         self._masked.check_names(map(str, saved))
         for name, weight in self._masked.weights.items():
