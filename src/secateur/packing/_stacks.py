@@ -240,7 +240,7 @@ def find_stacks(
 def _why_not_whole(layers: list[Layer]) -> str | None:
     """The reason why the matrices of a parameter do not make the whole parameter, or None."""
     parameter, parts = layers[0].parameter, [layer.kind.part for layer in layers]
-    if any(_is_turned(layer) is None for layer in layers) or parameter.ndim != (3 if type(parts[0]) is int else 2):
+    if parameter.ndim != (3 if type(parts[0]) is int else 2) or any(_is_turned(layer) is None for layer in layers):
         return "it is one matrix with joined dimensions, and no packed weight can take its place"
     if type(parts[0]) is int:
         missing = len(parameter) - len(layers)
