@@ -202,13 +202,14 @@ class Heads(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(IN, 3, 4) / 3)
         self.output = nn.Parameter(torch.randn(IN, 3, 4) / 3)
+        self.added = nn.Parameter(torch.randn(3, 4))  # no weight of a product
 
     def forward(self, x):
-        heads = torch.einsum("bti,ihd->bthd", x, self.query).tanh()
+        heads = (torch.einsum("bti,ihd->bthd", x, self.query) + self.added).tanh()
         return torch.einsum("bthd,ihd->bti", heads, self.output)
 
     def truth(self, x):
-        return {"query": x, "output": (x @ self.query.flatten(1)).tanh()}
+        return {"query": x, "output": (x @ self.query.flatten(1) + self.added.flatten()).tanh()}
 
 
 class Cell(nn.Module):

@@ -68,7 +68,7 @@ def test_watching_changes_nothing(case):
 def test_pruning_reaches_what_functions_multiply(case, sequential):
     model = Blocks(CASES[case])
     report = prune_(model, batches(), pattern="2:4", method="sparsegpt", sequential=sequential, include=["*"])
-    matrices = [p for p in model.parameters() if p.ndim > 1]
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("added")]
     assert report.num_weights == sum(p.numel() for p in matrices)
     for layer in select_layers(model, observed=watched(model))[0]:
         assert int((layer.matrix() == 0).sum()) == layer.matrix().numel() // 2
@@ -481,3 +481,36 @@ def test_heads_for_other_tasks_are_named_by_one_glob():
     assert f"exclude={parts!r}" in str(warned[0].message)
     assert report.sparsity == 0.5
     assert sum(skip.reason == "no calibration input reached it" for skip in report.skipped) == 6
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        (lambda x, w: torch.addmm(x[:, :1], x, w), 1),
+        (lambda x, w: torch.addmm(x[:, :1], mat1=x, mat2=w), 1),
+        (lambda x, w: x[:, :1].addmm(x, w, beta=0.5, alpha=2), 1),
+        (lambda x, w: torch.addmm(input=x[:, :1], mat1=x, mat2=w, beta=0), 1),
+        (lambda x, w: x[None, :, :1].baddbmm(batch1=x[None], batch2=w[None], beta=1.0, alpha=1.0), 0),
+        (lambda x, w: torch.baddbmm(x[None, :, :1], x[None], w[None]), 0),
+        (lambda x, w: torch.matmul(input=x, other=w), 1),
+        (lambda x, w: torch.mm(x, mat2=w), 1),
+        (lambda x, w: x.matmul(w), 1),
+        (lambda x, w: functional.linear(input=x, weight=w.T), 1),
+        (lambda x, w: torch.einsum("ti,io->to", [x, w]), 1),
+        (lambda x, w: torch.einsum(x, [0, 1], w, [1, 2], [0, 2]), 1),
+    ],
+)
+def test_functions_are_seen_however_they_are_called(call, count):
+    """Those that add a third dimension make another matrix of the parameter; none of them fails for being watched."""
+    from secateur.calibration._reads import FunctionWatch
+
+    weight, x, seen = torch.randn(6, 5), torch.randn(7, 6), []
+    expected = call(x, weight)
+    with FunctionWatch(seen.append, lambda t: t.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()):
+        found = call(x, weight)
+    assert torch.equal(found, expected)
+    plain = [product for product in seen if product.matrix.ndim == 2]
+    assert len(plain) == count
+    for product in plain:
+        assert torch.equal(product.matrix, weight.T)
+        assert torch.equal(product.x, x)

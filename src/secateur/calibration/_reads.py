@@ -65,15 +65,17 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
     yield Product("linear", weight, input)
 
 
-def _matmul(input: Tensor, other: Tensor, **_: Any) -> Iterator[Product]:
+def _matmul(input: Tensor, *others: Tensor, **named: Tensor) -> Iterator[Product]:
+    (other,) = (*others, *(named[name] for name in ("other", "mat2", "tensor2") if name in named))
     if other.ndim == 2 or (other.ndim == 3 and input.ndim in (2, 3)):
         yield Product("matmul", other.mT, input, is_shared=input.ndim == 2)
     if (input.ndim == 2 and other.ndim >= 2) or (input.ndim == 3 and other.ndim in (2, 3)):
         yield Product("matmul", input, other.mT, is_shared=other.ndim == 2)
 
 
-def _added_matmul(input: Tensor, one: Tensor, other: Tensor, **_: Any) -> Iterator[Product]:
-    return _matmul(one, other)
+def _added_matmul(input: Tensor, *factors: Tensor, **named: Any) -> Iterator[Product]:
+    names = ("mat1", "batch1", "mat2", "batch2")
+    return _matmul(*(*factors, *(named[name] for name in names if name in named))[:2])
 
 
 def _einsum(equation: Any, *operands: Any) -> Iterator[Product]:

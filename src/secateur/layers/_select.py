@@ -125,19 +125,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A weight that might be selected, or a module that has none (then without a kind)."""
+    """A weight that might be selected, or those parameters of a module that are none (then without a kind)."""
 
     name: str
     module_name: str
     module: nn.Module
     kind: LayerKind | None
+    known: frozenset[str] = frozenset()  # the parameters of the module that are weights
 
     @property
     def unknown_weights(self) -> list[tuple[int, str]]:
         """The parameters of the module that no kind describes."""
-        known = {kind.parameter for kind in kinds_of(self.module)}
         own = self.module.named_parameters(recurse=False)
-        return [(id(parameter), str(None)) for name, parameter in own if name not in known]
+        return [(id(parameter), str(None)) for name, parameter in own if name not in self.known]
 
     @property
     def weight(self) -> tuple[int, str]:
@@ -264,7 +264,7 @@ def _candidates(name: str, module: nn.Module, observed: Observed | None) -> list
     if not kinds or (
         not has_one and any(p.ndim > 1 for key, p in own.items() if key not in known and "bias" not in key)
     ):
-        found.append(_Candidate(name, name, module, None))
+        found.append(_Candidate(name, name, module, None, frozenset(known)))
     return found
 
 
@@ -274,9 +274,8 @@ def _why_not_possible(candidate: _Candidate, observed: Observed | None) -> str |
     if kind is None:
         if isinstance(module, _EMBEDDINGS):
             return "embedding"
-        known = {kind.parameter for kind in kinds_of(module)}
         own = dict(module.named_parameters(recurse=False))
-        matrices = {n: p for n, p in own.items() if p.ndim > 1 and n not in known and "bias" not in n}
+        matrices = {n: p for n, p in own.items() if p.ndim > 1 and n not in candidate.known and "bias" not in n}
         if not matrices:
             return "no weight matrix"
         readings = [] if observed is None else [observed.read.get(id(p)) for p in matrices.values()]
