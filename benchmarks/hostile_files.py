@@ -379,7 +379,7 @@ def outcome(path: Path, name: str, side: int) -> str:
         return "refused" if after == before else "refused, but the model changed"
     with torch.no_grad():
         for layer in {id(layer): linear_of(layer) for layer in packed_layers(model).values()}.values():
-            run(layer)
+            run(layer)  # type: ignore[arg-type]
         dtype = model.norm.weight.dtype
         if all(t.dtype == dtype for t in model.state_dict().values() if t.dtype in (torch.float32, torch.float64)):
             model.to(torch.float32)(torch.ones(4, side))

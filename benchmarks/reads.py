@@ -56,7 +56,7 @@ def compared(dense: Callable[[], Any], packed: Callable[[], Any], rounds: int) -
 
 def packed_copy(
     module: nn.Module, pattern: str, sparsity: float | None, batch_sizes: tuple[int, ...]
-) -> tuple[nn.Module, nn.Module, str]:
+) -> tuple[Any, Any, str]:
     """A pruned module, the same packed, and what was packed."""
     dense = copy.deepcopy(module)
     history = secateur.prune_(dense, pattern=pattern, sparsity=sparsity, method="magnitude", include=["*"])
@@ -88,11 +88,11 @@ def experts(hidden: int, count: int, rounds: int) -> Iterator[dict[str, Any]]:
             for way in WAYS:
                 config._experts_implementation = way
                 for module in (dense, packed):
-                    module["experts"].config._experts_implementation = way  # type: ignore[index]
+                    module["experts"].config._experts_implementation = way
                 if way == "batched_mm" and tokens == 128:
                     continue  # copies the weights of an expert for each token
-                calls = [partial(module["experts"], x, chosen, weights) for module in (dense, packed)]  # type: ignore[index]
-                found = compared(*calls, rounds)
+                one, other = (partial(module["experts"], x, chosen, weights) for module in (dense, packed))
+                found = compared(one, other, rounds)
                 yield {"what": "experts", "pattern": pattern, "sparsity": sparsity, "rows": tokens, "way": way, **found}
 
 
@@ -106,7 +106,8 @@ def lstm(hidden: int, rounds: int) -> Iterator[dict[str, Any]]:
         for batch in (1, 8):
             x = torch.randn(64, batch, hidden)
 
-            found = compared(*(partial(module["lstm"], x) for module in (dense, packed)), rounds)  # type: ignore[index, arg-type]
+            one, other = (partial(module["lstm"], x) for module in (dense, packed))
+            found = compared(one, other, rounds)
             yield {"what": "lstm", "pattern": pattern, "sparsity": sparsity, "rows": batch, "way": "", **found}
 
 
@@ -130,10 +131,11 @@ def main() -> None:
     print(f"# {describe()}")
     results = []
     with torch.no_grad():
-        for what, made in (
-            ("experts", lambda: experts(given.hidden, given.experts, given.rounds)),
-            ("lstm", lambda: lstm(given.hidden, given.rounds)),
-        ):
+        rows = {
+            "experts": partial(experts, given.hidden, given.experts, given.rounds),
+            "lstm": partial(lstm, given.hidden, given.rounds),
+        }
+        for what, made in rows.items():
             for row in made() if given.only in (None, what) else ():
                 results.append(row)
                 print(

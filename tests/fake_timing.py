@@ -15,7 +15,7 @@ def routes_take(monkeypatch, seconds_of, *, call=True):
             function()
         return {name: [seconds_of(str(name), index)] * 3 for index, name in enumerate(calls)}
 
-    for module in ("_measure", "_bench", "_recurrent"):
+    for module in ("_measure", "_bench", "_recurrent", "_attention"):
         monkeypatch.setattr(f"secateur.packing.{module}.time_in_turn", in_turn)
     monkeypatch.setattr("secateur.kernels._plan.has_kernels", lambda: True)
     monkeypatch.setattr(MeasurementCache, "_memory", {})

@@ -161,6 +161,20 @@ class ChunkedUnevenly(Chunked):
     sizes = (4, 8)
 
 
+class ExpertsThatShare(Experts):
+    """Every expert reads all tokens, and all of them add up: their second weights are one matrix."""
+
+    transposed = True
+
+    def forward(self, x):
+        hidden = torch.einsum("bti,eio->ebto", x, self.up).relu()
+        return torch.einsum("ebto,eoi->bti", hidden, self.down)
+
+    def truth(self, x):
+        found = {f"up.{expert}": x for expert in range(EXPERTS)}
+        return found | {"down": torch.cat([(x @ self.up[expert]).relu() for expert in range(EXPERTS)], -1)}
+
+
 class ExpertsInRows(Experts):
     """The experts one below the other in a parameter of two dimensions."""
 
@@ -254,8 +268,8 @@ CASES = {
     case.__name__: case
     for case in (
         ReadsWeight, ReadsFromTheLeft, ReadsACopy, CallsAndReads, OwnParameter, Experts, ExpertsTransposed,
-        ExpertsGrouped, ExpertsBatched, ExpertsEinsum, ExpertsInRows, Chunked, ChunkedUnevenly, Heads, Cell, Attention,
-        AttentionOfOtherSizes,
+        ExpertsGrouped, ExpertsBatched, ExpertsEinsum, ExpertsThatShare, ExpertsInRows, Chunked, ChunkedUnevenly, Heads,
+        Cell, Attention, AttentionOfOtherSizes,
     )
 }  # fmt: skip
 

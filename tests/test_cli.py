@@ -682,3 +682,21 @@ def test_bench_refuses_a_wrong_product(kernels_win, monkeypatch):
     monkeypatch.setattr(native.Bound, "__call__", lambda self, x, bias: torch.zeros(len(x), 8))
     with pytest.raises(secateur.SparsityError, match="is off by 1 of the largest output"):
         _bench.bench_weight(weight, [1])
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("output head; include=['lm_head'] prunes it", "output head; --include lm_head prunes it"),
+        ("exclude=['a.*.b', 'c d'].", "--exclude 'a.*.b' --exclude 'c d'."),
+        ("(--overwrite (overwrite=True))", "(--overwrite (--overwrite))"),
+        ("(strict=False)", "(without --strict)"),
+        ("pass remainder='dense' to", "pass --remainder dense to"),
+        ("exclude=[...], x=[1], include = ['a']", "exclude=[...], x=[1], include = ['a']"),
+        ("", ""),
+    ],
+)
+def test_advice_is_given_in_options(message, expected):
+    from secateur.cli._messages import in_options
+
+    assert in_options(message) == expected

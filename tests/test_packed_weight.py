@@ -327,3 +327,23 @@ def test_int8_values_are_read_with_their_scales(dense):
     layer = PackedLinear(pack(dense, torch.int8))
     assert isinstance(layer.weight, PackedWeight)
     torch.testing.assert_close(functional.linear(x, layer.weight), x @ layer.matrix().T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"kdim": 4, "vdim": 12}], ids=str)
+def test_attention_that_would_lose_as_a_whole_stays_dense(kind, monkeypatch):
+    kernels_win(monkeypatch)
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(IN, 2, **kind), "usual": nn.Linear(IN, IN)})
+    secateur.prune_(model, pattern="2:4", method="magnitude")
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(
+        "secateur.packing._attention.time_in_turn", lambda *_, **__: {"dense": [1.0] * 3, "packed": [1.5] * 3}
+    )
+    report = secateur.pack_(model, batch_sizes=[3])
+    packed = {layer.name: layer.packed for layer in report.layers}
+    assert packed.pop("usual")
+    assert len(packed) == (4 if kind else 2)
+    assert not any(packed.values())
+    reasons = {layer.reason for layer in report.layers if not layer.packed}
+    assert len(reasons) == 1
+    assert "at 3 tokens the whole nn.MultiheadAttention would take 1.50 of its time" in reasons.pop()
+    assert all(torch.equal(value, before[name]) for name, value in model["a"].state_dict(prefix="a.").items())

@@ -465,3 +465,19 @@ def test_padding_is_kept_out_of_experts(family, way):
     for name, statistics in padded.items():
         assert statistics.tokens == expected[name].tokens, name
         torch.testing.assert_close(statistics.require("gram"), expected[name].require("gram"), rtol=1e-3, atol=1e-4)
+
+
+def test_heads_for_other_tasks_are_named_by_one_glob():
+    """Longformer has projections that only global attention uses, six of them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LongformerConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=80, attention_window=[8, 8], pad_token_id=1,
+    )  # fmt: skip
+    model = transformers.LongformerModel(config)
+    with pytest.warns(UserWarning, match="no calibration input reached 6 layers") as warned:
+        report = prune_(model, [{"input_ids": torch.randint(2, 40, (2, 32))}], pattern="2:4", method="wanda")
+    parts = [f"encoder.layer.*.attention.self.{name}_global" for name in ("query", "key", "value")]
+    assert f"exclude={parts!r}" in str(warned[0].message)
+    assert report.sparsity == 0.5
+    assert sum(skip.reason == "no calibration input reached it" for skip in report.skipped) == 6

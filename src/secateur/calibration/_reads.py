@@ -27,12 +27,14 @@ class Product:
         x: the inputs ``[..., in]``; for several matrices ``[matrices, ..., in]``, or the rows of all one after the
             other.
         ends: for rows one after the other, where those of each matrix end, ``[matrices]``; else None.
+        is_shared: whether all matrices have the same inputs, ``[..., in]``.
     """
 
     function: str
     matrix: Tensor
     x: Tensor
     ends: Tensor | None = None
+    is_shared: bool = False
 
     def inputs_of(self, index: int | None, real: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the inputs ``[..., in]`` of a matrix, and which of them are real: None if all are.
@@ -49,12 +51,10 @@ class Product:
         if self.ends is not None:
             rows = slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
             return self.x[rows], None if real is None else real[rows]
-        is_batch = self.x.ndim >= self.matrix.ndim
-        x = self.x[index] if is_batch else self.x
-        filled = x.any(dim=-1)
-        if real is None:
-            return x, filled
-        return x, filled & (real[index] if is_batch else real)
+        if self.is_shared:
+            return self.x, real
+        filled = self.x[index].any(dim=-1)
+        return self.x[index], filled if real is None else filled & real[index]
 
 
 OnProduct: TypeAlias = Callable[[Product], None]
@@ -67,9 +67,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
 
 def _matmul(input: Tensor, other: Tensor, **_: Any) -> Iterator[Product]:
     if other.ndim == 2 or (other.ndim == 3 and input.ndim in (2, 3)):
-        yield Product("matmul", other.mT, input)
-    if input.ndim in (2, 3) and other.ndim >= max(2, input.ndim):
-        yield Product("matmul", input, other.mT)
+        yield Product("matmul", other.mT, input, is_shared=input.ndim == 2)
+    if (input.ndim == 2 and other.ndim >= 2) or (input.ndim == 3 and other.ndim in (2, 3)):
+        yield Product("matmul", input, other.mT, is_shared=other.ndim == 2)
 
 
 def _added_matmul(input: Tensor, one: Tensor, other: Tensor, **_: Any) -> Iterator[Product]:
@@ -98,6 +98,10 @@ def _one_operand(own: str, matrix: Tensor, others: str, x: Tensor, output: str) 
     rest = [letter for letter in others if letter not in (*contracted, *stacked)]
     matrix = matrix.permute([own.index(letter) for letter in (*stacked, *free, *contracted)])
     x = x.permute([others.index(letter) for letter in (*stacked, *rest, *contracted)])
+    if not stacked and len(free) == 2 and own[0] == free[0] and own[1] != free[1]:
+        # The first letter counts matrices that all have the same inputs.
+        yield Product("einsum", matrix.flatten(2), x.flatten(x.ndim - len(contracted)), is_shared=True)
+        return
     first = len(stacked)
     # A copy where the letters are not in the order of the memory. It is no weight then, and not reported.
     matrix = matrix.flatten(first + len(free)).flatten(first, first + len(free) - 1)

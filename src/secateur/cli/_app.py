@@ -29,6 +29,7 @@ from rich.text import Text
 
 import secateur
 from secateur._errors import SparsityError
+from secateur.cli._messages import in_options
 from secateur.reports import PackReport, Report, SkippedLayer, Table
 
 app = typer.Typer(
@@ -78,7 +79,10 @@ def user_errors() -> Iterator[None]:
             raise  # nobody reads any more, which ends the command without a word
         except (SparsityError, ImportError, OSError) as error:
             done = _listed(written())
-            print(f"secateur: {error}" + (f"\nWritten before that: {done}." if done else ""), file=sys.stderr)
+            print(
+                f"secateur: {in_options(str(error))}" + (f"\nWritten before that: {done}." if done else ""),
+                file=sys.stderr,
+            )
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interrupt:
             done = _listed(written())
@@ -129,7 +133,7 @@ def _plain_warnings() -> Iterator[None]:
             usual(message, category, filename, lineno, file, line)
         elif str(message) not in said:
             said.add(str(message))
-            print(f"secateur: {message}", file=sys.stderr)
+            print(f"secateur: {in_options(str(message))}", file=sys.stderr)
 
     with warnings.catch_warnings():
         usual = warnings.showwarning
@@ -167,12 +171,14 @@ def show(*tables: Table) -> None:
             column = table.columns[index]
             grid.add_column(Text(column.heading), justify="right" if column.is_number else "left")
         for number, row in enumerate(table.rows):
-            grid.add_row(*(Text(row[i], style="bold" if (number, i) in table.strong else "") for i in shown))
+            grid.add_row(
+                *(Text(in_options(row[i]), style="bold" if (number, i) in table.strong else "") for i in shown)
+            )
         out.print(grid)
         for index in (index for index in table.filled() if table.columns[index].is_note):
             for row in table.rows:
                 if row[index]:
-                    out.print(Text(f"{row[0]}: {row[index]}"))
+                    out.print(Text(f"{row[0]}: {in_options(row[index])}"))
         for note in table.notes:
             out.print(Text(note))
         out.print()
@@ -180,7 +186,7 @@ def show(*tables: Table) -> None:
 
 def say(text: str) -> None:
     """Print text to stdout."""
-    console().print(Text(text))
+    console().print(Text(in_options(text)))
 
 
 def worth_saying(skipped: Sequence[SkippedLayer]) -> list[SkippedLayer]:

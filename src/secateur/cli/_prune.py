@@ -38,6 +38,10 @@ def prune(
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
+    ] = False,
     evaluate: Annotated[Path | None, typer.Option(help="Text to measure on, before and after.")] = None,
     html: Html = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
@@ -58,6 +62,7 @@ def prune(
             "remainder": remainder,
             "include": include,
             "exclude": exclude,
+            "strict": strict or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}
         text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)

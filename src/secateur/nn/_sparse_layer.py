@@ -25,35 +25,10 @@ from secateur.layers import (
 )
 from secateur.nn._gate import gated, hard_mask, solve_threshold
 from secateur.nn._mask_settings import MaskSettings, check_temperature
+from secateur.nn._sparse_state import FROZEN, SOFT, STRAIGHT_THROUGH, Masked, as_now, marks, without_parameters
 from secateur.patterns import Units, Unstructured, check_sparsity, with_channel_width
 
 _ELEMENTWISE = Unstructured("row")
-# What the buffer `stage` says. Averages of these, as copies of averaged weights have them, lie in between.
-_SOFT, _STRAIGHT_THROUGH, _FROZEN = 0, 1, 2
-
-
-class _Masked(torch.autograd.Function):
-    """The weight where the mask keeps it, zero elsewhere; even if what is stored there, or its gradient, is not finite.
-
-    The result does not depend on the threshold, which gets no gradient. It is an input because DistributedDataParallel
-    waits for every parameter until the backward pass has reached it.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Mask, threshold: Tensor, straight_through: bool) -> Tensor:
-        return torch.where(mask, weight, 0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, mask, _, ctx.straight_through = inputs
-        ctx.save_for_backward(mask)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (mask,) = ctx.saved_tensors
-        return grad if ctx.straight_through else torch.where(mask, grad, 0), None, None, None
 
 
 class SparseLayer(nn.Module, ABC):
@@ -100,7 +75,7 @@ class SparseLayer(nn.Module, ABC):
         # Two bytes a weight. It never needs more: it holds ones, zeros and their averages.
         self.register_buffer("kept", torch.zeros(weight.shape, dtype=torch.bfloat16, device=weight.device))
         self.register_buffer("stage", torch.zeros((), dtype=real, device=weight.device))
-        self._take_note(_SOFT)
+        self._take_note(SOFT)
         if self.target is None:
             shape = weight.shape if not self.structured else self._matrix().shape[:1]
             self.threshold = nn.Parameter(torch.full(shape, settings.threshold).to(weight))
@@ -163,13 +138,13 @@ class SparseLayer(nn.Module, ABC):
     def straight_through(self) -> bool:
         """Whether pruned weights learn behind a hard mask."""
         self._look()
-        return self._stage == _STRAIGHT_THROUGH
+        return self._stage == STRAIGHT_THROUGH
 
     def _take_note(self, stage: int) -> None:
         """Remember what the buffers say now, so that the next forward pass need not read them."""
         self._stage = stage
-        self._mask = self.kept > 0 if stage != _SOFT else None
-        self._seen = _marks(self.stage, self.kept)
+        self._mask = self.kept > 0 if stage != SOFT else None
+        self._seen = marks(self.stage, self.kept)
 
     def _look(self) -> bool:
         """Follow what others wrote into the buffers, as those do who average weights or load a state.
@@ -180,7 +155,7 @@ class SparseLayer(nn.Module, ABC):
         if torch.compiler.is_compiling():
             return False
         stage, kept = self._buffers["stage"], self._buffers["kept"]
-        if _marks(stage, kept) == self._seen:  # type: ignore[arg-type]
+        if marks(stage, kept) == self._seen:  # type: ignore[arg-type]
             return True
         if self.stage.is_meta or is_intercepted():
             return False
@@ -190,15 +165,15 @@ class SparseLayer(nn.Module, ABC):
     @torch.no_grad()
     def _read(self) -> None:
         value = float(self.stage)
-        self._take_note(_SOFT if not value > 0 else _FROZEN if value == _FROZEN else _STRAIGHT_THROUGH)
-        if self._stage == _SOFT and self.pattern is not None and self.threshold.isnan().any():
+        self._take_note(SOFT if not value > 0 else FROZEN if value == FROZEN else STRAIGHT_THROUGH)
+        if self._stage == SOFT and self.pattern is not None and self.threshold.isnan().any():
             # The average of an infinite threshold, of a budget that keeps everything, with another one.
             self.threshold.nan_to_num_(-math.inf, math.inf, -math.inf)
 
     def _mask_in_use(self) -> Mask | None:
         """The same as :attr:`mask`; while operations are traced or mapped, as an operation on the buffers."""
         known = self._look()
-        if self._stage == _SOFT:
+        if self._stage == SOFT:
             return None
         return self._mask if known else self.kept > 0
 
@@ -212,8 +187,8 @@ class SparseLayer(nn.Module, ABC):
         if mask is None and not self._own_weight.numel():
             mask = torch.ones_like(self._own_weight, dtype=torch.bool)  # a unit without elements has no score
         if mask is not None:
-            grows_back = self._stage == _STRAIGHT_THROUGH
-            return _Masked.apply(self._own_weight, mask, self.threshold, grows_back)  # type: ignore[no-any-return,no-untyped-call]
+            grows_back = self._stage == STRAIGHT_THROUGH
+            return Masked.apply(self._own_weight, mask, self.threshold, grows_back)  # type: ignore[no-any-return,no-untyped-call]
         matrix = gated(
             self._matrix(),
             self._threshold_by_competition(),
@@ -399,7 +374,7 @@ class SparseLayer(nn.Module, ABC):
         """
         if mask is None:
             self.kept.zero_()
-            self._enter(_SOFT)
+            self._enter(SOFT)
             return
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"a mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
@@ -408,7 +383,7 @@ class SparseLayer(nn.Module, ABC):
                 f"a mask for this layer has shape {tuple(self._own_weight.shape)}, got {tuple(mask.shape)}."
             )
         self.kept.copy_(mask)
-        self._enter(_STRAIGHT_THROUGH if straight_through else _FROZEN)
+        self._enter(STRAIGHT_THROUGH if straight_through else FROZEN)
 
     def _enter(self, stage: int) -> None:
         self.stage.fill_(stage)
@@ -442,7 +417,7 @@ class SparseLayer(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint with a mask makes the layer a pruned one, a checkpoint without makes it one that learns."""
-        state = _as_now(state_dict, prefix, self._own_weight.shape, self._stage)
+        state = as_now(state_dict, prefix, self._own_weight.shape, self._stage)
         super()._load_from_state_dict(state, prefix, *args)
         self._seen = ()
         self._look()
@@ -467,12 +442,12 @@ class SparseLayer(nn.Module, ABC):
     def _keep_shell(self, dense: nn.Module) -> None:
         """Keep all of the dense layer but its parameters, to make it again: it may be of a subclass."""
         self._own_behaviour = own_behaviour(dense)  # which can only be tried with the parameters
-        self._shell = (_without_parameters(dense),)  # in a tuple, so that it is no child of this module
+        self._shell = (without_parameters(dense),)  # in a tuple, so that it is no child of this module
 
     def _plain(self) -> nn.Module:
         """The dense layer with the effective weight. It takes over the parameters."""
         self._bake_()
-        plain = _without_parameters(self._shell[0])
+        plain = without_parameters(self._shell[0])
         plain._parameters.update(weight=self._own_weight, bias=self.bias)
         return plain.train(self.training)
 
@@ -482,37 +457,3 @@ class SparseLayer(nn.Module, ABC):
                 f"{method} cannot take over a weight that is sharded over processes (a DTensor): FSDP looks for it in "
                 "this layer.\nCall it on a model that is not sharded, after loading the gathered state_dict there."
             )
-
-
-def _without_parameters(module: nn.Module) -> nn.Module:
-    """A copy of a module that shares all but its parameters, which are None."""
-    made = type(module).__new__(type(module))
-    vars(made).update(vars(module))
-    made._parameters = dict.fromkeys(module._parameters)
-    return made
-
-
-def _marks(stage: Tensor, kept: Tensor) -> tuple[int, ...]:
-    """Numbers that change if one of the tensors is exchanged or written to."""
-    if stage.is_inference() or kept.is_inference():  # they have no version
-        return id(stage), id(kept)
-    return id(stage), stage._version, id(kept), kept._version
-
-
-def _as_now(state: dict[str, Any], prefix: str, shape: torch.Size, stage: int) -> dict[str, Any]:
-    """Return the state of a layer with the keys of this version: up to 0.1.0 there was a ``mask`` if it was pruned.
-
-    A mask of another shape, which is refused, does not change the stage.
-    """
-    state = dict(state)
-    mask, weight = state.pop(prefix + "mask", None), state.get(prefix + "weight")
-    kept, saved = state.get(prefix + "kept"), float(stage)
-    if kept is None and mask is not None:
-        kept, saved = mask.bfloat16(), saved or _FROZEN
-    elif kept is None and weight is not None:
-        kept, saved = torch.zeros(shape, dtype=torch.bfloat16, device=weight.device), _SOFT
-    elif kept is None or kept.shape == shape:
-        return state
-    state[prefix + "kept"] = kept
-    state[prefix + "stage"] = torch.tensor(float(saved if kept.shape == shape else stage), device=kept.device)
-    return state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from secateur._errors import RecipeError, SparsityError
 from secateur._types import Weight, dtype_name
 from secateur.formats import Format, pack, stored_share
 from secateur.kernels import RoutePlan
-from secateur.layers import Layer, Observed, Reading, Replaceability, check_model, select_layers
+from secateur.layers import Layer, Observed, Reading, Replaceability, select_layers
 from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._history import patterns_of
@@ -152,7 +153,7 @@ def find_jobs(
     model: nn.Module,
     settings: PackSettings,
     known: Mapping[str, SparsityPattern],
-    read: Mapping[int, Reading],
+    read: Mapping[int, Reading] = MappingProxyType({}),
 ) -> tuple[list[Job | StackJob | RecurrentJob], list[SkippedLayer]]:
     """Return the weights to measure, and the modules that are skipped, each with the reason.
 
@@ -166,7 +167,6 @@ def find_jobs(
         RecipeError: no layer to pack, or a glob that matches nothing.
     """
     include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
-    check_model(model)
     jobs: list[Job | StackJob | RecurrentJob] = []
     unread: list[SkippedLayer] = []
     if not include:
@@ -185,13 +185,14 @@ def find_jobs(
     replaceability = Replaceability(model, "use PackedLinear.from_linear", reads_are_served=True)
     parts = [layer for layer in layers if layer.kind.name or layer.kind.parameter != "weight"]
     recurrent = [layer for layer in parts if isinstance(layer.modules[0], nn.RNNBase)]
-    stacked = [layer for layer in parts if layer not in recurrent]
+    stacked = [layer for layer in parts if not isinstance(layer.modules[0], nn.RNNBase)]
     new_stacks, unserved = find_stacks(stacked, known, dtype, lambda layer: _why_not_weight(layer.matrix()))
     new_modules, more = find_recurrent(recurrent, known, dtype, replaceability)
     jobs += [*new_stacks, *new_modules]
     skipped += [*unserved, *more]
+    taken = set(map(id, parts))
     for layer in layers:
-        if layer in parts:
+        if id(layer) in taken:
             continue
         weight = layer.matrix()
         reason = _why_not(replaceability, layer, weight)

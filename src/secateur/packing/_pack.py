@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from secateur._checks import settings as settings_from
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import Forward, call_model, load_batches, observe, quiet
-from secateur.layers import Reading, swap_modules_
+from secateur.layers import Reading, check_model, swap_modules_
 from secateur.nn import (
     Packed,
     PackedRecurrent,
@@ -25,6 +25,7 @@ from secateur.nn import (
     packed_stacks,
     put_in_place_,
 )
+from secateur.packing._attention import as_dense, losing_attention
 from secateur.packing._history import History, patterns_in, readings_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
@@ -105,6 +106,7 @@ def pack_(
     }
     made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
+    check_model(model)
     read = {**readings_in(history, model), **({} if batches is None else _read(model, batches, forward))}
     jobs, skipped = find_jobs(model, made, patterns_in(history), read)
     cold = sum(job.dense_bytes for job in jobs) > _COLD
@@ -130,6 +132,13 @@ def pack_(
         elif isinstance(job.modules[0], Packed):
             swaps += [(module, job.dense) for module in job.modules]
         rows.append(job.report(decision))
+    pairs = [*swaps, *in_place]
+    losing = losing_attention(model, {id(old): new for old, new in pairs}, made.batch_sizes, timer)
+    if losing:
+        swaps = [(old, new) for old, new in swaps if id(old) not in losing]
+        in_place = [(old, new) for old, new in in_place if id(old) not in losing]
+        reasons = {name: losing[id(part)] for name, part in _named_parts(model) if id(part) in losing}
+        rows = [as_dense(row, reasons[row.name]) if row.name in reasons else row for row in rows]
     known.save()  # which may fail, and then the model is as it was
     swap_modules_(model, swaps)
     put_in_place_(model, in_place)
@@ -144,6 +153,12 @@ def pack_(
         notes=tuple(notes),
         whole=weights_of(model),
     )
+
+
+def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Yield the modules and the parameters of a model, each with its qualified name."""
+    yield from model.named_modules()
+    yield from model.named_parameters()
 
 
 def _read(model: nn.Module, batches: Iterable[Any], forward: Forward) -> Mapping[int, Reading]:

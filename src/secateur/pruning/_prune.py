@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur._checks import settings
-from secateur._errors import RecipeError, SolverError, StatisticsError, naming
+from secateur._errors import RecipeError, SolverError, naming
 from secateur._types import Progress
 from secateur.calibration import (
     Forward,
@@ -22,20 +21,18 @@ from secateur.calibration import (
     PaddingSource,
     call_model,
     check_padding,
-    fit_arguments,
     gather,
     hash_batches,
-    load_batches,
-    observe,
     padding_by_stage,
     parameter_names,
     quiet,
     replayed,
 )
-from secateur.layers import NEVER_REACHED, Layer, Observed, check_model, globs_of, select_layers
+from secateur.layers import NEVER_REACHED, Layer, check_model, select_layers
 from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
+from secateur.pruning._reach import read_inputs, tell_unreached
 from secateur.pruning._recipe import Recipe
 from secateur.reports import LayerReport, PackedMask, Report, SkippedLayer, StoredMasks, versions
 from secateur.solvers import Importance, LayerProblem, Solver, verify
@@ -133,23 +130,10 @@ def prune_(
             "Pass batches, or use allocation='uniform', which needs none."
         )
 
-    run = forward or call_model
-    loaded: list[Any] = []
-    observed, ignored = None, ""
-    if batches is not None:
-        if any(parameter.is_meta for parameter in model.parameters()):  # before a forward pass fails on it
-            for layer in select_layers(model, recipe.include, recipe.exclude)[0]:
-                layer.fit(recipe.pattern)
-        device = _device_of(model)
-        loaded = load_batches(batches, device)
-        if forward is None:
-            fitted = fit_arguments(model, loaded, device)
-            loaded, ignored = fitted.batches, fitted.ignored
-        with quiet(model):
-            observed = observe(model, loaded, run, lambda seen: not _unreached(model, recipe, seen))
+    inputs = None if batches is None else read_inputs(model, batches, recipe, forward)
+    observed = None if inputs is None else inputs.observed
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
-    unreached = [entry.name for entry in skipped if entry.reason == NEVER_REACHED]
-    _tell_unreached(unreached, [layer.name for layer in layers], recipe.strict)
+    tell_unreached(layers, skipped, recipe.strict)
     check_padding(padding, [layer.name for layer in layers])
     patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
     total = float(len(layers))
@@ -168,12 +152,13 @@ def prune_(
     def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
         return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
 
-    if observed is None:
+    if inputs is None:
         shares = allocate(candidates({}), recipe.allocation, recipe.sparsity)
         for layer in layers:
             finish(layer, shares[layer.name], None)
             tell(layer.name, len(reports), total)
     else:
+        run, loaded = forward or call_model, inputs.batches
         digest = hash_batches(loaded)
         if recipe.measure_error:
             needs = needs | {"gram"}
@@ -216,38 +201,8 @@ def prune_(
         whole=weights_of(model),
         calibration_mode=mode,
         stored_masks=StoredMasks(masks),
-        calibration={"ignored": ignored} if ignored else {},
+        calibration={"ignored": inputs.ignored} if inputs is not None and inputs.ignored else {},
         padding=padded,
-    )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def _unreached(model: nn.Module, recipe: Recipe, observed: Observed) -> bool:
-    """Whether there is a layer to prune that no input has reached so far."""
-    try:
-        _, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
-    except RecipeError:  # no layer was reached, or the recipe is wrong, which is said later
-        return True
-    return any(entry.reason == NEVER_REACHED for entry in skipped)
-
-
-def _tell_unreached(names: Sequence[str], others: Sequence[str], strict: bool) -> None:
-    """Say, before any weight changes, which layers calibration says nothing of."""
-    if not names:
-        return
-    globs = globs_of(names, others)
-    what = f"{len(names)} layer{'s' * (len(names) > 1)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-    if strict:
-        raise StatisticsError(
-            f"no calibration input reached {what}, and strict asks for all.\n"
-            f"Exclude them with exclude={globs!r}, or calibrate on batches that use them."
-        )
-    warnings.warn(
-        f"no calibration input reached {what}, which stays dense. To say that it should: exclude={globs!r}.",
-        stacklevel=3,
     )
 
 
