@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from families import FAMILIES, Family, first_line, matrices, read_without_call, run
+from families import FAMILIES, Family, first_line, matrices, run
 from torch import Tensor, nn
 
 import secateur
@@ -241,7 +241,6 @@ def pack(family: Family, line: Line, model: nn.Module) -> None:
     tolerance = max(1e-2, 10 * (noise := rounding(family, model, expected)))
     if noise > 1e-2:
         line.note("pack", f"one unit in the last place of its weights moves the output by {noise:.0%}")
-    uncalled = read_without_call(family, model)
     pruned = sum(zeros(matrices(family, model)).values())
     with every_route_wins():
         report = secateur.pack_(model, batch_sizes=[1, 32])
@@ -250,8 +249,6 @@ def pack(family: Family, line: Line, model: nn.Module) -> None:
     after = outputs(family, model)
     change = differ(expected, after)
     line.pack = f"{100 * removed / pruned:.0f} %" if change < tolerance else f"the output changes: {change:.0%}"
-    if slow := uncalled & {layer.name for layer in packed}:
-        line.pack += f", with {len(slow)} of {len(packed)} layers that are read without a call"
     reasons: dict[str, set[str]] = {}  # the parameters with zeros that each one leaves dense
     dense_layers = [(layer.reason, layer.name) for layer in report.layers if not layer.packed]
     for reason, name in (*dense_layers, *((skip.reason, skip.name) for skip in report.skipped)):

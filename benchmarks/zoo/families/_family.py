@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 Make = Callable[[], nn.Module]
 Inputs = Callable[[], list[Any]]
@@ -195,36 +194,6 @@ def run(family: Family, model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-class _Reads(TorchFunctionMode):
-    """Collects the parameters that are arguments of functions, and those that modules hold while they are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read: set[int] = set()
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            if isinstance(value, nn.Parameter):
-                self.read.add(id(value))
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def read_without_call(family: Family, model: nn.Module) -> set[str]:
-    """The layers whose weight a forward pass reads although none of these layers is called."""
-    called: set[nn.Module] = set()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))}
-    hooks = [layer.register_forward_hook(lambda module, *rest: called.add(module)) for layer in layers.values()]
-    with _Reads() as reads:
-        run(family, model, family.batches()[0])
-    for hook in hooks:
-        hook.remove()
-    used = {id(module.weight) for module in called}
-    return {name for name, layer in layers.items() if id(layer.weight) in reads.read - used}
 
 
 def first_line(error: Exception) -> str:
