@@ -24,6 +24,7 @@ from families import FAMILIES, Family, first_line, matrices, run
 from torch import Tensor, nn
 
 import secateur
+from secateur.calibration import call_model
 
 TARGETS: tuple[tuple[str, float | None], ...] = (("2:4", None), ("unstructured", 0.6))
 METHODS = ("gate", "sr-ste")
@@ -243,9 +244,11 @@ def pack(family: Family, line: Line, model: nn.Module) -> None:
         line.note("pack", f"one unit in the last place of its weights moves the output by {noise:.0%}")
     pruned = sum(zeros(matrices(family, model)).values())
     with every_route_wins():
-        report = secateur.pack_(model, batch_sizes=[1, 32])
+        forward = family.forward or call_model
+        report = secateur.pack_(model, batch_sizes=[1, 32], batches=family.batches(), forward=forward)
     packed = [layer for layer in report.layers if layer.packed]
-    removed = sum(round((1 - layer.density) * layer.shape[0] * layer.shape[1]) for layer in packed)
+    # Of all matrices of a layer, such as the experts of a stack; the models are float32.
+    removed = sum(round((1 - layer.density) * layer.dense_bytes / 4) for layer in packed)
     after = outputs(family, model)
     change = differ(expected, after)
     line.pack = f"{100 * removed / pruned:.0f} %" if change < tolerance else f"the output changes: {change:.0%}"
