@@ -13,8 +13,8 @@ import secateur
 from secateur import RecipeError, Report, StatisticsError, prune_
 from secateur.calibration import Padding, gather, parameter_names, quiet, replayed
 from secateur.calibration._labels import PADDED, REAL
-from secateur.calibration._masks import find_inputs
 from secateur.calibration._origins import Origins
+from secateur.calibration._padding_masks import find_inputs
 from secateur.layers import select_layers
 
 

@@ -7,12 +7,12 @@ from secateur.calibration._batches import hash_batches as hash_batches
 from secateur.calibration._batches import load_batches as load_batches
 from secateur.calibration._batches import quiet as quiet
 from secateur.calibration._gather import gather as gather
-from secateur.calibration._masks import parameter_names as parameter_names
 from secateur.calibration._observe import observe as observe
 from secateur.calibration._padding import Padding as Padding
 from secateur.calibration._padding import PaddingSource as PaddingSource
 from secateur.calibration._padding import check_padding as check_padding
 from secateur.calibration._padding import padding_by_stage as padding_by_stage
+from secateur.calibration._padding_masks import parameter_names as parameter_names
 from secateur.calibration._replay import StageSource as StageSource
 from secateur.calibration._replay import replayed as replayed
 from secateur.calibration._statistics import LayerStatistics as LayerStatistics

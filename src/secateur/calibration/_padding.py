@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from secateur._errors import RecipeError, StatisticsError, naming
 from secateur.calibration._labels import PADDED, frames_of, together
-from secateur.calibration._masks import EXAMPLE, Input, Mask, PaddingFunction, find_inputs
 from secateur.calibration._origins import Origin, Origins
+from secateur.calibration._padding_masks import EXAMPLE, Input, Mask, PaddingFunction, find_inputs
 
 PaddingSource: TypeAlias = PaddingFunction | Mapping[str, PaddingFunction]
 

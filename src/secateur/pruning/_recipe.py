@@ -43,8 +43,9 @@ class Recipe:
             dense model.
         measure_error: measure each layer's relative output error. It needs the Gram matrix of each layer's inputs,
             which second-order methods gather anyway and which about doubles the cost of calibrating for Wanda.
-        strict: refuse, before any weight changes, what is otherwise left dense or calibrated on more than its own
-            inputs, and reported: layers that no calibration input reaches, and experts that fewer than 64 reach.
+        strict: refuse what is otherwise left dense or calibrated on more than its own inputs, and reported: before any
+            weight changes, layers that no calibration input reaches; and when its layer is calibrated, an expert of a
+            stack that fewer than 64 inputs reach.
         remainder: for layers whose size the pattern's groups or tiles do not divide, ``"error"`` raises and ``"dense"``
             leaves the columns and rows beyond the last whole one dense, as a pattern with ``remainder="dense"`` does.
             The report notes how many. It is only a way to set the pattern's own ``remainder``, and shows that.
