@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.calibration._batches import Forward, call_model, code_path
 from secateur.calibration._reads import FunctionWatch, Product
-from secateur.layers import Observed, Reading, kinds_of
+from secateur.layers import Observed, Reading, is_sharded, kinds_of
 
 _Key: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -194,4 +194,6 @@ class Observer:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    """Whether a tensor has memory of its own that views can be told by: no sparse, absent or sharded one has."""
+    is_plain = isinstance(tensor, Tensor) and not is_sharded(tensor) and tensor.layout == torch.strided
+    return is_plain and not tensor.is_meta
