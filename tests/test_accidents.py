@@ -211,6 +211,8 @@ def test_leftovers_of_dead_processes_are_swept_and_those_of_living_ones_kept(tmp
     output = tmp_path / "out"
     died(output, new="half")
     died(output)
+    inside, _ = died(output)
+    (inside / ".tmpXhsF96").write_text("half")  # safetensors was writing, beside the file that it was given
     (tmp_path / ".out.01234567.partial").mkdir()  # killed before it was locked
     living, lock = died(output, alive=True, new="half")
     other, _ = died(tmp_path / "other", new="half")

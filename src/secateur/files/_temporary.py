@@ -193,7 +193,8 @@ def _end(folder: Path, locks: list[int], path: Path) -> None:
         if os.path.lexists(folder / OLD):
             with suppress(FileExistsError):
                 rename_new(folder / OLD, path)
-        for left in (folder / NEW, folder / OLD):
+        # safetensors writes to a file of its own beside the one that it is given, and renames it.
+        for left in (folder / NEW, folder / OLD, *folder.glob(".tmp*")):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
