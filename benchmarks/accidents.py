@@ -206,7 +206,8 @@ class Campaign:
                 raise LostError("the old output was not put back")
             self.counts["put back"] += 1
         if left := leftovers(self.case.output):
-            raise LostError(f"{left} are still there: {[str(p) for f in left for p in sorted(f.rglob(chr(42)))]}")
+            inside = [str(path) for folder in left for path in sorted(folder.rglob("*"))]
+            raise LostError(f"{left} are still there, with {inside}")
 
     def _check_words(self, said: str, written: bool) -> None:
         told = f"{self.case.output} was written" in said
@@ -337,7 +338,8 @@ def kill_caches(work: Path, kills: int, draw: random.Random) -> Counter[str]:
         counts["left over"] += bool(leftovers(path))
         Child(lambda number=number: add(f"last {number}", 1), work / "last").wait()  # type: ignore[misc]
         if left := leftovers(path):
-            raise LostError(f"{left} are still there: {[str(p) for f in left for p in sorted(f.rglob(chr(42)))]}")
+            inside = [str(path) for folder in left for path in sorted(folder.rglob("*"))]
+            raise LostError(f"{left} are still there, with {inside}")
     return counts
 
 

@@ -396,16 +396,21 @@ def test_a_training_of_parts_goes_on_from_its_state(method):
         assert torch.equal(one, other)
 
 
+def mixture(family, way, **sizes):
+    """A tiny language model of transformers whose experts run in a certain way."""
+    transformers = pytest.importorskip("transformers")
+    sizes |= {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
+    config = getattr(transformers, kind)(**sizes, vocab_size=40, head_dim=8, pad_token_id=0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config._experts_implementation = way
+    return model
+
+
 @pytest.mark.parametrize("way", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4"])
 def test_experts_of_transformers_are_pruned_however_they_run(family, way):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"vocab_size": 40, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
-    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
-    config = getattr(transformers, kind)(**sizes, head_dim=8, pad_token_id=0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.config._experts_implementation = way
+    model = mixture(family, way, num_hidden_layers=2, num_local_experts=3, num_experts_per_tok=2)
     ids = torch.randint(1, 40, (4, 40))
     truth = experts_by_hand(model, ids) if family != "Llama4" else None
     report = prune_(model, [{"input_ids": ids}], pattern="2:4", method="wanda", sequential=False)
@@ -447,13 +452,7 @@ def experts_by_hand(model, ids):
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4"])
 def test_padding_is_kept_out_of_experts(family, way):
     """Tokens are gathered by index on their way to an expert, so that no mask has the shape of its inputs."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"vocab_size": 40, "num_hidden_layers": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
-    kind = {"Llama4": "Llama4TextConfig"}.get(family, f"{family}Config")
-    config = getattr(transformers, kind)(**sizes, head_dim=8, pad_token_id=0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.config._experts_implementation = way
+    model = mixture(family, way, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1)
     ids, mask = torch.randint(1, 40, (4, 50)), torch.ones(4, 50, dtype=torch.long)
     ids[1, 30:] = ids[3, 40:] = 0
     mask[1, 30:] = mask[3, 40:] = 0
