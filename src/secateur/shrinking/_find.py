@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,16 @@ class _Found:
         buffers = dict(model.named_buffers(remove_duplicate=False))
         names = tuple(name for name in trace.atoms if name in tensors or name in buffers)
         convolutions = frozenset(name for name, tensor in tensors.items() if tensor.ndim > 3)
-        return cls(names, convolutions, trace.atoms, roots, inputs, attended, tuple(trace.ledger.events), trace.ledger.cut(roots))
+        return cls(
+            names,
+            convolutions,
+            trace.atoms,
+            roots,
+            inputs,
+            attended,
+            tuple(trace.ledger.events),
+            trace.ledger.cut_roots(roots),
+        )
 
     def dimensions(self) -> list[Dimension]:
         """The dimensions of which units can go, in the order of the model's tensors."""
@@ -116,21 +125,19 @@ class _Found:
                 continue
             (covered if root in whole else families)[signature].append(root)
         made: list[tuple[Dimension, str]] = []
-        for signature, roots in families.items():
-            dimension, owner = self._dimension(signature, [members[root] for root in roots], roots)
+        for signature, members_of in families.items():
+            dimension, owner = self._dimension(signature, [members[root] for root in members_of], members_of)
             if dimension.size > 1:
                 made.append((dimension, owner))
             if (queries := _query_heads(dimension)) is not None:
                 made.append((queries, owner))
-        for signature, roots in covered.items():
-            dimension, owner = self._dimension(signature, [members[root] for root in roots], roots)
+        for signature, members_of in covered.items():
+            dimension, owner = self._dimension(signature, [members[root] for root in members_of], members_of)
             if (queries := _query_heads(dimension)) is not None:
                 made.append((queries, owner))
         return _named(made)
 
-    def _dimension(
-        self, signature: tuple[Any, ...], units: list[Any], roots: list[int]
-    ) -> tuple[Dimension, str]:
+    def _dimension(self, signature: tuple[Any, ...], units: list[Any], roots: list[int]) -> tuple[Dimension, str]:
         order = sorted(range(len(units)), key=lambda unit: units[unit][0][2][0])
         places = tuple(
             Place(name, dim, np.stack([units[unit][place][2] for unit in order]), is_input)
@@ -161,20 +168,20 @@ class _Found:
         """Dimensions of parameters that cannot be made smaller, with the first operation that says so."""
         made = {(place.tensor, place.dim) for dimension in self.dimensions() for place in dimension.places}
         why: dict[int, Event] = {}
-        for event in self.events:
-            for root in np.unique(self.roots[event.atoms]).tolist():
-                why.setdefault(root, event)
+        for entry in self.events:
+            for root in np.unique(self.roots[entry.atoms]).tolist():
+                why.setdefault(root, entry)
         direct: dict[int, Event] = {}
-        for event in self.events:
-            for atom in event.atoms.tolist():
-                direct.setdefault(atom, event)
+        for entry in self.events:
+            for atom in entry.atoms.tolist():
+                direct.setdefault(atom, entry)
         found = []
         for name in self.names:
             for dim, atoms in enumerate(self.atoms[name]):
                 if len(atoms) < 2 or (name, dim) in made:
                     continue
                 root = int(self.roots[atoms[0]])
-                event = direct.get(int(atoms[0])) or why.get(root)
+                event: Event | None = direct.get(int(atoms[0])) or why.get(root)
                 if event is None:
                     reason = "it was not used in the forward pass" if root == int(atoms[0]) else "nothing reads it"
                     found.append(Boundary(name, dim, len(atoms), "", reason))
@@ -185,8 +192,8 @@ class _Found:
 
 def _common(owners: list[str]) -> str:
     """The innermost module that has all of some modules."""
-    paths = [owner.split(".") for owner in owners]
-    return ".".join(commonprefix(paths))
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(owner.split(".") for owner in owners), strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def _named(made: list[tuple[Dimension, str]]) -> list[Dimension]:
@@ -222,5 +229,3 @@ def _query_heads(dimension: Dimension) -> Dimension | None:
     )
     size = dimension.size * factor
     return replace(dimension, kind="query_heads", size=size, places=places, group_size=factor)
-
-

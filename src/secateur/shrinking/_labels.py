@@ -49,6 +49,12 @@ class Event:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Cut:
+    event: Event
+    ranges: tuple[range, ...]
+
+
 class Ledger:
     """The atoms of a model, and which of them go together."""
 
@@ -58,7 +64,7 @@ class Ledger:
         self.events: list[Event] = []
         self._inputs: list[Layer] = []
         self._attended: list[Layer] = []
-        self._cuts: list[Event] = []
+        self._cuts: list[_Cut] = []
         self._grids: list[Layer] = []
 
     def new(self, count: int) -> Layer:
@@ -93,7 +99,7 @@ class Ledger:
         axes = tuple(axis for axis in axes if layer.shape[axis] > 1)
         if not axes:
             return layer
-        left = layer.min(axis=axes, keepdims=True)
+        left: Layer = layer.min(axis=axes, keepdims=True)
         self.note(layer, operation, reason)
         self.unite(layer, left)
         if left.size == 1:
@@ -109,10 +115,10 @@ class Ledger:
         """Say that two computed tensors are multiplied along these atoms, as attention does."""
         self._attended.append(np.unique(layer))
 
-    def cuts(self, layer: Layer, axis: int, operation: str, reason: str) -> None:
-        """Say that a range is cut out along an axis, and that its ends may be numbers that do not follow the size."""
+    def cut(self, layer: Layer, axis: int, ranges: Sequence[range], operation: str, reason: str) -> None:
+        """Say that ranges are cut out along an axis, whose ends may be numbers that do not follow the size."""
         rows = np.moveaxis(layer, axis, -1).reshape(-1, layer.shape[axis])
-        self._cuts.append(Event(rows, operation, reason))
+        self._cuts.append(_Cut(Event(rows, operation, reason), tuple(ranges)))
 
     def grid(self, layer: Layer) -> None:
         """Say that entries were arranged as the axes of this array, so that only whole slices of it can go."""
@@ -135,6 +141,7 @@ class Ledger:
 
     def roots(self) -> NDArray[np.int64]:
         """Return for every atom the smallest one that it goes together with."""
+        self._share_cuts()
         roots = self._components()
         while True:  # to unite along one grid may break another
             before = len(self._edges)
@@ -178,15 +185,28 @@ class Ledger:
             attended[roots[layer]] = True
         return inputs, attended
 
-    def cut(self, roots: NDArray[np.int64]) -> dict[int, Event]:
+    def cut_roots(self, roots: NDArray[np.int64]) -> dict[int, Event]:
         """Return by root which range was cut out of entries that do not all go together."""
         found: dict[int, Event] = {}
-        for event in self._cuts:
-            rows = roots[event.atoms]
+        for cut in self._cuts:
+            rows = roots[cut.event.atoms]
             for root in np.unique(rows[(rows != rows[:, :1]).any(axis=1)]).tolist():
                 if root != FIXED:
-                    found.setdefault(root, event)
+                    found.setdefault(root, cut.event)
         return found
+
+    def _share_cuts(self) -> None:
+        """Unite the parts of what was cut into equal parts: each of them loses the same."""
+        ranges: dict[bytes, set[range]] = {}
+        for cut in self._cuts:
+            ranges.setdefault(cut.event.atoms.tobytes(), set()).update(cut.ranges)
+        for cut in self._cuts:
+            rows = cut.event.atoms
+            parts = ranges[rows.tobytes()]
+            length = len(next(iter(parts)))
+            if rows.shape[1] % length == 0 and all(len(part) == length and part.start % length == 0 for part in parts):
+                grid = rows.reshape(len(rows), -1, length)
+                self.unite(grid, grid.min(axis=1, keepdims=True))
 
 
 def _share_axis(a: Layer, b: Layer) -> bool:
@@ -198,7 +218,7 @@ def _coarser(ledger: Ledger, a: Layer, b: Layer) -> Layer:
     axes = tuple(axis for axis in range(a.ndim) if a.shape[axis] > 1 and b.shape[axis] == 1)
     if not axes:
         return a
-    left = a.min(axis=axes, keepdims=True)
+    left: Layer = a.min(axis=axes, keepdims=True)
     ledger.unite(a, left)
     return left
 

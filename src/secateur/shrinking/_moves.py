@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from secateur.shrinking._labels import Labels, Layer, compressed, reshaped
-from secateur.shrinking._rules import Call, Tracing, each_layer, held, rule, stopped, unknown
+from secateur.shrinking._rules import Call, Rule, Tracing, each_layer, held, stopped, unknown
 
 
-@rule(
-    "clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "lift", "positive",
-    "detach_copy", "_conj", "resolve_conj", "native_dropout", "zeros_like", "ones_like", "empty_like", "full_like",
-    "rand_like", "randn_like", "dropout", "fill", "zero", "bernoulli", "is_pinned", "pin_memory", "set_data",
-)  # fmt: skip
 def _same(trace: Tracing, call: Call) -> None:
     labels = trace.of(call.input)
     if call.name in ("zeros_like", "ones_like", "full_like", "fill", "zero"):
@@ -25,13 +20,10 @@ def _same(trace: Tracing, call: Call) -> None:
         trace.set(output, labels)
 
 
-@rule("full", "zeros", "ones", "empty", "scalar_tensor", "new_zeros", "new_ones", "new_full", "new_empty",
-      "empty_strided", "new_empty_strided")  # fmt: skip
 def _made(trace: Tracing, call: Call) -> None:
     trace.set(call.result, Labels(uniform=True))
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy")
 def _view(trace: Tracing, call: Call) -> None:
     old, new = tuple(call.input.shape), tuple(call.result.shape)
     if call.input.dtype.itemsize != call.result.dtype.itemsize:  # view(dtype)
@@ -47,7 +39,6 @@ def _view(trace: Tracing, call: Call) -> None:
     return trace.set(call.result, each_layer(trace.of(call.input), change))
 
 
-@rule("permute", "transpose", "t", "numpy_T", "mT", "movedim", "permute_copy", "transpose_copy", "t_copy", "swapaxes")
 def _permute(trace: Tracing, call: Call) -> None:
     ndim = call.input.ndim
     if call.name.startswith("permute"):
@@ -61,27 +52,23 @@ def _permute(trace: Tracing, call: Call) -> None:
     trace.set(call.result, each_layer(trace.of(call.input), lambda layer: layer.transpose(order)))
 
 
-@rule("expand", "expand_copy", "broadcast_to")
 def _expand(trace: Tracing, call: Call) -> None:
     added = call.result.ndim - call.input.ndim
     labels = each_layer(trace.of(call.input), lambda layer: layer.reshape((1,) * added + layer.shape))
     trace.set(call.result, labels)
 
 
-@rule("unsqueeze", "unsqueeze_copy", "squeeze", "squeeze_copy")
 def _squeeze(trace: Tracing, call: Call) -> None:
     old, new = tuple(call.input.shape), tuple(call.result.shape)
     trace.set(call.result, each_layer(trace.of(call.input), lambda layer: reshaped(layer, old, new)[0]))
 
 
-@rule("select", "select_copy")
 def _select(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dim"]) % call.input.ndim
     labels = stopped(trace, call, trace.of(call.input), [dim], "one of them is selected by its number")
     trace.set(call.result, each_layer(labels, lambda layer: layer.squeeze(dim)))
 
 
-@rule("unbind", "unbind_copy")
 def _unbind(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dim"]) % call.input.ndim
     labels = held(trace, call, trace.of(call.input), [dim], "it is taken apart into a fixed number of parts")
@@ -89,7 +76,6 @@ def _unbind(trace: Tracing, call: Call) -> None:
         trace.set(output, each_layer(labels, lambda layer: layer.squeeze(dim)))
 
 
-@rule("slice", "slice_copy", "narrow")
 def _slice(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dim"]) % call.input.ndim
     size = call.input.shape[dim]
@@ -100,7 +86,6 @@ def _slice(trace: Tracing, call: Call) -> None:
     _cut(trace, call, dim, [(range(begin, end, step), call.result)])
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "split_copy", "split_with_sizes_copy")
 def _split(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dim"]) % call.input.ndim
     parts, begin = [], 0
@@ -114,31 +99,32 @@ def _cut(trace: Tracing, call: Call, dim: int, parts: list[tuple[range, Tensor]]
     """Labels of ranges along a dimension. Where to cut moves with its size, or is a number that somebody keeps."""
     labels, size = trace.of(call.input), call.input.shape[dim]
     for layer in labels.layers:
-        if layer.shape[dim] == 1 or not any(len(part) for part, _ in parts) or all(part == range(size) for part, _ in parts):
+        if (
+            layer.shape[dim] == 1
+            or not any(len(part) for part, _ in parts)
+            or all(part == range(size) for part, _ in parts)
+        ):
             continue
         first = parts[0][0]
         if first.step > 1 and len(first) * first.step == size:  # x[..., ::2]: every part has its share of each step
-            length, axis = first.step, dim + 1
-        else:
-            length, axis = max(len(part) for part, _ in parts), dim
-        is_even = size % length == 0 and all(
-            part.step > 1 or (len(part) == length and part.start % length == 0) for part, _ in parts
-        )
-        if is_even:  # the same of each part
-            shape = (*layer.shape[:dim], size // length, length, *layer.shape[dim + 1 :])
-            grid = layer.reshape(shape)
-            trace.ledger.unite(grid, grid.min(axis=axis, keepdims=True))
-        if not (is_even and trace.adapts):
-            reason = f"a part of fixed size is cut out: {len(first)} of {size}"
-            trace.ledger.cuts(layer, dim, call.operation, reason)
+            grid = layer.reshape((*layer.shape[:dim], len(first), first.step, *layer.shape[dim + 1 :]))
+            trace.ledger.unite(grid, grid.min(axis=dim + 1, keepdims=True))
+            continue
+        ranges = [part for part, _ in parts if len(part)]
+        if trace.adapts and len({len(part) for part in ranges}) == 1:
+            grid = layer.reshape((*layer.shape[:dim], -1, len(first), *layer.shape[dim + 1 :]))
+            trace.ledger.unite(grid, grid.min(axis=dim, keepdims=True))
+            continue
+        reason = f"a part of fixed size is cut out: {len(ranges[0])} of {size}"
+        trace.ledger.cut(layer, dim, ranges, call.operation, reason)
     for part, output in parts:
-        rows = np.asarray(part)
+        rows = np.asarray(part, dtype=np.int64)
         trace.set(
-            output, each_layer(labels, lambda layer, rows=rows: layer if layer.shape[dim] == 1 else layer.take(rows, dim))
+            output,
+            labels.moved(layer if layer.shape[dim] == 1 else layer.take(rows, dim) for layer in labels.layers),
         )
 
 
-@rule("cat", "concat", "stack", "_stack")
 def _cat(trace: Tracing, call: Call) -> None:
     tensors = [tensor for tensor in call.tensors if tensor.shape != (0,)]
     is_new = "stack" in call.name
@@ -184,8 +170,6 @@ def _meet(a: Layer, b: Layer, axes: list[int]) -> bool:
     return any(a.shape[axis] > 1 and b.shape[axis] > 1 for axis in axes)
 
 
-@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d")  # fmt: skip
 def _pad(trace: Tracing, call: Call) -> None:
     amounts = [int(amount) for amount in call.given.get("pad") or call.given["padding"]]
     ndim = call.input.ndim
@@ -195,7 +179,8 @@ def _pad(trace: Tracing, call: Call) -> None:
             axis, (before, after) = ndim - 1 - place, amounts[2 * place : 2 * place + 2]
             if layer.shape[axis] > 1 and (before or after):
                 # What is added stays, and what is cut off was there.
-                trace.ledger.cuts(layer, axis, call.operation, "it is padded or cut by fixed numbers")
+                cut = [range(layer.shape[axis])]
+                trace.ledger.cut(layer, axis, cut, call.operation, "it is padded or cut by fixed numbers")
                 layer = layer.take(np.arange(max(0, -before), layer.shape[axis] - max(0, -after)), axis)
                 widths = [(max(0, before), max(0, after)) if a == axis else (0, 0) for a in range(ndim)]
                 layer = np.pad(layer, widths)
@@ -204,7 +189,6 @@ def _pad(trace: Tracing, call: Call) -> None:
     trace.set(call.result, each_layer(trace.of(call.input), change))
 
 
-@rule("repeat", "tile")
 def _repeat(trace: Tracing, call: Call) -> None:
     repeats = [int(count) for count in call.given.get("repeats") or call.given["dims"]]
     added = call.result.ndim - call.input.ndim
@@ -217,14 +201,12 @@ def _repeat(trace: Tracing, call: Call) -> None:
     trace.set(call.result, each_layer(trace.of(call.input), change))
 
 
-@rule("unfold")
 def _unfold(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dimension"]) % max(1, call.input.ndim)
     labels = held(trace, call, trace.of(call.input), [dim], "windows move along it")
     trace.set(call.result, each_layer(labels, lambda layer: layer[..., None]))
 
 
-@rule("im2col")
 def _im2col(trace: Tracing, call: Call) -> None:
     labels = held(trace, call, trace.of(call.input), [-2, -1], "windows move along it")
     positions = int(np.prod(call.given["kernel_size"]))
@@ -235,7 +217,6 @@ def _im2col(trace: Tracing, call: Call) -> None:
     )
 
 
-@rule("flip", "roll", "rot90", "tril", "triu", "fft_fft")
 def _within(trace: Tracing, call: Call) -> None:
     axes: tuple[int, ...] = (-2, -1) if call.name in ("tril", "triu") else call.axes(call.input.ndim, "dims")
     labels = trace.of(call.input)
@@ -243,7 +224,6 @@ def _within(trace: Tracing, call: Call) -> None:
     trace.set(call.result, stopped(trace, call, labels, axes, "its order along this dimension matters"))
 
 
-@rule("as_strided", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "diagonal")
 def _by_doing(trace: Tracing, call: Call) -> None:
     """Move the labels as the operation moves the entries."""
     if call.name == "as_strided" and call.input.shape == call.result.shape:
@@ -266,7 +246,6 @@ def _by_doing(trace: Tracing, call: Call) -> None:
     trace.set(call.result, each_layer(trace.of(call.input), change))
 
 
-@rule("embedding", "index_select", "gather", "take_along_dim", "index", "masked_select", "_unsafe_index")
 def _look_up(trace: Tracing, call: Call) -> None:
     """Entries are picked by numbers or by a mask, which nobody could correct."""
     labels, ndim = trace.of(call.input), call.input.ndim
@@ -326,3 +305,35 @@ def _indexed(trace: Tracing, call: Call, labels: Labels, indices: list[Any]) -> 
         return layer.reshape([*left[:before], *[1] * added, *left[before:]])
 
     return each_layer(labels, change)
+
+
+_NAMES: dict[Rule, str] = {
+    _same: (
+        "clone detach alias _to_copy contiguous lift_fresh lift_fresh_copy lift positive detach_copy _conj "
+        "resolve_conj native_dropout zeros_like ones_like empty_like full_like rand_like randn_like dropout "
+        "fill zero bernoulli is_pinned pin_memory set_data"
+    ),
+    _made: (
+        "full zeros ones empty scalar_tensor new_zeros new_ones new_full new_empty empty_strided new_empty_strided"
+    ),
+    _view: "view _unsafe_view reshape _reshape_alias view_copy _reshape_copy",
+    _permute: "permute transpose t numpy_T mT movedim permute_copy transpose_copy t_copy swapaxes",
+    _expand: "expand expand_copy broadcast_to",
+    _squeeze: "unsqueeze unsqueeze_copy squeeze squeeze_copy",
+    _select: "select select_copy",
+    _unbind: "unbind unbind_copy",
+    _slice: "slice slice_copy narrow",
+    _split: "split split_with_sizes unsafe_split unsafe_split_with_sizes split_copy split_with_sizes_copy",
+    _cat: "cat concat stack _stack",
+    _pad: (
+        "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
+        "replication_pad2d replication_pad3d"
+    ),
+    _repeat: "repeat tile",
+    _unfold: "unfold",
+    _im2col: "im2col",
+    _within: "flip roll rot90 tril triu fft_fft",
+    _by_doing: "as_strided pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle diagonal",
+    _look_up: "embedding index_select gather take_along_dim index masked_select _unsafe_index",
+}
+MOVES: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

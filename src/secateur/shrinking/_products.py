@@ -10,13 +10,13 @@ from torch import Tensor
 from secateur.shrinking._labels import Labels, Layer
 from secateur.shrinking._rules import (
     Call,
+    Rule,
     Tracing,
     combined,
     each_layer,
     held,
     pairs_of,
     pointwise,
-    rule,
     stopped,
     unknown,
 )
@@ -26,8 +26,10 @@ _BATCH, _ROWS, _SUM, _COLUMNS = range(4)
 _FIXED_FACTOR = "it is multiplied by values of fixed size"
 
 
-def _product(trace: Tracing, call: Call, a: Labels, b: Labels, a_shape: Sequence[int], b_shape: Sequence[int]) -> Labels:
-    """Return the labels of a product, on the four axes. Both factors have all of them, of size 1 where they lack one."""
+def _product(
+    trace: Tracing, call: Call, a: Labels, b: Labels, a_shape: Sequence[int], b_shape: Sequence[int]
+) -> Labels:
+    """Return the labels of a product, on the four axes. A factor that lacks one has it with size 1."""
     ledger = trace.ledger
     sides = [list(a.layers), list(b.layers)]
     for own, other, labels, shape in ((0, 1, b, b_shape), (1, 0, a, a_shape)):
@@ -52,10 +54,9 @@ def _product(trace: Tracing, call: Call, a: Labels, b: Labels, a_shape: Sequence
             for layer in summed[1] if b.parametric else summed[0]:
                 ledger.reads(layer)
         else:
-            held_layers = [
-                [x for layer in side if (x := ledger.fuse(layer, [_SUM], call.operation, "two computed tensors are multiplied along it")) is not None]
-                for side in summed
-            ]  # fmt: skip
+            reason = "two computed tensors are multiplied along it"
+            fused = [[ledger.fuse(layer, [_SUM], call.operation, reason) for layer in side] for side in summed]
+            held_layers = [[layer for layer in side if layer is not None] for side in fused]
             for layer in (*summed[0], *summed[1]):
                 ledger.attends(layer)
             for first in held_layers[0]:
@@ -101,27 +102,26 @@ def _multiplied(trace: Tracing, call: Call, a: Tensor, b: Tensor) -> Labels:
     return each_layer(made, lambda layer: layer.squeeze(_SUM) if is_batched else layer.squeeze((_BATCH, _SUM)))
 
 
-@rule("mm", "bmm", "_int_mm")
 def _matmul(trace: Tracing, call: Call) -> None:
     a, b = call.tensors[:2]
     trace.set(call.result, _multiplied(trace, call, a, b))
 
 
-@rule("addmm", "baddbmm", "addbmm")
 def _added(trace: Tracing, call: Call) -> None:
     bias, a, b = call.tensors[:3]
     if call.name == "addbmm":
         return unknown(trace, call)
     made = _multiplied(trace, call, a, b)
     shape = tuple(call.result.shape)
-    return trace.set(call.result, _data(combined(trace, call, [(trace.of(bias), bias.shape), (made, shape)], len(shape))))
+    return trace.set(
+        call.result, _data(combined(trace, call, [(trace.of(bias), bias.shape), (made, shape)], len(shape)))
+    )
 
 
 def _data(labels: Labels) -> Labels:
     return Labels(labels.layers)
 
 
-@rule("mv", "dot", "vdot")
 def _vectors(trace: Tracing, call: Call) -> None:
     a, b = call.tensors[:2]
     first = (_ROWS, _SUM) if a.ndim == 2 else (_SUM,)
@@ -132,7 +132,6 @@ def _vectors(trace: Tracing, call: Call) -> None:
         trace.set(call.result, each_layer(made, lambda layer: layer.squeeze((_BATCH, _SUM, _COLUMNS))))
 
 
-@rule("linear")
 def _linear(trace: Tracing, call: Call) -> None:
     x, weight, *bias = call.tensors
     rows = int(np.prod(x.shape[:-1]))
@@ -157,7 +156,6 @@ def _linear(trace: Tracing, call: Call) -> None:
     trace.set(call.result, _data(made))
 
 
-@rule("_grouped_mm", "_scaled_grouped_mm")
 def _grouped(trace: Tracing, call: Call) -> None:
     """Rows one after the other, each multiplied by one of a stack of matrices."""
     x, stack = call.tensors[:2]
@@ -172,8 +170,6 @@ def _grouped(trace: Tracing, call: Call) -> None:
     return trace.set(call.result, each_layer(made, lambda layer: layer.squeeze((_BATCH, _SUM))))
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", "_slow_conv2d_forward",
-      "slow_conv3d", "_conv_depthwise2d", "thnn_conv2d")  # fmt: skip
 def _convolution(trace: Tracing, call: Call) -> None:
     x, weight = call.tensors[:2]
     bias = call.given.get("bias")
@@ -222,9 +218,6 @@ def _in_groups(trace: Tracing, call: Call, labels: Labels, kernel: Labels, group
     return Labels(ledger.merged([*whole, *outer]))
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-      "_scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_attention")  # fmt: skip
 def _attention(trace: Tracing, call: Call) -> None:
     query, key, value = call.tensors[:3]
     reason = "attention computes with all of a head"
@@ -233,8 +226,8 @@ def _attention(trace: Tracing, call: Call) -> None:
         labels = held(trace, call, trace.of(tensor), [tensor.ndim - 1], reason)
         labels = stopped(trace, call, labels, [tensor.ndim - 2], reason)
         if (shared := query.shape[-3] // tensor.shape[-3]) > 1:  # a key/value head for several query heads
-            labels = each_layer(
-                labels, lambda layer, times=shared: np.repeat(layer, times, -3) if layer.shape[-3] > 1 else layer
+            labels = labels.moved(
+                np.repeat(layer, shared, -3) if layer.shape[-3] > 1 else layer for layer in labels.layers
             )
         parts.append((labels, [*query.shape[:-2], 1, 1]))
         for layer in trace.of(tensor).layers:
@@ -242,12 +235,13 @@ def _attention(trace: Tracing, call: Call) -> None:
                 trace.ledger.attends(layer)
     mask = call.given.get("attn_mask", call.given.get("attn_bias"))
     if isinstance(mask, Tensor):
-        parts.append((stopped(trace, call, trace.of(mask), [mask.ndim - 2, mask.ndim - 1], reason), [*mask.shape[:-2], 1, 1]))
+        parts.append(
+            (stopped(trace, call, trace.of(mask), [mask.ndim - 2, mask.ndim - 1], reason), [*mask.shape[:-2], 1, 1])
+        )
     outputs = call.outputs
     trace.set(outputs[0], _data(combined(trace, call, parts, query.ndim)))
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
 def _layer_norm(trace: Tracing, call: Call) -> None:
     x = call.input
     count = len(list(pairs_of(call.given["normalized_shape"])))
@@ -258,8 +252,6 @@ def _layer_norm(trace: Tracing, call: Call) -> None:
     trace.set(call.outputs[0], _data(combined(trace, call, operands, x.ndim, "a norm is computed over it")))
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
-      "batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
 def _batch_norm(trace: Tracing, call: Call) -> None:
     x, *others = call.tensors
     lead = x.ndim - 2
@@ -270,7 +262,6 @@ def _batch_norm(trace: Tracing, call: Call) -> None:
     trace.set(call.outputs[0], _data(combined(trace, call, operands, x.ndim)))
 
 
-@rule("native_group_norm")
 def _group_norm(trace: Tracing, call: Call) -> None:
     x, *others = call.tensors
     groups, channels = int(call.given["group"]), x.shape[1]
@@ -292,9 +283,6 @@ def _group_norm(trace: Tracing, call: Call) -> None:
     trace.set(call.outputs[0], _data(combined(trace, call, operands, x.ndim, reason)))
 
 
-@rule("sum", "mean", "amax", "amin", "argmax", "argmin", "max", "min", "prod", "logsumexp", "norm",
-      "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "median", "nanmedian", "all", "any", "nansum",
-      "count_nonzero", "aminmax", "mode")  # fmt: skip
 def _reduce(trace: Tracing, call: Call) -> None:
     if call.name in ("max", "min") and len(call.tensors) > 1:
         return pointwise(trace, call)
@@ -312,21 +300,20 @@ def _reduce(trace: Tracing, call: Call) -> None:
     return None
 
 
-@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp",
-      "topk", "sort", "argsort", "kthvalue", "cummax", "cummin", "renorm")  # fmt: skip
 def _along(trace: Tracing, call: Call) -> None:
     x = call.input
     given = call.given.get("dim")
-    labels = held(trace, call, trace.of(x), call.axes(x.ndim) if given is not None else range(x.ndim), f"{call.name.strip('_')} is computed over it")
+    labels = held(
+        trace,
+        call,
+        trace.of(x),
+        call.axes(x.ndim) if given is not None else range(x.ndim),
+        f"{call.name.strip('_')} is computed over it",
+    )
     for output in call.outputs:
         trace.set(output, labels if output.ndim == x.ndim else Labels())
 
 
-@rule(*(f"{name}{space}d{suffix}" for space in (1, 2, 3) for name, suffix in (
-    ("max_pool", "_with_indices"), ("max_pool", ""), ("avg_pool", ""), ("_adaptive_avg_pool", ""), ("adaptive_avg_pool", ""),
-    ("adaptive_max_pool", ""), ("mkldnn_max_pool", ""), ("upsample_nearest", ""), ("_upsample_nearest_exact", ""))),
-    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d", "grid_sampler_3d")  # fmt: skip
 def _in_space(trace: Tracing, call: Call) -> None:
     x = call.input
     count = next(int(mark) for mark in call.name if mark.isdigit())
@@ -335,7 +322,6 @@ def _in_space(trace: Tracing, call: Call) -> None:
         trace.set(output, labels)
 
 
-@rule("copy", "set_source_tensor", "slice_scatter", "select_scatter")
 def _copy(trace: Tracing, call: Call) -> None:
     target, source = call.tensors[:2]
     if call.name != "copy":
@@ -343,7 +329,10 @@ def _copy(trace: Tracing, call: Call) -> None:
     labels = trace.of(target)
     if labels.layers or target.shape == source.shape:
         made = combined(
-            trace, call, [(Labels(labels.layers, uniform=not labels.layers), target.shape), (trace.of(source), source.shape)], target.ndim
+            trace,
+            call,
+            [(Labels(labels.layers, uniform=not labels.layers), target.shape), (trace.of(source), source.shape)],
+            target.ndim,
         )
         if target._is_view() and not labels.layers:
             return unknown(trace, call, "it is written into a part of another tensor")
@@ -351,7 +340,6 @@ def _copy(trace: Tracing, call: Call) -> None:
     return unknown(trace, call, "it is written into another tensor")
 
 
-@rule("index_add", "index_copy", "scatter_add", "scatter", "scatter_reduce", "index_put", "masked_scatter")
 def _write(trace: Tracing, call: Call) -> None:
     """Rows are written at places of a tensor that hold nothing else along the other dimensions."""
     target = call.input
@@ -363,7 +351,13 @@ def _write(trace: Tracing, call: Call) -> None:
             return _put(trace, call, target, source)
         return None
     dim = int(call.given["dim"]) % max(1, target.ndim)
-    operands = [(stopped(trace, call, trace.of(tensor), [dim], "rows are written by their number"), [1 if axis == dim else size for axis, size in enumerate(tensor.shape)]) for tensor in (target, source)]
+    operands = [
+        (
+            stopped(trace, call, trace.of(tensor), [dim], "rows are written by their number"),
+            [1 if axis == dim else size for axis, size in enumerate(tensor.shape)],
+        )
+        for tensor in (target, source)
+    ]
     return trace.set(call.result, _data(combined(trace, call, operands, target.ndim)))
 
 
@@ -386,3 +380,48 @@ def _put(trace: Tracing, call: Call, target: Tensor, source: Tensor) -> None:
         operands.append((labels, tuple(tensor.shape[tensor.ndim - rest :])))
     made = combined(trace, call, operands, rest)
     return trace.set(call.result, each_layer(_data(made), lambda layer: layer.reshape((1,) * taken + layer.shape)))
+
+
+_NAMES: dict[Rule, str] = {
+    _matmul: "mm bmm _int_mm",
+    _added: "addmm baddbmm addbmm",
+    _vectors: "mv dot vdot",
+    _linear: "linear",
+    _grouped: "_grouped_mm _scaled_grouped_mm",
+    _convolution: (
+        "convolution _convolution mkldnn_convolution cudnn_convolution _slow_conv2d_forward slow_conv3d "
+        "_conv_depthwise2d thnn_conv2d"
+    ),
+    _attention: (
+        "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+        "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention"
+    ),
+    _layer_norm: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
+    _batch_norm: (
+        "native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm "
+        "batch_norm miopen_batch_norm _batch_norm_with_update _batch_norm_no_update"
+    ),
+    _group_norm: "native_group_norm",
+    _reduce: (
+        "sum mean amax amin argmax argmin max min prod logsumexp norm linalg_vector_norm var std var_mean "
+        "std_mean median nanmedian all any nansum count_nonzero aminmax mode"
+    ),
+    _along: (
+        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod logcumsumexp topk sort "
+        "argsort kthvalue cummax cummin renorm"
+    ),
+    _in_space: (
+        "max_pool1d_with_indices max_pool1d avg_pool1d _adaptive_avg_pool1d adaptive_avg_pool1d "
+        "adaptive_max_pool1d mkldnn_max_pool1d upsample_nearest1d _upsample_nearest_exact1d "
+        "max_pool2d_with_indices max_pool2d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d "
+        "adaptive_max_pool2d mkldnn_max_pool2d upsample_nearest2d _upsample_nearest_exact2d "
+        "max_pool3d_with_indices max_pool3d avg_pool3d _adaptive_avg_pool3d adaptive_avg_pool3d "
+        "adaptive_max_pool3d mkldnn_max_pool3d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d "
+        "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
+        "_upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d"
+    ),
+    _copy: "copy set_source_tensor slice_scatter select_scatter",
+    _write: "index_add index_copy scatter_add scatter scatter_reduce index_put masked_scatter",
+}
+PRODUCTS: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -89,29 +89,6 @@ class Call:
 
 
 Rule: TypeAlias = Callable[[Tracing, Call], None]
-RULES: dict[str, Rule] = {}
-
-
-def follow(trace: Tracing, call: Call) -> None:
-    """Say what a call does to the labels of its tensors."""
-    rule = RULES.get(call.name)
-    if rule is not None:
-        rule(trace, call)
-    elif call.is_pointwise:
-        pointwise(trace, call)
-    elif call.outputs:
-        unknown(trace, call)
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Enter a rule into the table."""
-
-    def enter(made: Rule) -> Rule:
-        for name in names:
-            RULES[name] = made
-        return made
-
-    return enter
 
 
 def unknown(trace: Tracing, call: Call, reason: str = "an operation that is not known") -> None:
@@ -177,8 +154,7 @@ def _follows(layer: Layer, is_shareable: bool, axis: int, labels: Labels) -> boo
     A parameter that all heads share, such as a table of rotations, cannot lose what goes from one of them.
     """
     found = False
-    for other in labels.layers:
-        other = aligned(other, layer.ndim)
+    for other in (aligned(entry, layer.ndim) for entry in labels.layers):
         if other.shape[axis] > 1:
             extra = [a > 1 and b == 1 for a, b in zip(layer.shape, other.shape, strict=True)]
             lacking = [b > 1 and a == 1 for a, b in zip(layer.shape, other.shape, strict=True)]

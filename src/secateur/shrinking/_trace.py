@@ -13,9 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.shrinking import _moves, _products  # noqa: F401  their rules
 from secateur.shrinking._labels import Labels, Layer, Ledger
-from secateur.shrinking._rules import Call, follow
+from secateur.shrinking._moves import MOVES
+from secateur.shrinking._products import PRODUCTS
+from secateur.shrinking._rules import Call, pointwise, unknown
+
+_RULES = MOVES | PRODUCTS
+NOT_FOLLOWED = "what it does to channels could not be followed"
 
 _Key: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -123,7 +127,7 @@ class _Functions(TorchFunctionMode):
 
 class _Operations(TorchDispatchMode):
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._trace = trace
 
     def __torch_dispatch__(
@@ -133,5 +137,24 @@ class _Operations(TorchDispatchMode):
         before = [leaf.shape for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         if before or isinstance(result, Tensor):
-            follow(self._trace, Call.of(func, args, kwargs, result))
+            _follow(self._trace, Call.of(func, args, kwargs, result))
         return result
+
+
+def _follow(trace: Trace, call: Call) -> None:
+    """Say what a call does to the labels of its tensors."""
+    rule = _RULES.get(call.name) or (pointwise if call.is_pointwise else None)
+    if rule is None:
+        if call.outputs:
+            unknown(trace, call)
+        return
+    try:
+        rule(trace, call)
+    except (
+        ValueError,
+        IndexError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # a call that the rule does not foresee
+        unknown(trace, call, f"{NOT_FOLLOWED}: {error}")
