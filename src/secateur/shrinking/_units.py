@@ -64,6 +64,8 @@ class Dimension:
         group_size: units in a row of which the same number must go from each such group, as query heads of one
             key/value head must; 0 if any may go.
         routers: names of the modules that choose among the units, for ``experts``.
+        fixed: units that cannot go.
+        least: how many units must stay.
         notes: what a user should know.
     """
 
@@ -73,6 +75,8 @@ class Dimension:
     places: tuple[Place, ...] = ()
     group_size: int = 0
     routers: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
+    least: int = 1
     notes: tuple[str, ...] = ()
 
     @property
