@@ -6,28 +6,45 @@ from collections.abc import Sequence
 from html import escape
 
 from secateur.reports._html import Fact, tables_page
+from secateur.reports._shrink_records import Latency, ModelSize, ShrinkProof, ShrunkDimension
 from secateur.reports._shrink_rows import LayerBar, layer_bars
-from secateur.reports._shrinking import ShrinkReport
-from secateur.reports._tables import sentence
+from secateur.reports._tables import Table, sentence
 
 
-def shrink_page(report: ShrinkReport) -> str:
-    """Return a report of shrinking as one self-contained HTML page. The same report gives the same page."""
-    before, after = report.before, report.after
+def shrink_page(
+    lines: Sequence[str],
+    before: ModelSize,
+    after: ModelSize,
+    proof: ShrinkProof | None,
+    latency: Latency | None,
+    dimensions: Sequence[ShrunkDimension],
+    tables: Sequence[Table],
+) -> str:
+    """Return what shrinking did as one self-contained HTML page. The same values give the same page.
+
+    Args:
+        lines: of the summary.
+        before: the whole model before.
+        after: the whole model after.
+        proof: that both are the same function, or None.
+        latency: measured before and after, or None.
+        dimensions: for each block of the model a bar is drawn.
+        tables: to show below.
+    """
     facts = [
         Fact("Parameters", f"{after.parameters:,}", f"of {before.parameters:,}"),
         Fact("Bytes", f"{after.nbytes:,}", f"of {before.nbytes:,}"),
     ]
     if before.macs is not None and after.macs is not None:
         facts.append(Fact("Multiply-adds", f"{after.macs:,}", f"of {before.macs:,}"))
-    if report.latency is not None:
-        shape = " x ".join(map(str, report.latency.shape))
-        facts.append(Fact("Speed", f"{report.latency.ratio:.2f} times", f"measured at {shape}"))
-    if report.proof is not None:
-        facts.append(Fact("Proof", f"{report.proof.error:.2g}", f"relative error in {report.proof.dtype}"))
-    lead = [f"{sentence(line)}." for line in str(report).split("\n")]
-    bars = layer_bars(report.dimensions)
-    return tables_page("Shrinking report", lead, facts, report.tables, (_bars(bars),) if bars else ())
+    if latency is not None:
+        shape = " x ".join(map(str, latency.shape))
+        facts.append(Fact("Speed", f"{latency.ratio:.2f} times", f"measured at {shape}"))
+    if proof is not None:
+        facts.append(Fact("Proof", f"{proof.error:.2g}", f"relative error in {proof.dtype}"))
+    bars = layer_bars(dimensions)
+    lead = [f"{sentence(line)}." for line in lines]
+    return tables_page("Shrinking report", lead, facts, tables, (_bars(bars),) if bars else ())
 
 
 def _bars(layers: Sequence[LayerBar]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.reports._records import Evaluation
 from secateur.reports._rows import evaluation_table
+from secateur.reports._shrink_page import shrink_page
 from secateur.reports._shrink_records import BlockedDimension, Latency, ModelSize, ShrinkProof, ShrunkDimension
 from secateur.reports._shrink_rows import blocked_table, shrunk_table, size_table
 from secateur.reports._tables import Table, markdown_text, sentence
@@ -177,9 +178,8 @@ class ShrinkReport:
 
     def to_html(self) -> str:
         """Return one self-contained HTML page; it loads nothing from anywhere and needs no further library."""
-        from secateur.reports._shrink_page import shrink_page
-
-        return shrink_page(self)
+        figures = (self.before, self.after, self.proof, self.latency)
+        return shrink_page(self._lines(), *figures, self.dimensions, self.tables)
 
 
 def _dimension(removed: Any = (), notes: Any = (), **rest: Any) -> ShrunkDimension:
