@@ -42,9 +42,10 @@ def gone_blocks(dimensions: Iterable[ShrunkDimension]) -> frozenset[str]:
 
 
 def shrunk_table(dimensions: Sequence[ShrunkDimension]) -> Table:
-    """Return a table with a row for each dimension, without those in blocks that were removed."""
+    """Return a table with a row for each dimension that lost units, without those in blocks that were removed."""
     gone = gone_blocks(dimensions)
-    shown = [found for found in dimensions if not _is_inside(found.name, gone)]
+    left = [found for found in dimensions if not _is_inside(found.name, gone)]
+    shown = [found for found in left if found.removed]
     errors = [found.error for found in shown]
     columns = (
         TableColumn("dimension"),
@@ -77,13 +78,15 @@ def shrunk_table(dimensions: Sequence[ShrunkDimension]) -> Table:
     for _, members in groupby(enumerate(shown), lambda pair: block_of(pair[1].name)):
         first, *others = members
         sections += [first[0]] if others else []
-    notes = (
-        "error without, error: of the output of the layers that read the units, without and with compensation, "
-        "relative to the output before.",
-    )
-    return Table(
-        "Dimensions", columns, rows, notes if any(found.error is not None for found in shown) else (), tuple(sections)
-    )
+    notes = []
+    if any(found.error is not None for found in shown):
+        notes.append(
+            "error without, error: of the output of the layers that read the units, without and with compensation, "
+            "relative to the output before."
+        )
+    if len(shown) < len(left):
+        notes.append(f"{len(left) - len(shown)} further dimensions kept all of their units.")
+    return Table("Dimensions that lost units", columns, rows, tuple(notes), tuple(sections))
 
 
 def size_table(before: ModelSize, after: ModelSize, latency: Latency | None) -> Table:

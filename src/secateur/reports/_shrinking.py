@@ -39,7 +39,8 @@ class ShrinkReport:
         kept_blocks: by the name of a list of blocks, the number in the original model of each block that it has now,
             as a teacher of the smaller model needs. Lists that lost no block are here, too.
         original_sizes: by the name of a dimension of the original model, how many units it had there.
-        model_hash: SHA-256 of the names, shapes and dtypes of the tensors of the model before.
+        model_name: class of the model.
+        model_hash: SHA-256 of the names and shapes of the tensors of the model before.
         facts: what makes a model of the original sizes as small as this one, without looking at batches: new shapes,
             kept blocks and attributes, as JSON-ready values.
         calibration_hash: SHA-256 over the batches, None where there were none.
@@ -64,6 +65,7 @@ class ShrinkReport:
     proof: ShrinkProof | None = None
     kept_blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     original_sizes: Mapping[str, int] = field(default_factory=dict)
+    model_name: str = ""
     model_hash: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     calibration_hash: str | None = None
