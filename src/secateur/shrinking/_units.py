@@ -65,6 +65,8 @@ class Dimension:
             key/value head must; 0 if any may go.
         routers: names of the modules that choose among the units, for ``experts``.
         notes: what a user should know.
+        cut: an operation that cuts a range out of these units, or empty. Whether the range follows when units go is
+            only known from trying.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Dimension:
     group_size: int = 0
     routers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cut: str = ""
 
     @property
     def inputs(self) -> Iterator[Place]:
