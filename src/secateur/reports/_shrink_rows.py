@@ -17,7 +17,7 @@ from secateur.reports._shrink_records import (
 )
 from secateur.reports._tables import Table, TableColumn, bars
 
-_LISTED = 3  # names in a cell
+_LISTED = 2  # names in a cell
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
