@@ -3,7 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from secateur.reports import (
     BlockedDimension,
@@ -14,6 +17,8 @@ from secateur.reports import (
     ShrinkReport,
     ShrunkDimension,
 )
+from secateur.reports._shrink_rows import blocked_table
+from secateur.shrinking import Boundary, Dimension, Graph, Place, describe
 
 REPORT = ShrinkReport(
     dimensions=(
@@ -104,3 +109,55 @@ def test_a_model_that_lost_only_blocks_has_a_bar_for_each():
     page = replace(REPORT, dimensions=REPORT.dimensions[:1]).to_html()
     assert page.count(">kept<span") == 2
     assert page.count(">gone<span") == 1
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def units(count, width=1):
+    return np.arange(count * width).reshape(count, width)
+
+
+def test_an_analysis_has_a_row_for_what_is_alike_in_all_blocks():
+    neurons = [
+        Dimension(
+            f"blocks.{block}.ffn",
+            "ffn",
+            6,
+            (
+                Place(f"blocks.{block}.0.weight", 0, units(6)),
+                Place(f"blocks.{block}.0.bias", 0, units(6)),
+                Place(f"blocks.{block}.2.weight", 1, units(6), is_input=True),
+            ),
+        )
+        for block in range(3)
+    ]
+    heads = Dimension("heads", "query_heads", 2, (Place("blocks.0.2.weight", 0, units(2, 2)),), 2, notes=("a note",))
+    boundary = Boundary("blocks.0.2.bias", 0, 4, "aten.add", "it is the residual stream")
+    graph = Graph((Dimension("blocks", "layers", 3), *neurons, heads), (boundary,), 0.5)
+    analysis = describe(Tower(), graph, torch.randn(2, 4))
+    assert [found.parameters for found in analysis.dimensions] == [58, 9, 9, 9, 12]
+    assert analysis.size.macs == 3 * 2 * 2 * 24
+    text = analysis.to_markdown()
+    assert "| blocks.*.ffn | ffn | 3 | 6 | 9 | 93.1% |  |" in text
+    assert "| heads | query_heads | 1 | 2 | 12 | 13.8% | the same number from each 2 in a row; a note |" in text
+    assert "| blocks.0.2.bias[0] | 1 | 4 | aten.add | it is the residual stream |" in text
+    assert json.loads(analysis.to_json())["dimensions"][1]["name"] == "blocks.0.ffn"
+    assert "blocks" in analysis.to_html()
+
+
+def test_names_that_differ_in_numbers_become_one():
+    rows = blocked_table([BlockedDimension(f"a.{i}.b.3.c", 1, 8 * i, "", "r") for i in range(1, 5)]).rows
+    assert rows == (("a.*.b.3.c[1]", "4", "8, 16 and 2 more", "", "r"),)
+
+
+def test_an_analysis_of_a_model_with_nothing_to_remove_says_so():
+    assert "nothing can be removed" in str(describe(nn.Linear(2, 2), Graph(())))

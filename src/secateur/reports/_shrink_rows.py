@@ -128,7 +128,7 @@ def blocked_table(boundaries: Sequence[BlockedDimension]) -> Table:
         groups.setdefault((boundary.operation, boundary.reason), []).append(boundary)
     rows = []
     for (operation, reason), found in sorted(groups.items(), key=lambda item: -len(item[1])):
-        names = dict.fromkeys(f"{_starred(boundary.tensor)}[{boundary.dim}]" for boundary in found)
+        names = _merged([f"{boundary.tensor}[{boundary.dim}]" for boundary in found])
         sizes = dict.fromkeys(str(size) for size in sorted({boundary.size for boundary in found}))
         rows.append((_some(names), str(len(found)), _some(sizes), operation, reason))
     columns = (
@@ -161,7 +161,7 @@ def removable_table(dimensions: Sequence[RemovableDimension], parameters: int) -
             notes.insert(0, f"the same number from each {first.group_size} in a row")
         rows.append(
             (
-                _starred(first.name) if len(alike) > 1 else first.name or "(root)",
+                _merged([found.name for found in alike])[0] or "(root)",
                 first.kind,
                 str(len(alike)),
                 f"{first.units:,}",
@@ -238,6 +238,17 @@ def _uncounted(size: ModelSize) -> str:
 def _starred(name: str) -> str:
     """A name with ``*`` for each number in it, so that the same place of all blocks has one name."""
     return _NUMBER.sub("*", name)
+
+
+def _merged(names: Sequence[str]) -> list[str]:
+    """Names with ``*`` for the numbers in which they differ, each once."""
+    alike: dict[str, list[list[str]]] = {}
+    for name in names:
+        alike.setdefault(_starred(name), []).append(name.split("."))
+    return [
+        ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*found, strict=True))
+        for found in alike.values()
+    ]
 
 
 def _some(names: Iterable[str]) -> str:
