@@ -131,6 +131,11 @@ def test_a_list_of_units_is_written_and_read_and_refused_for_another_model(llama
     assert "removal.json exists" in result.stderr
 
 
+def test_methods_that_learn_from_a_loss_need_a_language_model(bert, text, tmp_path):
+    how = ("--output", tmp_path / "out", "--keep", "ffn=0.5", "--calibration", text, *SMALL, "--method", "taylor+refit")
+    assert "only causal language models have one" in " ".join(shrink(bert, *how).stderr.split())
+
+
 def test_analyze_shows_what_could_go_and_writes_nothing(llama, tmp_path):
     result = shrink(llama, "--analyze")
     assert result.exit_code == 0, result.stderr
