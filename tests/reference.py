@@ -359,3 +359,17 @@ def refit_columns(
         solved[:, kept] += np.linalg.lstsq(extended[:, kept], lost, rcond=None)[0].T
     shift = (weight - solved) @ inputs.mean(0) if bias else np.zeros(len(weight))
     return solved, shift, float((((weight - solved) @ inputs.T - shift[:, None]) ** 2).sum())
+
+
+def unit_taylor(gradients: np.ndarray, unit: list[int]) -> float:
+    return abs(math.fsum(float(batch[j]) for batch in gradients for j in unit))
+
+
+def unit_fisher(gradients: np.ndarray, unit: list[int]) -> float:
+    return math.fsum(math.fsum(float(batch[j]) for j in unit) ** 2 for batch in gradients)
+
+
+def influence(x: np.ndarray, y: np.ndarray) -> float:
+    """Of one token."""
+    product = math.fsum(float(a) * float(b) for a, b in zip(x, y, strict=True))
+    return 1 - product / math.sqrt(math.fsum(float(a) ** 2 for a in x) * math.fsum(float(b) ** 2 for b in y))

@@ -7,6 +7,7 @@ from secateur.solvers._importance import Importance as Importance
 from secateur.solvers._importance import Magnitude as Magnitude
 from secateur.solvers._importance import Random as Random
 from secateur.solvers._importance import Wanda as Wanda
+from secateur.solvers._influence import influence as influence
 from secateur.solvers._methods import METHODS as METHODS
 from secateur.solvers._methods import WRAPPERS as WRAPPERS
 from secateur.solvers._methods import method_from_dict as method_from_dict
