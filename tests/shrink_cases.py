@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration import call_model
@@ -32,7 +32,8 @@ class Case:
             found. Of ``layers``, the blocks of each list that the residual stream passes through.
         trial: like units, of dimensions from which an operation cuts a range, so that only trying tells.
         fixed: parameter dimensions that must be named as boundaries: ``"conv.weight 1"``.
-        plain: whether slicing parameters is all that removal takes: the forward code reads no sizes of its own.
+        plain: whether slicing parameters is all that removal takes: the forward code reads no sizes of its own
+            (but for query heads, of which it must know how many read a key).
     """
 
     name: str
@@ -44,22 +45,25 @@ class Case:
     plain: bool = True
 
     def make(self) -> nn.Module:
-        """The model, the same each time, with no parameter or statistic left at zero or one, ready for inference."""
+        """The model, the same each time and ready for inference. All weights are large enough to matter."""
         torch.manual_seed(0)
         model = self.build()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                is_statistic = name.endswith(("running_mean", "running_var"))
-                if is_statistic or (isinstance(tensor, nn.Parameter) and tensor.unique().numel() == 1):
-                    tensor += 0.5 * torch.rand(tensor.shape, generator=generator)
+                if isinstance(tensor, nn.Parameter) and tensor.ndim > 1:
+                    tensor.normal_(0, (tensor.shape[0] / tensor.numel()) ** 0.5, generator=generator)
+                elif isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var")):
+                    tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.5)
         return model.eval()
 
     def __str__(self) -> str:
         return self.name
 
 
-def differences(case: Case, graph: Graph, kinds: Sequence[str] = ("heads", "query_heads", "ffn", "channels")) -> list[str]:
+def differences(
+    case: Case, graph: Graph, kinds: Sequence[str] = ("heads", "query_heads", "ffn", "channels")
+) -> list[str]:
     """What a graph says otherwise than a case, in words; of some kinds, and of the boundaries."""
     said = []
     for kind in kinds:
@@ -95,7 +99,10 @@ def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 def double(value: Any) -> Any:
     """A copy of a model or a batch in float64."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).double()
+        value = copy.deepcopy(value).double()
+        if hasattr(value, "set_experts_implementation"):  # PyTorch's grouped products take no float64
+            value.set_experts_implementation("eager")
+        return value
     if isinstance(value, Mapping):
         return {key: double(entry) for key, entry in value.items()}
     if isinstance(value, tuple | list):
@@ -119,20 +126,22 @@ def masked(model: nn.Module, dimension: Dimension, units: Sequence[int]) -> nn.M
 
 
 def disturbed(model: nn.Module, dimension: Dimension, units: Sequence[int]) -> nn.Module:
-    """A masked copy with other values in all that makes the units. Its outputs are the same if nothing else reads them."""
+    """A masked copy with other values in all that makes the units: the same outputs if nothing else reads them."""
     model = masked(model, dimension, units)
     generator = torch.Generator().manual_seed(2)
     for place in dimension.places:
         if not place.is_input:
             tensor, indices = _entry(model, place.tensor), torch.from_numpy(place.of(units))
             shape = tensor.index_select(place.dim, indices).shape
-            values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)  # positive: a variance may be meant
+            values = 0.5 + torch.rand(
+                shape, generator=generator, dtype=torch.float64
+            )  # positive: a variance may be meant
             tensor.index_copy_(place.dim, indices, values.to(tensor.dtype))
     return model
 
 
 def sliced(model: nn.Module, dimension: Dimension, units: Sequence[int]) -> nn.Module:
-    """A copy in float64 without the units, where sizes in attributes do not matter but for those of PyTorch's layers."""
+    """A copy in float64 without the units. Of sizes in attributes, only those of PyTorch's layers are changed."""
     model = double(model)
     made: dict[tuple[int, int], Tensor] = {}  # what is tied is sliced once, and stays tied
     for place in dimension.places:
@@ -143,7 +152,9 @@ def sliced(model: nn.Module, dimension: Dimension, units: Sequence[int]) -> nn.M
         kept = torch.tensor([index for index in range(tensor.shape[place.dim]) if index not in gone])
         if isinstance(owner, nn.modules.conv._ConvNd) and leaf == "weight" and owner.groups > 1 and place.dim == 0:
             share = tensor.shape[0] // owner.groups
-            whole = [group for group in range(owner.groups) if not gone.isdisjoint(range(group * share, (group + 1) * share))]
+            whole = [
+                group for group in range(owner.groups) if not gone.isdisjoint(range(group * share, (group + 1) * share))
+            ]
             if len(whole) * share == len(gone):
                 owner.groups -= len(whole)
         key = id(tensor), place.dim
@@ -194,31 +205,31 @@ def net(forward: Callable[..., Any], modules: Callable[[], dict[str, Any]]) -> C
 
 
 def cascaded_concat(m: Any, x: Tensor) -> Tensor:
-    x1 = F.relu(m.c1(x))
-    x2 = F.relu(m.c2(x1))
+    x1 = functional.relu(m.c1(x))
+    x2 = functional.relu(m.c2(x1))
     x12 = torch.cat([x1, x2], 1)
-    x3 = F.relu(m.c3(x12))
+    x3 = functional.relu(m.c3(x12))
     return m.c4(torch.cat([x12, x3], 1))
 
 
 def wide_and_deep(m: Any, x: Tensor) -> Tensor:
-    return m.out(torch.cat([m.wide(x), F.relu(m.deep2(F.relu(m.deep1(x))))], -1))
+    return m.out(torch.cat([m.wide(x), functional.relu(m.deep2(functional.relu(m.deep1(x))))], -1))
 
 
 def split_by_shape(m: Any, x: Tensor) -> Tensor:
-    x = F.relu(m.c1(x))
+    x = functional.relu(m.c1(x))
     quarter = x.shape[1] // 4
     a, b, c = torch.split(x, [quarter, quarter, x.shape[1] - 2 * quarter], dim=1)
     return m.ca(a) + m.cb(b) + m.cc(c)
 
 
 def split_chunks(m: Any, x: Tensor) -> Tensor:
-    a, b = F.relu(m.c1(x)).chunk(2, dim=1)
+    a, b = functional.relu(m.c1(x)).chunk(2, dim=1)
     return m.out(a * torch.sigmoid(b))
 
 
 def split_by_number(m: Any, x: Tensor) -> Tensor:
-    a, b = torch.split(F.relu(m.c1(x)), [4, 8], dim=1)
+    a, b = torch.split(functional.relu(m.c1(x)), [4, 8], dim=1)
     return m.ca(a) + m.cb(b)
 
 
@@ -228,23 +239,23 @@ def split_concat_residual(m: Any, x: Tensor) -> Tensor:
 
 
 def concat_along_rows(m: Any, x: Tensor) -> Tensor:
-    y = F.relu(m.c1(x))
+    y = functional.relu(m.c1(x))
     return m.out(torch.cat([y, y.flip(2)], dim=2))
 
 
 def concat_of_branches_along_rows(m: Any, x: Tensor) -> Tensor:
-    return m.out(F.relu(torch.cat([m.c1(x), m.c2(x)], dim=2)))
+    return m.out(functional.relu(torch.cat([m.c1(x), m.c2(x)], dim=2)))
 
 
 def through_images(m: Any, x: Tensor) -> Tensor:
-    x = F.relu(m.fc1(x)).view(x.shape[0], -1, 4, 4)
-    x = F.relu(m.up2(F.relu(m.up1(x))))
-    return m.fc3(F.relu(m.fc2(x.flatten(1))))
+    x = functional.relu(m.fc1(x)).view(x.shape[0], -1, 4, 4)
+    x = functional.relu(m.up2(functional.relu(m.up1(x))))
+    return m.fc3(functional.relu(m.fc2(x.flatten(1))))
 
 
 def two_and_two(m: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    both = torch.cat([F.relu(m.fx(x)), F.relu(m.fy(y))], -1)
-    return m.o1(both), m.o2(F.relu(m.shared(both)))
+    both = torch.cat([functional.relu(m.fx(x)), functional.relu(m.fy(y))], -1)
+    return m.o1(both), m.o2(functional.relu(m.shared(both)))
 
 
 class Direct(nn.Module):
@@ -261,7 +272,7 @@ class Direct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.positions
-        x = x + self.scale * self.back(F.gelu(self.inner(x)) * self.gain)
+        x = x + self.scale * self.back(functional.gelu(self.inner(x)) * self.gain)
         return self.head(x[:, 0])
 
 
@@ -272,12 +283,12 @@ class Unused(nn.Module):
         self.loose = nn.Parameter(torch.randn(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(x)))
+        return self.fc2(functional.relu(self.fc1(x)))
 
 
 def plus_and_minus(m: Any, x: Tensor) -> Tensor:
     a, b = m.ca(x), m.cb(x)
-    return m.o1(F.relu(a + b)) + m.o2(F.relu(b - a))
+    return m.o1(functional.relu(a + b)) + m.o2(functional.relu(b - a))
 
 
 def in_place(m: Any, x: Tensor) -> Tensor:
@@ -290,46 +301,46 @@ def in_place(m: Any, x: Tensor) -> Tensor:
 
 
 def channel_slice(m: Any, x: Tensor) -> Tensor:
-    return m.out(F.relu(m.c1(x))[:, :8])
+    return m.out(functional.relu(m.c1(x))[:, :8])
 
 
 def concat_of_itself(m: Any, x: Tensor) -> Tensor:
-    y = F.relu(m.c1(x))
+    y = functional.relu(m.c1(x))
     return m.out(torch.cat([y, y, y], 1))
 
 
 def concat_of_concats(m: Any, x: Tensor) -> Tensor:
     a, b = m.c1(x), m.c2(x)
     ab, ba = torch.cat([a, b], 1), torch.cat([b, a], 1)
-    return m.out(F.relu(torch.cat([ab, m.c3(ab), ba], 1)))
+    return m.out(functional.relu(torch.cat([ab, m.c3(ab), ba], 1)))
 
 
 def concat_that_is_added(m: Any, x: Tensor) -> Tensor:
     a, b = m.c1(x), m.c2(x)
-    return m.out(F.relu(torch.cat([a, b], 1) + m.c3(x)))
+    return m.out(functional.relu(torch.cat([a, b], 1) + m.c3(x)))
 
 
 def used_twice(m: Any, x: Tensor) -> Tensor:
-    y = F.relu(m.c1(x))
-    return m.out(F.relu(m.twice(F.relu(m.twice(y)))))
+    y = functional.relu(m.c1(x))
+    return m.out(functional.relu(m.twice(functional.relu(m.twice(y)))))
 
 
 def grouped_chain(m: Any, x: Tensor) -> Tensor:
-    return m.out(F.relu(m.g2(F.relu(m.bn(m.g1(F.relu(m.c1(x))))))))
+    return m.out(functional.relu(m.g2(functional.relu(m.bn(m.g1(functional.relu(m.c1(x))))))))
 
 
 def depthwise_chain(m: Any, x: Tensor) -> Tensor:
-    return m.out(F.relu(m.bn2(m.d2(F.relu(m.bn1(m.d1(F.relu(m.c1(x)))))))))
+    return m.out(functional.relu(m.bn2(m.d2(functional.relu(m.bn1(m.d1(functional.relu(m.c1(x)))))))))
 
 
 def transposed_between(m: Any, x: Tensor) -> Tensor:
-    x = F.relu(m.fc1(x)).transpose(1, 2)  # the tokens are mixed: a linear layer over the second dimension
-    x = m.mix2(F.relu(m.mix1(x))).transpose(1, 2)
+    x = functional.relu(m.fc1(x)).transpose(1, 2)  # the tokens are mixed: a linear layer over the second dimension
+    x = m.mix2(functional.relu(m.mix1(x))).transpose(1, 2)
     return m.fc2(x)
 
 
 def reads_shapes(m: Any, x: Tensor) -> Tensor:
-    y = F.relu(m.c1(x))
+    y = functional.relu(m.c1(x))
     batch, channels, height, width = y.shape
     assert channels == y.size(1)
     y = y.reshape(batch, channels, height * width).mean(-1)
@@ -337,35 +348,35 @@ def reads_shapes(m: Any, x: Tensor) -> Tensor:
 
 
 def branch_on_input(m: Any, x: Tensor) -> Tensor:
-    y = F.relu(m.c1(x))
+    y = functional.relu(m.c1(x))
     if float(x.mean()) > 1e9:
         y = m.c2(y) * 2
     return m.out(y)
 
 
 def branch_on_channels(m: Any, x: Tensor) -> Tensor:
-    y = F.relu(m.c1(x))
+    y = functional.relu(m.c1(x))
     if float(y.mean()) > 1e9:  # without some channels the mean is another one
         y = y * 2
-    return m.out(F.relu(m.c2(y)))
+    return m.out(functional.relu(m.c2(y)))
 
 
 def pooled(m: Any, x: Tensor) -> Tensor:
-    y = F.max_pool2d(F.relu(m.c1(x)), 2)
-    y = y + F.interpolate(m.c2(F.avg_pool2d(y, 2)), scale_factor=2.0)
+    y = F.max_pool2d(functional.relu(m.c1(x)), 2)
+    y = y + functional.interpolate(m.c2(F.avg_pool2d(y, 2)), scale_factor=2.0)
     return m.fc(torch.cat([y.mean((2, 3)), y.amax((2, 3))], 1))
 
 
 def flattened(m: Any, x: Tensor) -> Tensor:
-    return m.fc2(F.relu(m.fc1(torch.flatten(F.relu(m.bn(m.c1(x))), 1))))
+    return m.fc2(functional.relu(m.fc1(torch.flatten(functional.relu(m.bn(m.c1(x))), 1))))
 
 
 def group_norm(m: Any, x: Tensor) -> Tensor:
-    return m.out(F.relu(m.norm(m.c1(x))))
+    return m.out(functional.relu(m.norm(m.c1(x))))
 
 
 def normed(m: Any, x: Tensor) -> Tensor:
-    return m.fc3(F.relu(m.fc2(m.norm(F.relu(m.fc1(x))))))
+    return m.fc3(functional.relu(m.fc2(m.norm(functional.relu(m.fc1(x))))))
 
 
 def softmaxed(m: Any, x: Tensor) -> Tensor:
@@ -373,19 +384,19 @@ def softmaxed(m: Any, x: Tensor) -> Tensor:
 
 
 def unfolded(m: Any, x: Tensor) -> Tensor:
-    patches = F.unfold(F.relu(m.c1(x)), 2, stride=2)
+    patches = functional.unfold(functional.relu(m.c1(x)), 2, stride=2)
     return m.fc(patches.transpose(1, 2))
 
 
 def fused_attention(m: Any, x: Tensor) -> Tensor:
     batch, tokens, _ = x.shape
     q, k, v = m.qkv(x).view(batch, tokens, 3, -1, 4).unbind(2)
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    mixed = functional.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return x + m.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 def sorted_channels(m: Any, x: Tensor) -> Tensor:
-    return m.fc2(torch.sort(F.relu(m.fc1(x)), dim=-1).values)
+    return m.fc2(torch.sort(functional.relu(m.fc1(x)), dim=-1).values)
 
 
 class Block(nn.Module):
@@ -394,7 +405,7 @@ class Block(nn.Module):
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
 
 
 class DenseLayer(nn.Module):
@@ -406,7 +417,7 @@ class DenseLayer(nn.Module):
         self.bn2, self.c2 = nn.BatchNorm2d(inner), conv(inner, growth, 3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.c2(F.relu(self.bn2(self.c1(F.relu(self.bn1(x))))))], 1)
+        return torch.cat([x, self.c2(functional.relu(self.bn2(self.c1(functional.relu(self.bn1(x))))))], 1)
 
 
 def densenet() -> nn.Module:
@@ -515,7 +526,7 @@ CASES = (
     Case(
         "an unused parameter",
         Unused,
-        vectors(2, 4),
+        vectors(8, 4),
         {"channels": (8,)},
         fixed=("idle.weight 0", "idle.weight 1", "idle.bias 0", "loose 0"),
     ),
@@ -531,7 +542,13 @@ CASES = (
         images(),
         {"channels": (8,)},
     ),
-    Case("a channel slice", net(channel_slice, _conv(("c1", 3, 12), ("out", 8, 5))), images(), {}, trial={"channels": (8,)}),
+    Case(
+        "a channel slice",
+        net(channel_slice, _conv(("c1", 3, 12), ("out", 8, 5))),
+        images(),
+        {},
+        trial={"channels": (8,)},
+    ),
     Case("cat of itself", net(concat_of_itself, _conv(("c1", 3, 4), ("out", 12, 5))), images(), {"channels": (4,)}),
     Case(
         "cat of cats",
