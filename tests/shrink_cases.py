@@ -362,8 +362,8 @@ def branch_on_channels(m: Any, x: Tensor) -> Tensor:
 
 
 def pooled(m: Any, x: Tensor) -> Tensor:
-    y = F.max_pool2d(functional.relu(m.c1(x)), 2)
-    y = y + functional.interpolate(m.c2(F.avg_pool2d(y, 2)), scale_factor=2.0)
+    y = functional.max_pool2d(functional.relu(m.c1(x)), 2)
+    y = y + functional.interpolate(m.c2(functional.avg_pool2d(y, 2)), scale_factor=2.0)
     return m.fc(torch.cat([y.mean((2, 3)), y.amax((2, 3))], 1))
 
 
