@@ -4,6 +4,7 @@ import pytest
 from shrink_cases import CASES, differences, distance, disturbed, double, half, masked, outputs, sliced
 from shrink_families import FAMILIES
 
+from secateur.shrinking import find_blocks, find_experts
 from secateur.shrinking._find import find_units
 
 
@@ -16,6 +17,13 @@ def families_need_transformers(request):
 @pytest.mark.parametrize("case", [*CASES, *FAMILIES], ids=str)
 def test_units_and_boundaries_are_those_of_the_model(case):
     assert differences(case, find_units(case.make(), case.batch())) == []
+
+
+@pytest.mark.parametrize("case", [*CASES, *FAMILIES], ids=str)
+def test_blocks_and_experts_are_those_of_the_model(case):
+    model = case.make()
+    for kind, found in (("layers", find_blocks(model, case.batch())), ("experts", find_experts(model))):
+        assert sorted(dimension.size for dimension in found) == sorted(case.units.get(kind, ())), kind
 
 
 @pytest.mark.parametrize("case", [*CASES, *FAMILIES], ids=str)
