@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from secateur._errors import FormatError
@@ -99,8 +100,8 @@ class Facts:
             )
         if version > VERSION:
             raise FormatError(
-                f"the sizes of a shrunk model have the version {version:.40}, but this secateur reads up to {VERSION}.\n"
-                "Update it: pip install --upgrade secateur."
+                f"the sizes of a shrunk model have the version {version!r:.40}, but this secateur reads up to "
+                f"{VERSION}.\nUpdate it: pip install --upgrade secateur."
             )
         names = {entry.name for entry in fields(cls)}
         if unknown := sorted(map(repr, table.keys() - names - _FILE_KEYS)):
@@ -176,7 +177,8 @@ class Facts:
         Args:
             later: how the model differs now from the one that these facts are of.
         """
-        shapes, originals, attributes, kept = {}, {}, {}, {}
+        shapes, originals = dict[str, Shape](), dict[str, Shape]()
+        attributes, kept = dict[str, dict[str, int | tuple[int, ...]]](), dict[str, dict[int, tuple[int, ...]]]()
         for name, shape in self.shapes.items():
             if (new := later.new_name(name)) is not None:
                 shapes[new], originals[new] = shape, self.original_shapes[name]
@@ -188,12 +190,12 @@ class Facts:
                 attributes[new] = dict(table)
         for module, table in later.attributes.items():
             attributes[module] = {**attributes.get(module, {}), **table}
-        for name, indices in self.kept.items():
+        for name, entries_of in self.kept.items():
             if (new := later.new_name(name)) is not None:
-                kept[new] = dict(indices)
-        for name, new_indices in later.kept.items():
+                kept[new] = dict(entries_of)
+        for name, entries_of in later.kept.items():
             mine = kept.setdefault(name, {})
-            for dim, entries in new_indices.items():
+            for dim, entries in entries_of.items():
                 mine[dim] = tuple(mine[dim][entry] for entry in entries) if dim in mine else entries
         blocks, counts = dict(self.blocks), dict(self.original_blocks)
         for name, indices in later.blocks.items():
@@ -284,7 +286,7 @@ def _indices(value: object, what: str) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not 0 < len(value) <= _MAX_ENTRIES:
         raise FormatError(f"{what} should be a list of indices, but is {value!r:.100}.")
     found = tuple(_size(index, what, 0) for index in value)
-    if any(a >= b for a, b in zip(found, found[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(found)):
         raise FormatError(f"{what} should ascend, but they are {value!r:.100}.")
     return found
 

@@ -5,10 +5,11 @@ Everything that can fail comes first. What then changes the model are assignment
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,7 +53,7 @@ def structure_hash(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes, separators=(",", ":")).encode()).hexdigest()
 
 
-def resize_(model: nn.Module, facts: Facts) -> None:
+def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
     """Give a model of the original sizes those of the shrunk one. Its values are then arbitrary where shapes changed.
 
     Blocks that went are dropped, tensors get new shapes, and attributes and settings of the config their new values.
@@ -62,6 +63,9 @@ def resize_(model: nn.Module, facts: Facts) -> None:
         model: changed in place, or not at all if an error is raised.
         facts: how the shrunk model differs.
 
+    Returns:
+        A function that puts the model back as it was, with its values.
+
     Raises:
         FormatError: naming what does not fit.
 
@@ -69,7 +73,8 @@ def resize_(model: nn.Module, facts: Facts) -> None:
         >>> import torch
         >>> from secateur.shrinking import Facts, resize_
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
-        >>> resize_(model, Facts({"0.weight": (3, 8)}, {"0.weight": (4, 8)}, attributes={"0": {"out_features": 3}}))
+        >>> facts = Facts({"0.weight": (3, 8)}, {"0.weight": (4, 8)}, attributes={"0": {"out_features": 3}})
+        >>> undo = resize_(model, facts)
         >>> model[0].weight.shape, model[0].out_features
         (torch.Size([3, 8]), 3)
     """
@@ -81,7 +86,8 @@ def resize_(model: nn.Module, facts: Facts) -> None:
         for module in (_module(model, facts.original_name(path), path),)
         for name, value in table.items()
     ]
-    settings = [_setting(model, name, before, after) for name, (before, after) in facts.config.items()]
+    config, copies = _config_of(model, facts)
+    settings = [_setting(config, name, before, after) for name, (before, after) in facts.config.items()]
     for name, (owner, key) in places.items():
         shape = _held(owner, key, name).shape
         if tuple(shape) != facts.original_shapes[name]:
@@ -103,31 +109,51 @@ def resize_(model: nn.Module, facts: Facts) -> None:
             raise FormatError(f"{name} is one tensor with {made[id(old)][2]} in the model, but has another shape.")
 
     # From here on nothing fails.
+    tables: list[dict[str, Any]] = []
     for module in model.modules():
         for register in (module._parameters, module._buffers):
-            for key, held in register.items():
-                if held is not None and id(held) in made:
-                    register[key] = made[id(held)][1]  # type: ignore[assignment]
+            if any(held is not None and id(held) in made for held in register.values()):
+                tables.append(cast(dict[str, Any], register))
+    tables += [cast(dict[str, Any], blocks._modules) for blocks, _ in lists]
+    before = [(table, dict(table)) for table in tables]
+    # Another model may have the same config, which stays as it is.
+    configs = [
+        (module, name, copies[id(value)])
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if id(value) in copies
+    ]
+    values = [(holder, name, getattr(holder, name)) for holder, name, _ in (*attributes, *configs)]
+
+    def undo() -> None:
+        for table, contents in before:
+            table.clear()
+            table.update(contents)
+        for holder, name, value in values:
+            setattr(holder, name, value)
+
+    for table, contents in before:
+        table.update((key, made[id(held)][1]) for key, held in contents.items() if id(held) in made)
     for blocks, kept in lists:
         drop_blocks_(blocks, kept)
-    for module, name, value in attributes:
-        setattr(module, name, value)
-    for config, name, setting in settings:
-        setattr(config, name, setting)
+    for holder, name, value in (*settings, *attributes, *configs):
+        setattr(holder, name, value)
+    return undo
 
 
 def drop_blocks_(blocks: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some blocks of a list, in their order. Names that are numbers are numbered anew.
+    """Keep some blocks of a list, in their order. They are numbered anew, unless they have names of their own.
 
     Args:
         blocks: a ``ModuleList`` or ``Sequential``, or any module whose children are the blocks.
         kept: indices of those that stay, ascending.
     """
     children = list(blocks._modules.items())
+    numbered = all(name == str(index) for index, (name, _) in enumerate(children))
     blocks._modules.clear()
     for number, index in enumerate(kept):
         name, child = children[index]
-        blocks._modules[str(number) if name.isdigit() else name] = child
+        blocks._modules[str(number) if numbered else name] = child
 
 
 def _blocks(model: nn.Module, name: str, count: int) -> nn.Module:
@@ -152,7 +178,7 @@ def _place(model: nn.Module, original: str, name: str) -> tuple[nn.Module, str]:
 
 
 def _held(owner: nn.Module, key: str, name: str) -> Tensor:
-    held = owner._parameters.get(key)
+    held: Tensor | None = owner._parameters.get(key)
     held = owner._buffers.get(key) if held is None else held
     if held is None:
         raise FormatError(f"{name} is neither a parameter nor a buffer of the model. {_ADVICE}")
@@ -199,11 +225,22 @@ def _fitting(module: nn.Module, path: str, name: str, value: int | tuple[int, ..
         )
     if isinstance(value, int):
         return value
-    return torch.Size(value) if isinstance(old, torch.Size) else type(old)(value)  # type: ignore[arg-type]
+    return torch.Size(value) if isinstance(old, torch.Size) else list(value) if isinstance(old, list) else value
 
 
-def _setting(model: nn.Module, name: str, before: Setting, after: Setting) -> tuple[Any, str, Any]:
-    holder, key = settings_of(getattr(model, "config", None), name)
+def _config_of(model: nn.Module, facts: Facts) -> tuple[Any, dict[int, Any]]:
+    """A copy of a model's config, and for each config in the old one its copy, by the id of the former."""
+    config = getattr(model, "config", None)
+    if not facts.config or not hasattr(config, "__dict__"):
+        return config, {}
+    memo: dict[int, Any] = {}
+    made = copy.deepcopy(config, memo)
+    held = [config, *(value for value in vars(config).values() if type(value).__module__ == type(config).__module__)]
+    return made, {id(value): memo[id(value)] for value in held if id(value) in memo and hasattr(value, "__dict__")}
+
+
+def _setting(config: Any, name: str, before: Setting, after: Setting) -> tuple[Any, str, Any]:
+    holder, key = settings_of(config, name)
     held = getattr(holder, key, None)
     if _plain(held) != _plain(before):
         raise FormatError(
