@@ -39,8 +39,8 @@ _NAMES: dict[Kind, str] = {
 }
 # The size of one head, and how many query heads read one key/value head, stay as they are when whole heads go.
 _NEVER: dict[Kind, str] = {
-    "heads": r"head_(dim|size)|size_per_head|group|hidden|embed|model|layer_(idx|id)",
-    "query_heads": r"head_(dim|size)|size_per_head|(kv|key|value)_?heads|hidden|embed|model|layer_(idx|id)",
+    "heads": r"(?<!all_)head_(dim|size)|size_per_head|group|hidden|embed|model|layer_(idx|id)",
+    "query_heads": r"(?<!all_)head_(dim|size)|size_per_head|(kv|key|value)_?heads|hidden|embed|model|layer_(idx|id)",
 }
 
 
