@@ -16,6 +16,7 @@ from secateur.calibration import Forward, call_model, quiet
 from secateur.shrinking._reference import stream_in, stream_out
 from secateur.shrinking._units import Dimension
 
+_RESIZED = "what it returns has another shape than what it is given"
 _ADDITIONS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::addcmul_", "aten::sub", "aten::rsub"})
 
 
@@ -80,7 +81,7 @@ def _dimension(name: str, reasons: list[str]) -> Dimension:
 
 
 def _chosen(reasons: Mapping[str, list[str]]) -> list[str]:
-    """The lists to take: the outer ones, unless most of their blocks must stay and lists inside have others."""
+    """The lists to take: the outer ones, unless lists inside have others and these are stages, or most must stay."""
     free = {name: sum(not reason for reason in found) for name, found in reasons.items()}
     chosen: list[str] = []
     for name in reasons:
@@ -88,7 +89,8 @@ def _chosen(reasons: Mapping[str, list[str]]) -> list[str]:
         if not free[name] or any(name != outer and name.startswith(f"{outer}." if outer else "") for outer in chosen):
             continue
         inside = any(other != name and other.startswith(prefix) and count for other, count in free.items())
-        if not inside or 2 * free[name] >= len(reasons[name]):
+        is_stages = _RESIZED in reasons[name]
+        if not inside or (2 * free[name] >= len(reasons[name]) and not is_stages):
             chosen.append(name)
     return chosen
 
@@ -144,7 +146,7 @@ class _Watch(TorchDispatchMode):
             return f"it runs {len(calls)} times" if calls else "it does not run"
         call = calls[0]
         if call.stream is None:
-            return "what it returns has another shape than what it is given"
+            return _RESIZED
         if not call.adds:
             return "it does not add to what it is given"
         others = [seen for sibling in siblings for seen in self._calls.get(id(sibling), []) if sibling is not block]

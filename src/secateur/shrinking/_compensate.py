@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from secateur._errors import SolverError, naming
-from secateur.calibration import LayerStatistics, Padding, StageSource, gather
-from secateur.layers import Layer, Observed
+from secateur.calibration import LayerStatistics
+from secateur.layers import Layer
+from secateur.patterns import Unstructured
 from secateur.shrinking._consumers import Consumers, removed_columns
 from secateur.solvers import LayerProblem, Refit, Solution, Solver, refit_columns
-from secateur.patterns import Unstructured
 
 
 @dataclass(frozen=True)
@@ -37,44 +37,46 @@ class ConsumerError:
 def mask_and_fit_(
     consumers: Consumers,
     units: Mapping[str, Sequence[int]],
-    source: StageSource | None,
-    observed: Observed,
-    paddings: Sequence[Padding] | None,
+    gathered: Iterable[tuple[str, LayerStatistics | None]],
     *,
     refit: bool,
-    tell: Callable[[str], None] = lambda name: None,
 ) -> list[ConsumerError]:
-    """Write zeros into the columns that read units that go, stage by stage, and fit the others to make up for them.
+    """Write zeros into the columns that read units that go, layer by layer, and fit the others to make up for them.
 
     Args:
         consumers: of the model.
         units: by dimension, those that go.
-        source: of the stages, each on the outputs of those before it as they are now; None to fit nothing.
-        observed: what a forward pass showed.
-        paddings: what is padding in each batch.
+        gathered: names of layers, each with the statistics of its inputs (``gram`` and ``input_mean``), which are those
+            of the model as it is when it is asked for them. Layers that are not among them just lose their columns.
         refit: fit the columns that stay, and the bias if there is one.
-        tell: called with the name of each stage before it runs.
     """
     gone = {name: removed_columns(found, units) for name, found in consumers.by_layer.items()}
     gone = {name: columns for name, columns in gone.items() if columns.any()}
-    if source is None:
-        return [_drop_(consumers.by_layer[name][0].layer, columns) for name, columns in gone.items()]
     errors = []
-    for index, stage in enumerate(source.stages):
-        tell(stage.name)
-        gathered = gather(source, index, {"gram", "input_mean"}, observed=observed, strict=False, paddings=paddings)
-        for layer in stage.layers:
-            statistics = gathered.pop(layer.name, None)
-            if layer.name not in gone:
-                continue
+    for name, statistics in gathered:
+        if name in gone:
+            layer, columns = consumers.by_layer[name][0].layer, gone.pop(name)
             with naming(layer.title):
                 if statistics is None:
-                    errors.append(_drop_(layer, gone.pop(layer.name), "no calibration input reached it"))
+                    errors.append(_drop_(layer, columns, "no calibration input reached it"))
                 else:
-                    errors.append(_fit_(layer, gone.pop(layer.name), statistics, refit))
-    for name, columns in gone.items():  # of no stage, such as a block that is left out
-        errors.append(_drop_(consumers.by_layer[name][0].layer, columns, "no calibration input reached it"))
-    return errors
+                    errors.append(_fit_(layer, columns, statistics, refit))
+    return [*errors, *(_drop_(consumers.by_layer[name][0].layer, columns) for name, columns in gone.items())]
+
+
+@torch.no_grad()
+def fold_(consumers: Consumers, constants: Mapping[str, Tensor]) -> None:
+    """Add what constant inputs give to the biases of layers.
+
+    Args:
+        consumers: of the model.
+        constants: by the name of a layer, ``[in]``: the inputs.
+    """
+    for name, values in constants.items():
+        layer = consumers.by_layer[name][0].layer
+        bias = _bias_of(layer)
+        if bias is not None and values.any():
+            bias += (layer.matrix().double() @ values.to(layer.matrix().device)).to(bias.dtype)
 
 
 def _drop_(layer: Layer, gone: Tensor, note: str = "") -> ConsumerError:

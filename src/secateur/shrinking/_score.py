@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,11 +23,8 @@ def score_units(
     dimensions: Sequence[Dimension],
     consumers: Consumers,
     importance: UnitImportance,
-    source: StageSource | None,
-    observed: Observed,
-    paddings: Sequence[Padding] | None,
+    gathered: Iterable[tuple[str, LayerStatistics | None]],
     grains: Mapping[str, int],
-    tell: Callable[[str], None] = lambda name: None,
 ) -> dict[str, _Scores]:
     """Return by dimension a score for each unit: higher stays.
 
@@ -38,43 +35,49 @@ def score_units(
         dimensions: whose units are scored.
         consumers: of the model.
         importance: of units.
-        source: of the stages of the dense model; None for an importance that needs no inputs.
-        observed: what a forward pass showed.
-        paddings: what is padding in each batch.
+        gathered: names of layers that read units, each with the statistics of its inputs, or None for those that
+            nothing is known of. They are not kept longer than it takes to score the units of a dimension.
         grains: by dimension, how many units in a row go together, where it is more than one.
-        tell: called with the name of each stage before it runs.
     """
     waiting = {dimension.name: len(consumers.of(dimension)) for dimension in dimensions}
     wanted = {dimension.name: dimension for dimension in dimensions}
     seen: dict[str, list[tuple[Consumer, LayerStatistics | None]]] = {name: [] for name in wanted}
     scores: dict[str, _Scores] = {}
-
-    def add(layer: str, statistics: LayerStatistics | None) -> None:
+    for layer, statistics in gathered:
         for consumer in consumers.by_layer.get(layer, ()):
             name = consumer.dimension.name
-            if name not in wanted:
-                continue
-            seen[name].append((consumer, statistics))
-            if len(seen[name]) == waiting[name]:
-                with naming(name):
-                    scores[name] = _scores(wanted[name], seen.pop(name), importance, grains.get(name, 1))
-
-    needs: frozenset[Need] = importance.needs
-    if source is None:
-        for name in consumers.by_layer:
-            add(name, None)
-    else:
-        for index, stage in enumerate(source.stages):
-            tell(stage.name)
-            gathered = gather(source, index, needs, observed=observed, strict=False, paddings=paddings)
-            for layer in stage.layers:
-                add(layer.name, gathered.pop(layer.name, None))
-    for name in wanted:
-        if name not in scores:
-            with naming(name):
-                left = seen.get(name, [])
-                scores[name] = _scores(wanted[name], left, importance, grains.get(name, 1)) if left else _none(wanted[name])
+            if name in seen:
+                seen[name].append((consumer, statistics))
+                if len(seen[name]) == waiting[name]:
+                    with naming(name):
+                        scores[name] = _scores(wanted[name], seen.pop(name), importance, grains.get(name, 1))
+    for name, left in seen.items():  # layers that were never reached
+        with naming(name):
+            scores[name] = _scores(wanted[name], left, importance, grains.get(name, 1))
     return scores
+
+
+def by_stage(
+    source: StageSource,
+    needs: Iterable[Need],
+    observed: Observed,
+    paddings: Sequence[Padding] | None,
+    tell: Callable[[str], None] = lambda name: None,
+) -> Iterator[tuple[str, LayerStatistics | None]]:
+    """Yield the name of each layer with the statistics of its inputs, one stage after the other.
+
+    Args:
+        source: of the stages.
+        needs: the statistics.
+        observed: what a forward pass showed.
+        paddings: what is padding in each batch.
+        tell: called with the name of each stage before it runs.
+    """
+    for index, stage in enumerate(source.stages):
+        tell(stage.name)
+        gathered = gather(source, index, needs, observed=observed, strict=False, paddings=paddings)
+        for layer in stage.layers:
+            yield layer.name, gathered.pop(layer.name, None)
 
 
 def _none(dimension: Dimension) -> _Scores:
