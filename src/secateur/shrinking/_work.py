@@ -40,6 +40,7 @@ from secateur.shrinking._choose import fraction_for, keep_fractions, kept_count,
 from secateur.shrinking._compensate import ConsumerError, fold_, mask_and_fit_
 from secateur.shrinking._consumers import find_consumers
 from secateur.shrinking._expert_scores import score_experts
+from secateur.shrinking._facts import Facts
 from secateur.shrinking._grains import grains_of
 from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
@@ -55,6 +56,7 @@ from secateur.shrinking._units import Dimension, Graph
 from secateur.shrinking._zero_units import zero_units
 
 _UNITS = ("ffn", "heads", "channels", "experts")  # what goes to reach a target: kinds that keep the function exact
+_ALIGNED = 8  # neurons of experts in a stack
 _PROVED = 4  # batches on which the smaller model is compared
 
 Units = dict[str, tuple[int, ...]]
@@ -143,6 +145,11 @@ class Shrinking:
         self._hash = hash_model(model)
         self._before = model_size(model, inputs.batches[0], inputs.forward)
         self._scores: dict[str, NDArray[np.float64]] = {}
+        self._steps = {d.name: step for d in graph.dimensions if (step := _step(model, d, settings.round_to)) > 1}
+        self._blocks = {
+            dimension.name: tuple(name for name, _ in model.get_submodule(dimension.name).named_children())
+            for dimension in graph.of_kind("layers")
+        }
         with quiet(model):
             self._observed = observe(model, inputs.batches[:1], inputs.forward)
         self._consumers = find_consumers(model, graph, self._observed)
@@ -232,7 +239,7 @@ class Shrinking:
     def _fractions(self, graph: Graph, keep: Mapping[str, float]) -> Units:
         found = self._settings
         return keep_fractions(
-            graph, self._scores, keep, allocation=found.allocation, round_to=found.round_to, grains=self._grains
+            graph, self._scores, keep, allocation=found.allocation, steps=self._steps, grains=self._grains
         )
 
     def _kept_blocks(self, fraction: float) -> Units:
@@ -265,9 +272,8 @@ class Shrinking:
     def _prefixes(self, units: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
         """How the names of tensors in blocks that go begin."""
         found: list[str] = []
-        for dimension in self._graph.of_kind("layers"):
-            names = [name for name, _ in self._model.get_submodule(dimension.name).named_children()]
-            found += [f"{dimension.name}.{names[unit]}.".lstrip(".") for unit in units.get(dimension.name, ())]
+        for name, blocks in self._blocks.items():
+            found += [f"{name}.{blocks[unit]}.".lstrip(".") for unit in units.get(name, ())]
         return tuple(found)
 
     def _reached(self, target: Mapping[str, float]) -> Units:
@@ -364,7 +370,8 @@ class Shrinking:
     ) -> ShrinkReport:
         model, inputs, settings = self._model, self._inputs, self._settings
         by_layer = {error.layer: error for error in errors}
-        dimensions = tuple(self._row(dimension, units, by_layer, blocks) for dimension in self._graph.dimensions)
+        stayed = self._without_blocks(units).dimensions
+        dimensions = tuple(self._row(dimension, units, by_layer, blocks) for dimension in stayed)
         dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         uneven = _uneven(dimensions)
         note = "each part on the same inputs, in float32" if proof is not None and proof.by_blocks else ""
@@ -389,7 +396,7 @@ class Shrinking:
             original_sizes={dimension.name: dimension.size for dimension in self._graph.dimensions},
             model_name=type(model).__name__,
             model_hash=self._hash,
-            facts={},
+            facts=Facts(**undo.facts).to_dict(),
             calibration_hash=hash_batches(inputs.batches),
             notes=tuple(dict.fromkeys(self._notes)),
         )
@@ -433,6 +440,18 @@ class Shrinking:
             _mean(after),
             tuple(dict.fromkeys(notes)),
         )
+
+
+def _step(model: nn.Module, dimension: Dimension, round_to: int) -> int:
+    """Of what the number of units that stay must be a multiple."""
+    if dimension.kind not in ("ffn", "channels", "hidden"):
+        return 1
+    # Grouped products of stacked experts take strides of whole 16 bytes.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stacked = dimension.kind == "ffn" and any(
+        place.tensor in parameters and parameters[place.tensor].ndim == 3 for place in dimension.places
+    )
+    return int(np.lcm(round_to, _ALIGNED)) if stacked else round_to
 
 
 def _mean(values: Sequence[float]) -> float | None:
