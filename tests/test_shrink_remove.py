@@ -453,6 +453,48 @@ def test_channels_of_the_stream_are_removed_without_a_claim() -> None:
     assert model[1].normalized_shape == (5,)
 
 
+class Sliced(nn.Module):
+    """Reads a range of channels, and how many these are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x))[:, 4:])
+
+
+def test_of_several_removals_the_wrong_one_is_named() -> None:
+    model, x = Sliced(), torch.randn(5, 4)
+    good = (*outputs(model, ["first"], 8), rows("second.weight", 8, dim=1, is_input=True))
+    bad = (rows("second.weight", 4), rows("second.bias", 4))
+    graph = Graph((Dimension("good", "channels", 8, good), Dimension("bad", "channels", 4, bad)))
+    removal = Removal({"good": (0, 1), "bad": (2,)})
+    mask_(model, graph, removal)
+    before = snapshot(model)
+    with pytest.raises(SolverError, match=r"^bad: .* it fails with RuntimeError: mat1 and mat2 shapes"):
+        prove(remove_(model, graph, removal, x), [x])
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_inputs_of_a_recurrent_layer_go_but_not_its_state(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), kind(6, 4, num_layers=2, bidirectional=True))
+    x = torch.randn(2, 5, 3)
+    reads = [rows(f"1.weight_ih_l0{way}", 6, dim=1, is_input=True) for way in ("", "_reverse")]
+    state = (rows("1.weight_hh_l0", 4, dim=1),)
+    graph = Graph(
+        (Dimension("in", "channels", 6, (*outputs(model, ["0"], 6), *reads)), Dimension("h", "hidden", 4, state))
+    )
+    mask_(model, graph, Removal({"in": (1, 2)}))
+    prove(remove_(model, graph, Removal({"in": (1, 2)}), x), [x])
+    assert model[1].input_size == 4
+    assert model[1]._flat_weights[0] is model[1].weight_ih_l0
+    with pytest.raises(RecipeError, match=rf"h: 1: weight_hh_l0 of a {kind.__name__} would lose .* only inputs can go"):
+        remove_(model, graph, Removal({"h": (0,)}), x)
+
+
 def test_experts_in_a_list_go_with_the_rows_of_their_router() -> None:
     class Mixture(nn.Module):
         def __init__(self) -> None:
