@@ -501,9 +501,14 @@ def test_inputs_of_a_recurrent_layer_go_but_not_its_state(kind: type[nn.RNNBase]
         (Dimension("in", "channels", 6, (*outputs(model, ["0"], 6), *reads)), Dimension("h", "hidden", 4, state))
     )
     mask_(model, graph, Removal({"in": (1, 2)}))
-    prove(remove_(model, graph, Removal({"in": (1, 2)}), x), [x])
+    undo = remove_(model, graph, Removal({"in": (1, 2)}), x)
+    prove(undo, [x])
     assert model[1].input_size == 4
     assert model[1]._flat_weights[0] is model[1].weight_ih_l0
+    other = nn.Sequential(nn.Linear(3, 6), kind(6, 4, num_layers=2, bidirectional=True))
+    resize_(other, undo.facts)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x)[0], model(x)[0])
     with pytest.raises(RecipeError, match=rf"h: 1: weight_hh_l0 of a {kind.__name__} would lose .* only inputs can go"):
         remove_(model, graph, Removal({"h": (0,)}), x)
 

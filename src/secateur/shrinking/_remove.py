@@ -124,7 +124,7 @@ def remove_(model: nn.Module, graph: Graph, removal: Removal, batch: Any, forwar
     """
     check_model(model)
     removed = _checked(graph, removal)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     journal = Journal()
     surgeon = _Surgeon(model, batch, forward, journal, Tensors(model, journal))
     try:

@@ -134,6 +134,9 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
 
     for table, contents in before:
         table.update((key, made[id(held)][1]) for key, held in contents.items() if id(held) in made)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):  # it computes with a list of its parameters
+            module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
     for blocks, kept in lists:
         drop_blocks_(blocks, kept)
     for holder, name, value in (*settings, *attributes, *configs):
