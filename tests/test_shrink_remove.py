@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shrink_cases
 import shrink_models
 import torch
 import transformers
+from shrink_families import FAMILIES
 from shrink_models import CASES, Case, mask_, outputs, rows
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -26,8 +28,10 @@ from secateur.shrinking import (
     Place,
     Removal,
     Undo,
+    analyze,
     find_blocks,
     find_experts,
+    find_units,
     prove,
     remove_,
     resize_,
@@ -452,6 +456,29 @@ def test_facts_make_another_model_as_small(name: str) -> None:
     ]
     for key, value in numbers[0].items():
         assert type(value) not in (int, tuple) or value == numbers[1][key], key
+
+
+@pytest.mark.parametrize("case", [*shrink_cases.CASES, *FAMILIES], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_units_that_a_trace_finds_go_and_leave_the_function(case: shrink_cases.Case) -> None:
+    model, batch = shrink_cases.double(case.make()), shrink_cases.double(case.batch())
+    found = Case(model, batch, analyze(model, [batch]).dimensions)
+    removal = removal_of(found, "all")
+    undo = shrunk(found, removal)
+    assert bool(undo.facts) == any(removal.units.values())
+    assert prove(undo, [batch]).error <= 1e-10
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_channels_of_the_stream_of_any_family_are_removed(case: shrink_cases.Case) -> None:
+    model, batch = case.make(), case.batch()
+    graph = find_units(model, batch, with_hidden=True)
+    for dimension in graph.of_kind("hidden"):
+        removal = Removal({dimension.name: tuple(range(dimension.size // 4))})
+        mask_(model, graph, removal)
+        undo = remove_(model, graph, removal, batch)
+        assert not prove(undo, [batch]).is_exact
+        undo.restore()
 
 
 def test_channels_of_the_stream_are_removed_without_a_claim() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from secateur.shrinking._journal import Journal
+from secateur.shrinking._resize import left_children
 from secateur.shrinking._units import Dimension
 
 # How a number of blocks is called, and what a number of them that means something else is called, such as
@@ -30,10 +31,10 @@ def drop_blocks(model: nn.Module, dimension: Dimension, removed: Sequence[int], 
         removed: numbers of the blocks that go.
         journal: of what is changed.
     """
-    blocks = list(model.get_submodule(dimension.name).children())
+    blocks = [block for block in model.get_submodule(dimension.name)._modules.values() if block is not None]
     gone = set(removed)
     kept = [index for index in range(len(blocks)) if index not in gone]
-    _renumber([blocks[index] for index in range(len(blocks))], kept, journal)
+    _renumber(blocks, kept, journal)
     drop_modules(model.get_submodule(dimension.name), kept, journal)
     path = dimension.name.split(".") if dimension.name else []
     owners = [model.get_submodule(".".join(path[:length])) for length in range(len(path))]
@@ -47,10 +48,8 @@ def drop_blocks(model: nn.Module, dimension: Dimension, removed: Sequence[int], 
 
 def drop_modules(holder: nn.Module, kept: Sequence[int], journal: Journal) -> None:
     """Leave only some children of a list, numbered again unless they have names of their own."""
-    items = list(holder._modules.items())
-    numbered = all(name == str(index) for index, (name, _) in enumerate(items))
-    left = {str(new) if numbered else items[old][0]: items[old][1] for new, old in enumerate(kept)}
-    journal.set(vars(holder), "_modules", left)  # another dictionary: a loop may run over the old one
+    # Another dictionary, because a loop may run over the old one.
+    journal.set(vars(holder), "_modules", left_children(holder, kept))
 
 
 def _renumber(blocks: list[nn.Module], kept: list[int], journal: Journal) -> None:
