@@ -64,6 +64,8 @@ def assert_statistics(name, got, rows, exact):
         {"rtol": 1e-9, "atol": 1e-9} if exact else {"rtol": 1e-3, "atol": 1e-4 * float(rows.square().sum(1).max())}
     )
     assert got.tokens == rows.shape[1], name
+    limits = {"rtol": 1e-9, "atol": 1e-9} if exact else {"rtol": 1e-3, "atol": 1e-3 * float(rows.abs().max())}
+    torch.testing.assert_close(got.require("input_mean"), rows.mean(1), **limits, msg=lambda text: f"{name}: {text}")
     torch.testing.assert_close(
         got.require("gram").double(), rows.transpose(1, 2) @ rows, **tolerance, msg=lambda text: f"{name}: {text}"
     )
@@ -87,7 +89,7 @@ def assert_stages_equal_the_slow_truth(model, batches, sequential=True, forward=
         source = replayed(model, load_batches(batches, torch.device("cpu")), layers, forward, sequential)
         for index, stage in enumerate(source.stages):
             truth = slow_inputs(model, originals, stage.layers)
-            gathered = gather(source, index, {"input_norm", "gram"})
+            gathered = gather(source, index, {"input_norm", "input_mean", "gram"})
             assert gathered.keys() == truth.keys()
             for name, rows in truth.items():
                 assert_statistics(name, gathered[name], rows, exact)

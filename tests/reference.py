@@ -27,6 +27,10 @@ def input_norms(inputs: np.ndarray) -> np.ndarray:
     return np.array([math.sqrt(math.fsum(float(x) ** 2 for x in inputs[:, j])) for j in range(inputs.shape[1])])
 
 
+def input_means(inputs: np.ndarray) -> np.ndarray:
+    return np.array([math.fsum(float(x) for x in inputs[:, j]) / len(inputs) for j in range(inputs.shape[1])])
+
+
 def gram(inputs: np.ndarray) -> np.ndarray:
     """Sum over tokens of the outer product of a token's inputs with themselves."""
     total = np.zeros((inputs.shape[1], inputs.shape[1]))
@@ -293,3 +297,79 @@ def masked_least_squares(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarr
 def objective(weight: np.ndarray, solution: np.ndarray, hessian: np.ndarray) -> float:
     """Sum over rows of ``(w - v) H (w - v)``."""
     return math.fsum((w - v) @ hessian @ (w - v) for w, v in zip(weight, solution, strict=True))
+
+
+# Units: columns that go together
+
+
+def unit_magnitude(weight: np.ndarray, unit: list[int]) -> float:
+    return math.fsum(float(weight[i, j]) ** 2 for i in range(len(weight)) for j in unit)
+
+
+def unit_wanda(weight: np.ndarray, inputs: np.ndarray, unit: list[int]) -> float:
+    """Sum over columns of the squared error if that column alone were removed."""
+    return math.fsum(float(x * w) ** 2 for j in unit for x in inputs[:, j] for w in weight[:, j])
+
+
+def unit_flap(weight: np.ndarray, inputs: np.ndarray, unit: list[int]) -> float:
+    """Sum over columns of the squared error if that column alone were replaced by its mean."""
+    means = input_means(inputs)
+    return math.fsum(float((x - means[j]) * w) ** 2 for j in unit for x in inputs[:, j] for w in weight[:, j])
+
+
+def without_columns(weight: np.ndarray, hessian: np.ndarray, columns: list[int]) -> tuple[np.ndarray, float]:
+    """The best weight that is zero in some columns, and its error."""
+    kept = np.ones(weight.shape, dtype=bool)
+    kept[:, columns] = False
+    solved = masked_least_squares(weight, hessian, kept)
+    return solved, objective(weight, solved, hessian)
+
+
+def greedy_removal(
+    weight: np.ndarray, hessian: np.ndarray, units: list[list[int]], keep: int
+) -> tuple[list[int], list[float]]:
+    """Remove the unit that leaves the least error, each time by a new fit of all that is left."""
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < len(units) - keep:
+        tried = {}
+        for unit in range(len(units)):
+            if unit not in order:
+                gone = [j for other in [*order, unit] for j in units[other]]
+                tried[unit] = without_columns(weight, hessian, gone)[1]
+        order.append(min(tried, key=lambda unit: tried[unit]))
+        costs.append(tried[order[-1]])
+    return order, costs
+
+
+def refit_columns(
+    weight: np.ndarray, inputs: np.ndarray, kept: np.ndarray, damping: float, *, bias: bool, weights: bool = True
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """New weight, what the bias gains, and the squared error, by least squares on the inputs themselves.
+
+    The ridge is rows of inputs more, for which the new weight shall give what the dense one gives.
+    """
+    centred = inputs - inputs.mean(0) if bias else inputs
+    ridge = math.sqrt(damping * np.diag(centred.T @ centred).mean())
+    extended = np.concatenate([centred, ridge * np.eye(len(kept))])
+    solved = np.zeros(weight.shape)
+    solved[:, kept] = weight[:, kept]
+    if weights:
+        lost = extended[:, ~kept] @ weight[:, ~kept].T
+        solved[:, kept] += np.linalg.lstsq(extended[:, kept], lost, rcond=None)[0].T
+    shift = (weight - solved) @ inputs.mean(0) if bias else np.zeros(len(weight))
+    return solved, shift, float((((weight - solved) @ inputs.T - shift[:, None]) ** 2).sum())
+
+
+def unit_taylor(gradients: np.ndarray, unit: list[int]) -> float:
+    return abs(math.fsum(float(batch[j]) for batch in gradients for j in unit))
+
+
+def unit_fisher(gradients: np.ndarray, unit: list[int]) -> float:
+    return math.fsum(math.fsum(float(batch[j]) for j in unit) ** 2 for batch in gradients)
+
+
+def influence(x: np.ndarray, y: np.ndarray) -> float:
+    """Of one token."""
+    product = math.fsum(float(a) * float(b) for a, b in zip(x, y, strict=True))
+    return 1 - product / math.sqrt(math.fsum(float(a) ** 2 for a in x) * math.fsum(float(b) ** 2 for b in y))

@@ -31,7 +31,10 @@ def by_hand(
         attributes: by a regular expression that whole names of modules match, attributes to set.
     """
     named = Facts(blocks=blocks or {})
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     values = {named.new_name(name): tensor.detach() for name, tensor in state.items()}
     values.pop(None, None)
     original = {name: tuple(value.shape) for name, value in values.items()}
@@ -262,7 +265,11 @@ CASES = {
     ),
     "gpt-2 ffn and layers": Case(
         gpt2,
-        {r".*c_fc\.weight": (1, range(100)), r".*c_fc\.bias": (0, range(100)), r".*mlp\.c_proj\.weight": (0, range(100))},
+        {
+            r".*c_fc\.weight": (1, range(100)),
+            r".*c_fc\.bias": (0, range(100)),
+            r".*mlp\.c_proj\.weight": (0, range(100)),
+        },
         blocks={"transformer.h": (0, 1)},
         attributes={r".*c_fc": {"nf": 100}, r".*mlp\.c_proj": {"nx": 100}},
         config={"n_layer": (3, 2)},

@@ -454,3 +454,11 @@ def test_a_statistic_of_gradients_is_another_hook(monkeypatch):
         torch.testing.assert_close(got[name].input_norm[0], rows.norm(dim=0).float().detach())
         assert got[name].tokens == 10
     assert not any(module._backward_hooks or module._forward_pre_hooks for module in model)
+
+
+def test_a_statistic_that_needs_a_loss_is_refused():
+    model, batches, _ = CASES["mlp"]()
+    with quiet(model):
+        source = replayed(model, batches, select_layers(model)[0])
+        with pytest.raises(StatisticsError, match="input_gradients cannot be gathered from inputs alone"):
+            gather(source, 0, {"gram", "input_gradients"})

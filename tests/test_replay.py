@@ -49,7 +49,7 @@ def test_the_comparison_with_the_slow_truth_can_fail():
     model, batches, _ = llama_case()
     layers, _ = select_layers(model)
     with quiet(model):
-        dense = gather(replayed(model, batches, layers, sequential=False), 0, {"gram", "input_norm"})
+        dense = gather(replayed(model, batches, layers, sequential=False), 0, {"gram", "input_norm", "input_mean"})
         staged = replayed(model, batches, layers)
         gather(staged, 0, {"gram"})
         for layer in staged.stages[0].layers:

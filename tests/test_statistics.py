@@ -9,6 +9,8 @@ from secateur import LayerStatistics, StatisticsError
 from secateur.calibration._gather import RowSums
 
 BOTH = frozenset({"input_norm", "gram"})
+ALL = BOTH | {"input_mean"}
+NEEDS = [{"gram"}, {"input_norm"}, {"input_mean"}, BOTH, ALL]
 
 
 def inputs(groups=1, tokens=20, size=5, dtype=torch.float64):
@@ -30,20 +32,21 @@ def statistics_of(sums):
 @pytest.mark.parametrize("batches", [[20], [7, 13], [1] * 20, [0, 20, 0]], ids=str)
 def test_batches_add_up_to_the_sum_over_tokens(batches):
     rows = inputs()
-    statistics = gather(*rows.split(batches, dim=1))
+    statistics = gather(*rows.split(batches, dim=1), needs=ALL)
     assert statistics.tokens == 20
+    torch.testing.assert_close(statistics.input_mean[0], torch.from_numpy(reference.input_means(rows[0].numpy())))
     torch.testing.assert_close(statistics.gram[0], torch.from_numpy(reference.gram(rows[0].numpy())))
     norm = torch.from_numpy(reference.input_norms(rows[0].numpy()))
     torch.testing.assert_close(statistics.input_norm[0].double(), norm, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("needs", [set(), {"gram"}, {"input_norm"}, BOTH], ids=sorted)
+@pytest.mark.parametrize("needs", [set(), *NEEDS], ids=sorted)
 def test_only_what_was_asked_for_is_gathered(needs):
     statistics = gather(inputs(), needs=needs)
-    assert {need for need in BOTH if getattr(statistics, need) is not None} == needs
+    assert {need for need in ALL if getattr(statistics, need) is not None} == needs
 
 
-@pytest.mark.parametrize("needs", [{"gram"}, {"input_norm"}, BOTH], ids=sorted)
+@pytest.mark.parametrize("needs", NEEDS, ids=sorted)
 def test_parts_merge_into_the_whole_and_copies_stay_apart(needs):
     rows = inputs(groups=2)
     whole, empty, part = RowSums(needs), RowSums(needs), RowSums(needs)
@@ -64,7 +67,7 @@ def test_norm_is_the_same_with_and_without_the_gram():
     torch.testing.assert_close(gather(inputs()).input_norm, gather(inputs(), needs={"input_norm"}).input_norm)
 
 
-@pytest.mark.parametrize("needs", [{"gram"}, {"input_norm"}, BOTH], ids=sorted)
+@pytest.mark.parametrize("needs", NEEDS, ids=sorted)
 def test_groups_are_gathered_apart(needs):
     rows = inputs(groups=3)
     together = gather(*rows.split([6, 14], dim=1), needs=needs)
@@ -75,7 +78,7 @@ def test_groups_are_gathered_apart(needs):
             torch.testing.assert_close(together.require(need)[group], alone.require(need)[0])
 
 
-@pytest.mark.parametrize("needs", [{"gram"}, {"input_norm"}, BOTH], ids=sorted)
+@pytest.mark.parametrize("needs", NEEDS, ids=sorted)
 @pytest.mark.parametrize(
     ("value", "dtype"), [(1000.0, torch.float16), (-60000.0, torch.float16), (1e15, torch.bfloat16)]
 )
@@ -87,6 +90,9 @@ def test_half_precision_inputs_do_not_overflow(value, dtype, needs):
     if "input_norm" in needs:
         assert statistics.input_norm.dtype == torch.float32
         torch.testing.assert_close(statistics.input_norm, torch.full((1, 2), 8 * abs(exact)))
+    if "input_mean" in needs:
+        assert statistics.input_mean.dtype == torch.float64
+        torch.testing.assert_close(statistics.input_mean, torch.full((1, 2), exact, dtype=torch.float64))
     if "gram" in needs:
         assert statistics.gram.dtype == torch.float32
         torch.testing.assert_close(statistics.gram, torch.full((1, 2, 2), 64 * exact**2))
@@ -95,7 +101,8 @@ def test_half_precision_inputs_do_not_overflow(value, dtype, needs):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_sums_do_not_stall(dtype):
     """A running sum in bfloat16 stops at 256, where adding 1 no longer changes it; in float16 at 2048."""
-    statistics = gather(*[torch.ones(1, 1, 2, dtype=dtype)] * 3000)
+    statistics = gather(*[torch.ones(1, 1, 2, dtype=dtype)] * 3000, needs=ALL)
+    assert (statistics.input_mean == 1).all()
     torch.testing.assert_close(statistics.input_norm, torch.full((1, 2), math.sqrt(3000)))
     torch.testing.assert_close(statistics.gram, torch.full((1, 2, 2), 3000.0))
 
@@ -160,7 +167,7 @@ def test_require_adds_the_group_dimension(groups):
     assert torch.equal(bare.require("input_norm"), statistics.input_norm[:1])
 
 
-@pytest.mark.parametrize("need", ["gram", "input_norm"])
+@pytest.mark.parametrize("need", [*sorted(ALL), "input_gradients"])
 def test_a_statistic_that_was_not_gathered_is_named(need):
     with pytest.raises(StatisticsError, match=f"'{need}' was not gathered"):
         LayerStatistics(tokens=1).require(need)

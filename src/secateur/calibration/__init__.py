@@ -20,3 +20,5 @@ from secateur.calibration._statistics import Need as Need
 from secateur.calibration._text import Windows as Windows
 from secateur.calibration._text import batched as batched
 from secateur.calibration._text import read_text as read_text
+from secateur.calibration._unit_gradients import Loss as Loss
+from secateur.calibration._unit_gradients import gather_gradients as gather_gradients

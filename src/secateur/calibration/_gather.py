@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur._errors import StatisticsError, naming
 from secateur.calibration._accumulators import Accumulator, Hook
-from secateur.calibration._inputs import INPUTS, Gram, InputNorm
+from secateur.calibration._inputs import INPUTS, Gram, InputMean, InputNorm
 from secateur.calibration._observe import key_of
 from secateur.calibration._padding import Kept, Padding, left_out
 from secateur.calibration._reads import FunctionWatch, Product
@@ -22,7 +22,7 @@ from secateur.calibration._statistics import LayerStatistics, Need
 from secateur.layers import Layer, Observed
 
 FEWEST_TOKENS = 64  # below, a weight of a stack is calibrated on the inputs of the whole stack
-STATISTICS: dict[Need, type[Accumulator]] = {statistic.name: statistic for statistic in (InputNorm, Gram)}
+STATISTICS: dict[Need, type[Accumulator]] = {statistic.name: statistic for statistic in (InputNorm, InputMean, Gram)}
 
 
 def gather(
@@ -49,10 +49,13 @@ def gather(
         paddings: what is padding in each batch, the same objects for all stages. None looks for it in the batches.
 
     Raises:
-        StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask.
+        StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask; or a
+            statistic that only a loss gives.
     """
     layers = source.stages[stage_index].layers
     needs = frozenset(needs)
+    if others := sorted(needs - STATISTICS.keys()):
+        raise StatisticsError(f"{', '.join(others)} cannot be gathered from inputs alone: it needs a loss.")
     hooks = dict.fromkeys([INPUTS, *(STATISTICS[need].hook for need in sorted(needs))])  # tokens are counted on inputs
     read = frozenset[int]() if observed is None else frozenset(observed.read)
     watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook], read) for hook in hooks]

@@ -83,6 +83,35 @@ class InputNorm(Accumulator):
         return self._squares.sqrt().to(torch.float32)
 
 
+class InputMean(Accumulator):
+    """The mean of each input feature over all tokens, ``[groups, in]`` in float64.
+
+    The square of a mean is subtracted from a mean of squares to get a variance, so it must not be rounded.
+    """
+
+    name: ClassVar[Need] = "input_mean"
+    hook = INPUTS
+    follows = None
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None  # float64
+        self._tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        total = rows.sum(1, dtype=torch.float64)
+        self._sum = total if self._sum is None else self._sum + total
+        self._tokens += rows.shape[1]
+
+    def merge(self, other: InputMean) -> None:
+        self._tokens += other._tokens
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum.add_(other._sum)
+
+    def result(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum / self._tokens
+
+
 def _check_overflow(squares: Tensor) -> None:
     if not squares.isfinite().all():
         raise StatisticsError("its inputs are so large that their products overflow float32. Scale them down.")

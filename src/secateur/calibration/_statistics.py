@@ -10,7 +10,8 @@ from torch import Tensor
 
 from secateur._errors import StatisticsError
 
-Need: TypeAlias = Literal["input_norm", "gram"]
+# The last one needs a loss: `gather_gradients` gathers it, not `gather`.
+Need: TypeAlias = Literal["input_norm", "input_mean", "gram", "input_gradients"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,16 @@ class LayerStatistics:
         input_norm: ``[in]`` or ``[groups, in]``: the L2 norm of each input feature over all tokens.
         gram: ``[in, in]`` or ``[groups, in, in]``: the raw sum ``X.T @ X`` over all tokens, not their mean.
         own_tokens: input rows of the layer itself, where they were too few and those of its whole stack count.
+        input_mean: ``[in]`` or ``[groups, in]``: the mean of each input feature over all tokens, in float64.
+        input_gradients: ``[batches, in]``: the derivative of each batch's loss by a factor on each feature.
     """
 
     tokens: int
     input_norm: Tensor | None = field(default=None, metadata={"dimensions": 1})
     gram: Tensor | None = field(default=None, metadata={"dimensions": 2})
     own_tokens: int | None = None
+    input_mean: Tensor | None = field(default=None, metadata={"dimensions": 1})
+    input_gradients: Tensor | None = field(default=None, metadata={"dimensions": 2})
     # Factorisations of the gram, by what they depend on: layers that read the same inputs share them.
     factors: dict[Hashable, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 

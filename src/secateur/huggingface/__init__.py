@@ -1,6 +1,7 @@
 """How does a model directory become a model, and text its input?"""
 
 from secateur._types import Progress as Progress
+from secateur.huggingface._example import example_inputs as example_inputs
 from secateur.huggingface._loading import is_causal as is_causal
 from secateur.huggingface._loading import load_model as load_model
 from secateur.huggingface._loading import load_tokenizer as load_tokenizer

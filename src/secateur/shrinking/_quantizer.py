@@ -10,21 +10,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError, naming
+from secateur.files import SHRUNK, SHRUNK_METHOD
 from secateur.shrinking._facts import Facts
-from secateur.shrinking._resize import remember_facts, resize_
+from secateur.shrinking._resize import remember_facts, resize_, structure_hash
 
-METHOD = "secateur"
-SHRUNK = "model.shrunk.safetensors"  # no library looks for it, so that none loads it into a model of other sizes
 _REGISTRY = "transformers.quantizers.auto"
 
 
@@ -35,24 +34,7 @@ def settings_for(model: nn.Module, facts: Facts) -> dict[str, Any]:
         model: of transformers, shrunk.
         facts: how it differs from the original.
     """
-    return {"quant_method": METHOD, "prefix": _prefix(model), "shrunk": facts.to_dict()}
-
-
-def facts_in(config: Mapping[str, Any], path: Path) -> Facts | None:
-    """Return how the model of a ``config.json`` was shrunk, or None if the config alone says its sizes.
-
-    Args:
-        config: contents of the file.
-        path: of the file, for errors.
-
-    Raises:
-        FormatError: it says it in a wrong way.
-    """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, Mapping) or settings.get("quant_method") != METHOD:
-        return None
-    with naming(path):
-        return Facts.from_dict(settings.get("shrunk"))
+    return {"quant_method": SHRUNK_METHOD, "prefix": _prefix(model), "shrunk": facts.to_dict()}
 
 
 def _prefix(model: Any) -> str:
@@ -65,11 +47,9 @@ def _resize_any(model: nn.Module, facts: Facts, prefix: object) -> Facts:
     """Resize the skeleton of the saved class, or of one with another head or none. Return the facts of it."""
     if not isinstance(prefix, str):
         raise FormatError(f"the prefix of the shrunk model is {prefix!r:.40}; expected a name.")
-    here = _prefix(model)
-    base = facts.within(prefix) if prefix else facts
-    tensors = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    is_same = here == prefix and all(name in tensors for name in map(facts.original_name, facts.shapes))
-    if not is_same:
+    if structure_hash(model) != facts.model_hash:
+        base = facts.within(prefix) if prefix else replace(facts, model_hash="")
+        here = _prefix(model)
         facts = base.under(here) if here else base
     resize_(model, facts)
     return facts
@@ -78,7 +58,7 @@ def _resize_any(model: nn.Module, facts: Facts, prefix: object) -> Facts:
 def register() -> None:
     """Register the quantizer, unless it is, or the transformers library is one that has no quantizers of others."""
     auto = importlib.import_module(_REGISTRY)
-    if not hasattr(auto, "register_quantizer") or METHOD in auto.AUTO_QUANTIZER_MAPPING:
+    if not hasattr(auto, "register_quantizer") or SHRUNK_METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
     base = importlib.import_module("transformers.quantizers.base").HfQuantizer
     mixin = importlib.import_module("transformers.utils.quantization_config").QuantizationConfigMixin
@@ -87,12 +67,12 @@ def register() -> None:
         """The sizes of a shrunk model, as its ``quantization_config`` has them."""
 
         def __init__(self, shrunk: Any = None, prefix: Any = "", **others: Any) -> None:
-            self.quant_method = METHOD
+            self.quant_method = SHRUNK_METHOD
             self.shrunk, self.prefix = shrunk, prefix
             self.dequantize = True  # transformers takes the loaded model for one that is not quantized, as it is
 
         def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": METHOD, "prefix": self.prefix, "shrunk": self.shrunk}
+            return {"quant_method": SHRUNK_METHOD, "prefix": self.prefix, "shrunk": self.shrunk}
 
     class ShrunkLoader(base):  # type: ignore[misc, valid-type]
         """Gives the skeleton of a model the sizes of the shrunk one before its weights are read."""
@@ -127,8 +107,8 @@ def register() -> None:
         def is_trainable(self) -> bool:
             return True
 
-    auto.register_quantization_config(METHOD)(ShrunkConfig)
-    auto.register_quantizer(METHOD)(ShrunkLoader)
+    auto.register_quantization_config(SHRUNK_METHOD)(ShrunkConfig)
+    auto.register_quantizer(SHRUNK_METHOD)(ShrunkLoader)
 
 
 class _Watch(MetaPathFinder):

@@ -1,10 +1,13 @@
 """Which weights of one layer go, and what do the others become?"""
 
+from secateur.solvers._columns import Refitted as Refitted
+from secateur.solvers._columns import refit_columns as refit_columns
 from secateur.solvers._importance import RIA as RIA
 from secateur.solvers._importance import Importance as Importance
 from secateur.solvers._importance import Magnitude as Magnitude
 from secateur.solvers._importance import Random as Random
 from secateur.solvers._importance import Wanda as Wanda
+from secateur.solvers._influence import influence as influence
 from secateur.solvers._methods import METHODS as METHODS
 from secateur.solvers._methods import WRAPPERS as WRAPPERS
 from secateur.solvers._methods import method_from_dict as method_from_dict
@@ -16,5 +19,16 @@ from secateur.solvers._problem import Solution as Solution
 from secateur.solvers._problem import Solver as Solver
 from secateur.solvers._problem import verify as verify
 from secateur.solvers._refit import Refit as Refit
+from secateur.solvers._remove import Reader as Reader
+from secateur.solvers._remove import remove_columns as remove_columns
+from secateur.solvers._remove import remove_units as remove_units
 from secateur.solvers._select import Select as Select
 from secateur.solvers._sparsegpt import SparseGPT as SparseGPT
+from secateur.solvers._units import UNIT_IMPORTANCES as UNIT_IMPORTANCES
+from secateur.solvers._units import UnitFisher as UnitFisher
+from secateur.solvers._units import UnitFLAP as UnitFLAP
+from secateur.solvers._units import UnitImportance as UnitImportance
+from secateur.solvers._units import UnitMagnitude as UnitMagnitude
+from secateur.solvers._units import UnitOBS as UnitOBS
+from secateur.solvers._units import UnitTaylor as UnitTaylor
+from secateur.solvers._units import UnitWanda as UnitWanda

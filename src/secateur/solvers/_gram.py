@@ -54,12 +54,22 @@ def upper_factor(weight: Weight, statistics: LayerStatistics, damping: float) ->
 
 
 def _factorise(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    # Reversing rows and columns turns the lower factor that LAPACK gives into the upper one.
+    factor, used = lower_factor(gram.flip(1, 2), damping)
+    return factor.flip(1, 2), used
+
+
+def lower_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Lower triangular L with ``L @ L.T = damped(gram)``, and the damping that it took, raised as for the upper one.
+
+    Raises:
+        SolverError: the matrix is not positive definite even with damping 1.
+    """
     attempt = damping
     while True:
-        # Reversing rows and columns turns the lower factor that LAPACK gives into the upper one.
-        factor, failed = torch.linalg.cholesky_ex(damped(gram, attempt).flip(1, 2))
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, attempt))
         if not failed.any() and factor.isfinite().all():
-            return factor.flip(1, 2), attempt
+            return factor, attempt
         if attempt >= 1:
             raise SolverError(
                 f"the Gram matrix is not positive definite, even with a damping of {attempt:g}.\n"
