@@ -206,7 +206,9 @@ def _config_table(model: nn.Module, facts: Facts, uniform: Uniform, copied: Path
     # A setting that is not in the file may follow from one that has just changed.
     made = type(original).from_dict(copy.deepcopy(table)).to_dict()
     _add(table, _differing(made, uniform.config.to_dict()))
-    found, wanted = (_shapes(skeleton(type(model), c)) for c in (type(original).from_dict(copy.deepcopy(table)), uniform.config))
+    found, wanted = (
+        _shapes(skeleton(type(model), c)) for c in (type(original).from_dict(copy.deepcopy(table)), uniform.config)
+    )
     if found != wanted:
         name = next(name for name in wanted if found.get(name) != wanted[name])
         raise FormatError(
@@ -286,4 +288,3 @@ def _say_how_to_load(model: nn.Module, made: Path) -> None:
             front, old = old[:cut], old[cut:]
         text = f"{front}{text}\n{old.lstrip()}"
     path.write_text(text, encoding="utf-8")
-
