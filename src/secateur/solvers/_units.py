@@ -13,7 +13,7 @@ from secateur._checks import number
 from secateur._errors import PatternError, StatisticsError
 from secateur._types import Weight
 from secateur.calibration import LayerStatistics, Need
-from secateur.solvers._gram import gram_for, lower_factor
+from secateur.solvers._gram import gram_for, inverse
 
 
 class UnitImportance(ABC):
@@ -220,10 +220,9 @@ class UnitOBS(UnitImportance):
         gram = gram_for(weight, statistics)
         total = torch.zeros(len(units), dtype=torch.float64, device=weight.device)
         for part, h in zip(weight.chunk(len(gram)), gram, strict=True):
-            inverse = torch.cholesky_inverse(lower_factor(h.unsqueeze(0), self.damping)[0][0])
             columns = (part * (h.diagonal() != 0))[:, units]  # [out, units, width]; a dead input costs nothing
             products = torch.einsum("onw,onv->nwv", columns, columns)
-            total += costs_of(inverse[units.unsqueeze(2), units.unsqueeze(1)], products)
+            total += costs_of(inverse(h, self.damping)[units.unsqueeze(2), units.unsqueeze(1)], products)
         return total
 
 
