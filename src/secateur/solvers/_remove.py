@@ -94,7 +94,7 @@ def remove_units(
     After each removal, ``H^-1`` and the weights are those of the layer without the removed columns, so that each cost
     is exact, and the last one is the error of a least-squares fit of all that is left.
 
-    Cost, in float64: an inverse and a product of ``[in, in]``, and ``O(in^2)`` for each removed column. Memory: three
+    Cost, in float64: an inverse and a product of ``[in, in]``, and ``O(in^2)`` for each removed column. Memory: six
     matrices ``[in, in]``.
 
     Args:
@@ -152,10 +152,8 @@ def remove_units(
             left[group] -= 1
             if not left[group]:
                 barred[group * group_size : (group + 1) * group_size] = True
-    device = readers[0].weight.device
-    return torch.tensor(order, dtype=torch.int64, device=device), torch.tensor(
-        costs, dtype=torch.float64, device=device
-    )
+    gone = torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
+    return gone[0].to(readers[0].weight.device), gone[1].to(readers[0].weight.device)
 
 
 def _states(reader: Reader, damping: float) -> list[_State]:
@@ -216,7 +214,7 @@ class _State:
         self._inverse_blocks -= ours @ ours.mT
         change = ours @ theirs.mT
         self._product_blocks -= change + change.mT
-        return float(inner.diagonal().sum())
+        return max(0.0, float(inner.diagonal().sum()))
 
     def _apply(self) -> None:
         """Apply all that was kept apart."""
