@@ -38,6 +38,7 @@ ROOMS = [
     "zeros",
     "pruning",
     "training",
+    "shrinking",
     "packing",
     "integrations",
     "demo",

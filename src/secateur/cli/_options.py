@@ -17,3 +17,12 @@ Batch = Annotated[list[int] | None, typer.Option(help="Input rows to measure at 
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to measure with. Default: PyTorch's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON.")]
 Html = Annotated[Path | None, typer.Option(help="Also write the results as a web page.")]
+
+Calibration = Annotated[Path | None, typer.Option(help="Text to calibrate on: plain, or JSON lines with a text field.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows drawn from the text.")]
+SequenceLength = Annotated[
+    int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 2048.")
+]
+Seed = Annotated[int, typer.Option(help="Of the draw of calibration windows.")]
+Evaluate = Annotated[Path | None, typer.Option(help="Text to measure on, before and after.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from secateur.cli._app import say, show, show_progress, user_errors, worth_saying, written_or_printed
-from secateur.cli._options import AsJson, Exclude, Html, Include, Output, Overwrite
+from secateur.cli._options import (
+    AsJson,
+    Calibration,
+    Device,
+    Evaluate,
+    Exclude,
+    Html,
+    Include,
+    Output,
+    Overwrite,
+    Samples,
+    Seed,
+    SequenceLength,
+)
 from secateur.pruning import Recipe
 from secateur.solvers import METHODS
 
@@ -24,14 +37,10 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Fraction of each layer to prune, 0 to 1.")] = None,
     method: Annotated[str | None, typer.Option(help=_METHOD_HELP)] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options given beside it win.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text to calibrate on: plain, or JSON lines with a text field.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows drawn from the text.")] = 128,
-    sequence_length: Annotated[
-        int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 2048.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw of calibration windows.")] = 0,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    sequence_length: SequenceLength = None,
+    seed: Seed = 0,
     remainder: Annotated[
         str | None,
         typer.Option(help="Sizes that 2:4 or a block does not divide: error, or dense to leave the rest dense."),
@@ -42,9 +51,9 @@ def prune(
         bool,
         typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
     ] = False,
-    evaluate: Annotated[Path | None, typer.Option(help="Text to measure on, before and after.")] = None,
+    evaluate: Evaluate = None,
     html: Html = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")] = None,
+    device: Device = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

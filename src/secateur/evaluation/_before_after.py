@@ -45,7 +45,7 @@ class DenseQuality:
 
     def compare(self, model: nn.Module, progress: Progress) -> Evaluation:
         """Run the changed model on the same text, and return the figure of both."""
-        batches = _counted(self.batches, "measuring the pruned model", progress)
+        batches = _counted(self.batches, "measuring the changed model", progress)
         if self.perplexity is not None:
             value, tokens = perplexity(model, batches)
             return Evaluation("perplexity", self.perplexity, value, tokens)

@@ -1,12 +1,14 @@
 """How does a model directory become a model, and text its input?"""
 
 from secateur._types import Progress as Progress
+from secateur.huggingface._example import example_inputs as example_inputs
 from secateur.huggingface._loading import is_causal as is_causal
 from secateur.huggingface._loading import load_model as load_model
 from secateur.huggingface._loading import load_tokenizer as load_tokenizer
 from secateur.huggingface._loading import model_class as model_class
 from secateur.huggingface._loading import model_without_weights as model_without_weights
 from secateur.huggingface._loading import open_model as open_model
+from secateur.huggingface._loading import skeleton as skeleton
 from secateur.huggingface._loading import transformers_library as transformers_library
 from secateur.huggingface._stored import StoredWeights as StoredWeights
 from secateur.huggingface._text import CalibrationText as CalibrationText

@@ -23,6 +23,7 @@ from secateur.layers._plain import own_behaviour as own_behaviour
 from secateur.layers._plain import plain_class as plain_class
 from secateur.layers._replace import Replaceability as Replaceability
 from secateur.layers._replace import swap_modules_ as swap_modules_
+from secateur.layers._roles import expert_blocks as expert_blocks
 from secateur.layers._select import Layer as Layer
 from secateur.layers._select import globs_of as globs_of
 from secateur.layers._select import select_layers as select_layers

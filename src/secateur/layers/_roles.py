@@ -21,7 +21,7 @@ def roles(model: nn.Module) -> dict[int, str]:
             found[id(module)] = "adapter"
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and 1 < module.groups == module.in_channels:
             found[id(module)] = "depthwise convolution"
-    found |= {id(module): "router" for module in _routers(model)}
+    found |= {id(module): "router" for _, _, routers in expert_blocks(model) for module in routers}
     return found | {id(module): "output head" for module in _heads(model)}
 
 
@@ -53,17 +53,25 @@ def _last_layer(part: nn.Module) -> list[nn.Module]:
     return layers[-1:]
 
 
-def _routers(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules beside experts whose weight has one row for each expert, or one for a shared expert."""
+def expert_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, int], list[nn.Module]]]:
+    """Find the mixtures of experts of a model.
+
+    Args:
+        model: any module.
+
+    Yields:
+        A module with experts inside, how many experts each of its children holds, by name, and the modules beside them
+        whose weight has one row for each expert, or one for a shared expert.
+    """
     for block in model.modules():
-        experts = {id(child): count for name, child in block.named_children() if (count := _num_experts(name, child))}
-        if not experts:
+        counts = {name: count for name, child in block.named_children() if (count := _num_experts(name, child))}
+        if not counts:
             continue
-        inside = {id(module) for child in block.children() if id(child) in experts for module in child.modules()}
-        for module in block.modules():
-            rows = {len(p) for p in module.parameters(recurse=False) if p.ndim == 2}
-            if id(module) not in inside and rows & {1, *experts.values()}:
-                yield module
+        inside = {id(module) for name in counts for module in block.get_submodule(name).modules()}
+        rows = {1, *counts.values()}
+        beside = [module for module in block.modules() if id(module) not in inside]
+        sized = {id(module): {len(p) for p in module.parameters(recurse=False) if p.ndim == 2} for module in beside}
+        yield block, counts, [module for module in beside if rows & sized[id(module)]]
 
 
 def _num_experts(name: str, module: nn.Module) -> int:

@@ -28,6 +28,14 @@ from secateur.reports._rows import evaluation_table as evaluation_table
 from secateur.reports._rows import packed_table as packed_table
 from secateur.reports._rows import pruned_table as pruned_table
 from secateur.reports._rows import skipped_table as skipped_table
+from secateur.reports._shrink_analysis import ShrinkAnalysis as ShrinkAnalysis
+from secateur.reports._shrink_records import BlockedDimension as BlockedDimension
+from secateur.reports._shrink_records import Latency as Latency
+from secateur.reports._shrink_records import ModelSize as ModelSize
+from secateur.reports._shrink_records import RemovableDimension as RemovableDimension
+from secateur.reports._shrink_records import ShrinkProof as ShrinkProof
+from secateur.reports._shrink_records import ShrunkDimension as ShrunkDimension
+from secateur.reports._shrinking import ShrinkReport as ShrinkReport
 from secateur.reports._tables import Table as Table
 from secateur.reports._tables import TableColumn as TableColumn
 from secateur.reports._tables import bars as bars

@@ -24,7 +24,9 @@ class Fact:
     aside: str = ""
 
 
-def tables_page(title: str, lead: Sequence[str], facts: Sequence[Fact], tables: Sequence[Table]) -> str:
+def tables_page(
+    title: str, lead: Sequence[str], facts: Sequence[Fact], tables: Sequence[Table], pictures: Sequence[str] = ()
+) -> str:
     """Return tables as one self-contained HTML page, which loads nothing and runs nothing.
 
     Args:
@@ -32,7 +34,9 @@ def tables_page(title: str, lead: Sequence[str], facts: Sequence[Fact], tables: 
         lead: paragraphs below the title.
         facts: figures that stand out, above the tables.
         tables: to show; those without rows are left out.
+        pictures: HTML that stands above the tables, escaped already.
     """
+    sections = [*pictures, *(html_table(table) for table in tables if table.rows)]
     tiles = "\n".join(
         f"<div><dt>{escape(fact.label)}</dt><dd>{escape(fact.value)}</dd>"
         + (f'<dd class="aside">{escape(fact.aside)}</dd>' if fact.aside else "")
@@ -44,7 +48,7 @@ def tables_page(title: str, lead: Sequence[str], facts: Sequence[Fact], tables: 
         style=resource("page.css"),
         lead="\n".join(f'<p class="lead">{escape(paragraph)}</p>' for paragraph in lead),
         facts=f'<dl class="tiles">\n{tiles}\n</dl>' if facts else "",
-        tables="\n".join(f"<section>\n{html_table(table)}\n</section>" for table in tables if table.rows),
+        tables="\n".join(f"<section>\n{section}\n</section>" for section in sections),
         version=escape(metadata.version("secateur")),
     )
 

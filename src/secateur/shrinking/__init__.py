@@ -1,1 +1,36 @@
-"""Which parts of a model go together, and how is it made smaller without them?"""
+"""How does a model become physically smaller, and still the same function?"""
+
+from secateur.shrinking._analysis import blocked as blocked
+from secateur.shrinking._analysis import describe as describe
+from secateur.shrinking._blocks import find_blocks as find_blocks
+from secateur.shrinking._directory import METHOD as METHOD
+from secateur.shrinking._directory import analyze_directory as analyze_directory
+from secateur.shrinking._directory import shrink_directory as shrink_directory
+from secateur.shrinking._experts import find_experts as find_experts
+from secateur.shrinking._facts import Facts as Facts
+from secateur.shrinking._find import find_units as find_units
+from secateur.shrinking._latency import compare_latency as compare_latency
+from secateur.shrinking._proof import Proof as Proof
+from secateur.shrinking._proof import prove as prove
+from secateur.shrinking._removal import Removal as Removal
+from secateur.shrinking._removal import check_units as check_units
+from secateur.shrinking._removal import hash_model as hash_model
+from secateur.shrinking._remove import Undo as Undo
+from secateur.shrinking._remove import remove_ as remove_
+from secateur.shrinking._request import check_request as check_request
+from secateur.shrinking._resize import drop_blocks_ as drop_blocks_
+from secateur.shrinking._resize import facts_of as facts_of
+from secateur.shrinking._resize import forget_facts as forget_facts
+from secateur.shrinking._resize import remember_facts as remember_facts
+from secateur.shrinking._resize import resize_ as resize_
+from secateur.shrinking._resize import structure_hash as structure_hash
+from secateur.shrinking._shrink import analyze as analyze
+from secateur.shrinking._shrink import shrink_ as shrink_
+from secateur.shrinking._size import first_shape as first_shape
+from secateur.shrinking._size import model_size as model_size
+from secateur.shrinking._units import KINDS as KINDS
+from secateur.shrinking._units import Boundary as Boundary
+from secateur.shrinking._units import Dimension as Dimension
+from secateur.shrinking._units import Graph as Graph
+from secateur.shrinking._units import Kind as Kind
+from secateur.shrinking._units import Place as Place

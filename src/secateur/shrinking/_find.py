@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from secateur._errors import RecipeError
 from secateur.calibration import Forward, call_model, quiet
-from secateur.shrinking._labels import FIXED, Event
+from secateur.shrinking._labels import Event
 from secateur.shrinking._trace import Trace
 from secateur.shrinking._units import Boundary, Dimension, Graph, Kind, Place
 
@@ -79,6 +80,7 @@ class _Found:
     inputs: NDArray[np.bool_]
     attended: NDArray[np.bool_]
     events: tuple[Event, ...]
+    fixed: frozenset[int]
     cut: Mapping[int, Event]
 
     @classmethod
@@ -88,7 +90,10 @@ class _Found:
         tensors = dict(model.named_parameters(remove_duplicate=False))
         buffers = dict(model.named_buffers(remove_duplicate=False))
         names = tuple(name for name in trace.atoms if name in tensors or name in buffers)
-        convolutions = frozenset(name for name, tensor in tensors.items() if tensor.ndim > 3)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        convolutions = frozenset(
+            f"{name}.weight".lstrip(".") for name, module in modules.items() if isinstance(module, _ConvNd)
+        )
         return cls(
             names,
             convolutions,
@@ -97,13 +102,14 @@ class _Found:
             inputs,
             attended,
             tuple(trace.ledger.events),
+            trace.ledger.fixed_roots(roots),
             trace.ledger.cut_roots(roots),
         )
 
     def dimensions(self) -> list[Dimension]:
         """The dimensions of which units can go, in the order of the model's tensors."""
         members: defaultdict[int, list[tuple[str, int, NDArray[np.int64], bool]]] = defaultdict(list)
-        whole: set[int] = {FIXED}
+        whole: set[int] = set()
         for name in self.names:
             for dim, atoms in enumerate(self.atoms[name]):
                 if len(atoms) < 2:
@@ -115,7 +121,7 @@ class _Found:
                 if len(values) == 1:
                     whole.add(int(values[0]))
                 for root, indices in zip(values.tolist(), np.split(order, begins[1:]), strict=True):
-                    if root != FIXED:
+                    if root not in self.fixed:
                         members[root].append((name, dim, indices, is_input))
         families: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         covered: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -162,7 +168,7 @@ class _Found:
             if others:
                 ends = {int(root) for root in np.unique(self.roots[others[-1]])}
                 (written if is_input else read).update(ends)
-        return "ffn" if read and read == written else "channels"
+        return "ffn" if len(read) == 1 and read == written else "channels"
 
     def boundaries(self) -> list[Boundary]:
         """Dimensions of parameters that cannot be made smaller, with the first operation that says so."""

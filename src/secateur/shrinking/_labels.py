@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Layer: TypeAlias = NDArray[np.int64]
-FIXED = 0  # the atom that cannot go, and everything that is united with it
+FIXED = 0  # the atom of entries that no parameter made, which cannot go
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Ledger:
         self._count = 1
         self._edges: list[NDArray[np.int64]] = []
         self.events: list[Event] = []
+        self._fixed: list[Layer] = []
         self._inputs: list[Layer] = []
         self._attended: list[Layer] = []
         self._cuts: list[_Cut] = []
@@ -82,14 +83,14 @@ class Ledger:
     def fix(self, layer: Layer, operation: str, reason: str) -> None:
         """Say that atoms cannot go."""
         self.note(layer, operation, reason)
-        self.unite(np.unique(layer), np.asarray([FIXED]))
+        self._fixed.append(np.unique(layer))
 
     def note(self, layer: Layer, operation: str, reason: str) -> None:
         """Remember why something was done to atoms."""
         self.events.append(Event(np.unique(layer), operation, reason))
 
-    def fuse(self, layer: Layer, axes: Sequence[int], operation: str, reason: str) -> Layer | None:
-        """Unite atoms along some axes. Return the layer that is left, None if that is the same everywhere: it is fixed.
+    def fuse(self, layer: Layer, axes: Sequence[int], operation: str, reason: str) -> Layer:
+        """Unite atoms along some axes. Return the layer that is left. If all of it is one, that is fixed.
 
         Args:
             layer: of any number of dimensions.
@@ -103,9 +104,16 @@ class Ledger:
         self.note(layer, operation, reason)
         self.unite(layer, left)
         if left.size == 1:
-            self.unite(left, np.asarray(FIXED))
-            return None
+            self._fixed.append(left.ravel())
         return left
+
+    def hold(self, layer: Layer, axes: Sequence[int], operation: str, reason: str) -> Layer:
+        """Unite atoms as ``fuse`` does, and return a layer that still varies along its axes if all of it is fixed.
+
+        So what it meets later, such as the weights that read a residual stream, is known to belong to it.
+        """
+        left = self.fuse(layer, axes, operation, reason)
+        return np.broadcast_to(left, layer.shape) if left.size == 1 else left
 
     def reads(self, layer: Layer) -> None:
         """Say that these atoms of a parameter are its input side: it multiplies what others give, and sums over it."""
@@ -185,14 +193,18 @@ class Ledger:
             attended[roots[layer]] = True
         return inputs, attended
 
+    def fixed_roots(self, roots: NDArray[np.int64]) -> frozenset[int]:
+        """Return by root which atoms cannot go."""
+        found = [roots[layer] for layer in self._fixed]
+        return frozenset({int(roots[FIXED]), *(np.unique(np.concatenate(found)).tolist() if found else ())})
+
     def cut_roots(self, roots: NDArray[np.int64]) -> dict[int, Event]:
         """Return by root which range was cut out of entries that do not all go together."""
         found: dict[int, Event] = {}
         for cut in self._cuts:
             rows = roots[cut.event.atoms]
             for root in np.unique(rows[(rows != rows[:, :1]).any(axis=1)]).tolist():
-                if root != FIXED:
-                    found.setdefault(root, cut.event)
+                found.setdefault(root, cut.event)
         return found
 
     def _share_cuts(self) -> None:
@@ -238,6 +250,7 @@ def reshaped(layer: Layer, old: Sequence[int], new: Sequence[int]) -> tuple[Laye
     shape: list[int] = []
     full: list[int] = []
     splits: list[tuple[int, ...]] = []
+    rearranged: tuple[int, ...] = ()
     for old_axes, new_axes in _groups(old, new):
         varies = [axis for axis in old_axes if layer.shape[axis] > 1]
         full += [old[axis] if varies else 1 for axis in old_axes]
@@ -246,8 +259,10 @@ def reshaped(layer: Layer, old: Sequence[int], new: Sequence[int]) -> tuple[Laye
         wide = tuple(begin + place for place, axis in enumerate(new_axes) if new[axis] > 1)
         if varies and len(wide) > 1:
             splits.append(wide)
+        if varies and len(old_axes) != len(new_axes):
+            rearranged += wide
     moved = np.broadcast_to(layer, full).reshape(shape)
-    return compressed(moved), tuple(splits)
+    return compressed(moved, rearranged), tuple(splits)
 
 
 def _groups(old: Sequence[int], new: Sequence[int]) -> Iterable[tuple[list[int], list[int]]]:
@@ -265,9 +280,9 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> Iterable[tuple[list[int],
         yield left, right
 
 
-def compressed(layer: Layer) -> Layer:
-    """Return a layer with size 1 along each axis in which all entries are the same."""
-    for axis in range(layer.ndim):
+def compressed(layer: Layer, axes: Iterable[int]) -> Layer:
+    """Return a layer with size 1 along each of some axes in which all entries are the same."""
+    for axis in axes:
         first = layer.take([0], axis) if layer.shape[axis] > 1 else layer
         if layer.shape[axis] > 1 and (layer == first).all():
             layer = first

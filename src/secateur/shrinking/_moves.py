@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.shrinking._labels import Labels, Layer, compressed, reshaped
-from secateur.shrinking._rules import Call, Rule, Tracing, each_layer, held, stopped, unknown
+from secateur.shrinking._rules import Call, Rule, Tracing, each_layer, fused, stopped, unknown
 
 
 def _same(trace: Tracing, call: Call) -> None:
@@ -65,13 +65,13 @@ def _squeeze(trace: Tracing, call: Call) -> None:
 
 def _select(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dim"]) % call.input.ndim
-    labels = stopped(trace, call, trace.of(call.input), [dim], "one of them is selected by its number")
+    labels = fused(trace, call, trace.of(call.input), [dim], "one of them is selected by its number")
     trace.set(call.result, each_layer(labels, lambda layer: layer.squeeze(dim)))
 
 
 def _unbind(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dim"]) % call.input.ndim
-    labels = held(trace, call, trace.of(call.input), [dim], "it is taken apart into a fixed number of parts")
+    labels = fused(trace, call, trace.of(call.input), [dim], "it is taken apart into a fixed number of parts")
     for output in call.outputs:
         trace.set(output, each_layer(labels, lambda layer: layer.squeeze(dim)))
 
@@ -126,7 +126,7 @@ def _cut(trace: Tracing, call: Call, dim: int, parts: list[tuple[range, Tensor]]
 
 
 def _cat(trace: Tracing, call: Call) -> None:
-    tensors = [tensor for tensor in call.tensors if tensor.shape != (0,)]
+    tensors = [tensor for tensor in call.tensors if tensor.numel()] or call.tensors
     is_new = "stack" in call.name
     ndim, shape = call.result.ndim, tuple(call.result.shape)
     dim = int(call.given.get("dim") or 0) % ndim
@@ -147,11 +147,11 @@ def _cat(trace: Tracing, call: Call) -> None:
         lacking = any(
             not side.uniform and not any(_meet(layer, other, plain) for other in side.layers) for side in labels
         )
-        kept: Layer | None = layer
+        kept = layer
         if lacking:
             reason = "it is joined with values of fixed size"
-            kept = trace.ledger.fuse(layer, plain, call.operation, reason)
-        left += [] if kept is None else [kept]
+            kept = trace.ledger.hold(layer, plain, call.operation, reason)
+        left.append(kept)
     merged = list(trace.ledger.merged(left))
     if along:
         axes = {axis for layer in along for axis in range(ndim) if layer.shape[axis] > 1}
@@ -161,7 +161,7 @@ def _cat(trace: Tracing, call: Call) -> None:
             wanted = tuple(width if axis == dim else core[axis] for axis in range(ndim))
             own = [layer for layer in side.layers if layer.shape[dim] > 1]
             parts.append(np.broadcast_to(own[0], wanted) if own else np.zeros(wanted, np.int64))
-        merged.append(compressed(np.concatenate(parts, axis=dim)))
+        merged.append(np.concatenate(parts, axis=dim))
     weak = all(side.weak for side in labels if side.layers)
     trace.set(call.result, Labels(parametric=all(side.parametric for side in labels), weak=weak).moved(merged))
 
@@ -203,12 +203,12 @@ def _repeat(trace: Tracing, call: Call) -> None:
 
 def _unfold(trace: Tracing, call: Call) -> None:
     dim = int(call.given["dimension"]) % max(1, call.input.ndim)
-    labels = held(trace, call, trace.of(call.input), [dim], "windows move along it")
+    labels = fused(trace, call, trace.of(call.input), [dim], "windows move along it")
     trace.set(call.result, each_layer(labels, lambda layer: layer[..., None]))
 
 
 def _im2col(trace: Tracing, call: Call) -> None:
-    labels = held(trace, call, trace.of(call.input), [-2, -1], "windows move along it")
+    labels = fused(trace, call, trace.of(call.input), [-2, -1], "windows move along it")
     positions = int(np.prod(call.given["kernel_size"]))
     labels = each_layer(labels, lambda layer: layer.squeeze(-1))
     trace.set(
@@ -239,7 +239,7 @@ def _by_doing(trace: Tracing, call: Call) -> None:
         whole = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(layer, tuple(call.input.shape))))
         with torch.utils._python_dispatch._disable_current_modes():
             moved: Any = operation(whole.double(), **given)  # some take no integers
-        made = compressed(moved.long().numpy())
+        made = compressed(moved.long().numpy(), range(moved.ndim))
         trace.ledger.grid(made)
         return made
 

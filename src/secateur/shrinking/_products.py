@@ -14,6 +14,7 @@ from secateur.shrinking._rules import (
     Tracing,
     combined,
     each_layer,
+    fused,
     held,
     pairs_of,
     pointwise,
@@ -35,7 +36,7 @@ def _product(
     for own, other, labels, shape in ((0, 1, b, b_shape), (1, 0, a, a_shape)):
         if shape[_BATCH] > 1 and not labels.uniform and not any(x.shape[_BATCH] > 1 for x in sides[other]):
             left = [ledger.fuse(layer, [_BATCH], call.operation, _FIXED_FACTOR) for layer in sides[own]]
-            sides[own] = [layer for layer in left if layer is not None]
+            sides[own] = [layer for layer in left if layer.size > 1]
     for first in sides[0]:
         for second in sides[1]:
             if first.shape[_BATCH] > 1 and second.shape[_BATCH] > 1:
@@ -55,20 +56,18 @@ def _product(
                 ledger.reads(layer)
         else:
             reason = "two computed tensors are multiplied along it"
-            fused = [[ledger.fuse(layer, [_SUM], call.operation, reason) for layer in side] for side in summed]
-            held_layers = [[layer for layer in side if layer is not None] for side in fused]
+            left_over = [[ledger.fuse(layer, [_SUM], call.operation, reason) for layer in side] for side in summed]
             for layer in (*summed[0], *summed[1]):
                 ledger.attends(layer)
-            for first in held_layers[0]:
-                for second in held_layers[1]:
+            for first in left_over[0]:
+                for second in left_over[1]:
                     if any(x > 1 and y > 1 for x, y in zip(first.shape, second.shape, strict=True)):
                         ledger.unite(first, second)
-            rest = [[*rest[0], *held_layers[0]], [*rest[1], *held_layers[1]]]
+            rest = [[*rest[0], *left_over[0]], [*rest[1], *left_over[1]]]
     else:
         for index in (0, 1):
             for layer in summed[index]:
-                left_over = ledger.fuse(layer, [_SUM], call.operation, _FIXED_FACTOR)
-                rest[index] += [] if left_over is None else [left_over]
+                rest[index].append(ledger.fuse(layer, [_SUM], call.operation, _FIXED_FACTOR))
     weak = all(labels.weak for labels in (a, b) if labels.layers)
     return Labels(ledger.merged([*rest[0], *rest[1]]), weak=weak)
 
@@ -138,7 +137,7 @@ def _linear(trace: Tracing, call: Call) -> None:
     labels = trace.of(x)
     outer = [layer for layer in labels.layers if layer.shape[-1] == 1]
     inner = Labels(tuple(layer for layer in labels.layers if layer.shape[-1] > 1), labels.parametric, labels.uniform)
-    flat = held(trace, call, inner, range(x.ndim - 1), "rows of a linear layer are alike")
+    flat = fused(trace, call, inner, range(x.ndim - 1), "rows of a linear layer are alike")
     flat = each_layer(flat, lambda layer: layer.reshape(1, -1))
     made = _product(
         trace,
@@ -176,7 +175,7 @@ def _convolution(trace: Tracing, call: Call) -> None:
     groups = int(call.given.get("groups") or 1)
     out, inner = (1, 0) if call.given.get("transposed") else (0, 1)
     space = range(2, x.ndim)
-    labels = held(trace, call, trace.of(x), [0, *space], "a kernel moves along it")
+    labels = fused(trace, call, trace.of(x), [0, *space], "a kernel moves along it")
     labels = each_layer(labels, lambda layer: layer.reshape(-1))
     kernel = stopped(trace, call, trace.of(weight), space, "it is a position of a kernel")
     kernel = each_layer(kernel, lambda layer: layer.reshape(layer.shape[:2]))
@@ -197,16 +196,11 @@ def _in_groups(trace: Tracing, call: Call, labels: Labels, kernel: Labels, group
     """Labels ``[channels]`` of what a convolution of several groups returns: only whole groups can go."""
     ledger = trace.ledger
     reason = "a convolution has the same number of channels in each of its groups"
-    by_group: list[Layer] = []
-    for layer in labels.layers:
-        left = ledger.fuse(layer.reshape(groups, -1), [1], call.operation, reason)
-        by_group += [] if left is None else [left]
-    outer: list[Layer] = []
+    by_group = [ledger.fuse(layer.reshape(groups, -1), [1], call.operation, reason) for layer in labels.layers]
     for layer in kernel.layers:
         # The dimension that has the groups is the first of the two, whichever way the convolution goes.
         if layer.shape[0] > 1:
-            left = ledger.fuse(layer.reshape(groups, -1), [1], call.operation, reason)
-            by_group += [] if left is None else [left]
+            by_group.append(ledger.fuse(layer.reshape(groups, -1), [1], call.operation, reason))
         if layer.shape[1] > 1:
             ledger.fix(layer, call.operation, reason)
     if not labels.layers:
@@ -214,8 +208,8 @@ def _in_groups(trace: Tracing, call: Call, labels: Labels, kernel: Labels, group
             ledger.fix(layer, call.operation, "its input has a fixed number of channels")
         return Labels()
     width = call.result.shape[1] // groups
-    whole = [np.repeat(layer, width, axis=1).reshape(-1) for layer in by_group]
-    return Labels(ledger.merged([*whole, *outer]))
+    whole = [np.repeat(layer, width, axis=1).reshape(-1) for layer in by_group if layer.size > 1]
+    return Labels(ledger.merged(whole))
 
 
 def _attention(trace: Tracing, call: Call) -> None:
@@ -223,7 +217,7 @@ def _attention(trace: Tracing, call: Call) -> None:
     reason = "attention computes with all of a head"
     parts = []
     for tensor in (query, key, value):
-        labels = held(trace, call, trace.of(tensor), [tensor.ndim - 1], reason)
+        labels = fused(trace, call, trace.of(tensor), [tensor.ndim - 1], reason)
         labels = stopped(trace, call, labels, [tensor.ndim - 2], reason)
         if (shared := query.shape[-3] // tensor.shape[-3]) > 1:  # a key/value head for several query heads
             labels = labels.moved(
@@ -268,13 +262,12 @@ def _group_norm(trace: Tracing, call: Call) -> None:
     lead = x.ndim - 2
     reason = "a norm is computed over a group of channels"
 
-    def change(layer: Layer) -> Layer | None:
-        left: Layer | None = layer
-        if layer.shape[1] > 1:
-            grouped = layer.reshape(layer.shape[0], groups, channels // groups, *layer.shape[2:])
-            fused = trace.ledger.fuse(grouped, [2], call.operation, reason)
-            left = None if fused is None else np.repeat(fused, channels // groups, 2).reshape(layer.shape)
-        return left
+    def change(layer: Layer) -> Layer:
+        if layer.shape[1] == 1:
+            return layer
+        grouped = layer.reshape(layer.shape[0], groups, channels // groups, *layer.shape[2:])
+        left = trace.ledger.fuse(grouped, [2], call.operation, reason)
+        return np.repeat(left, channels // groups, 2).reshape(layer.shape)
 
     operands = [(each_layer(trace.of(x), change), tuple(x.shape))]
     for tensor in others:
@@ -293,7 +286,7 @@ def _reduce(trace: Tracing, call: Call) -> None:
     if is_norm and not trace.joins_norms:
         labels = each_layer(labels, lambda layer: None if any(layer.shape[axis] > 1 for axis in axes) else layer)
     else:
-        labels = held(trace, call, labels, axes, f"{call.name} is computed over it")
+        labels = fused(trace, call, labels, axes, f"{call.name} is computed over it")
     for output in call.outputs:
         keeps = output.ndim == x.ndim
         trace.set(output, labels if keeps else each_layer(labels, lambda layer: layer.squeeze(axes)))

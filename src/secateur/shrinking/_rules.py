@@ -114,9 +114,7 @@ def combined(
     for index, (labels, _) in enumerate(sides):
         others = [side for number, side in enumerate(sides) if number != index]
         for layer in labels.layers:
-            left = _matched(trace, call, aligned(layer, ndim), labels.parametric or labels.weak, others, reason)
-            if left is not None:
-                layers.append(left)
+            layers.append(_matched(trace, call, aligned(layer, ndim), labels.parametric or labels.weak, others, reason))
     return Labels(
         trace.ledger.merged(layers),
         parametric=all(labels.parametric or labels.uniform or not any(n > 1 for n in shape) for labels, shape in sides)
@@ -133,7 +131,7 @@ def _matched(
     is_shareable: bool,
     others: Sequence[tuple[Labels, Sequence[int]]],
     reason: str,
-) -> Layer | None:
+) -> Layer:
     """A layer without the axes along which another operand has entries that nothing can remove."""
     axes = [
         axis
@@ -145,7 +143,7 @@ def _matched(
         )
     ]
     reason = reason or "it is computed with values of fixed size"
-    return trace.ledger.fuse(layer, axes, call.operation, reason) if axes else layer
+    return trace.ledger.hold(layer, axes, call.operation, reason) if axes else layer
 
 
 def _follows(layer: Layer, is_shareable: bool, axis: int, labels: Labels) -> bool:
@@ -172,9 +170,14 @@ def each_layer(labels: Labels, change: Callable[[Layer], Layer | None]) -> Label
     return labels.moved(made for layer in labels.layers if (made := change(layer)) is not None)
 
 
-def held(trace: Tracing, call: Call, labels: Labels, axes: Sequence[int], reason: str) -> Labels:
-    """Return labels whose entries along some axes are held together."""
+def fused(trace: Tracing, call: Call, labels: Labels, axes: Sequence[int], reason: str) -> Labels:
+    """Return labels that do not vary along some axes: what is there goes together."""
     return each_layer(labels, lambda layer: trace.ledger.fuse(layer, axes, call.operation, reason))
+
+
+def held(trace: Tracing, call: Call, labels: Labels, axes: Sequence[int], reason: str) -> Labels:
+    """Return labels of a tensor of the same shape, whose entries along some axes go together."""
+    return each_layer(labels, lambda layer: trace.ledger.hold(layer, axes, call.operation, reason))
 
 
 def stopped(trace: Tracing, call: Call, labels: Labels, axes: Sequence[int], reason: str) -> Labels:

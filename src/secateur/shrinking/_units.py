@@ -64,6 +64,8 @@ class Dimension:
         group_size: units in a row of which the same number must go from each such group, as query heads of one
             key/value head must; 0 if any may go.
         routers: names of the modules that choose among the units, for ``experts``.
+        fixed: units that cannot go.
+        least: how many units must stay.
         notes: what a user should know.
         cut: an operation that cuts a range out of these units, or empty. Whether the range follows when units go is
             only known from trying.
@@ -75,6 +77,8 @@ class Dimension:
     places: tuple[Place, ...] = ()
     group_size: int = 0
     routers: tuple[str, ...] = ()
+    fixed: tuple[int, ...] = ()
+    least: int = 1
     notes: tuple[str, ...] = ()
     cut: str = ""
 

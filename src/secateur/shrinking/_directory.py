@@ -1,0 +1,269 @@
+"""Shrink a Hugging Face model directory into another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import RecipeError
+from secateur._types import Progress
+from secateur.calibration import batched, read_text
+from secateur.evaluation import DenseQuality
+from secateur.files import ModelDirectory, check_output
+from secateur.huggingface import (
+    CalibrationText,
+    TextReader,
+    example_inputs,
+    is_causal,
+    load_model,
+    open_model,
+    transformers_library,
+)
+from secateur.reports import PRUNING_REPORT, ShrinkAnalysis, ShrinkReport
+from secateur.shrinking._analysis import describe
+from secateur.shrinking._latency import compare_latency
+from secateur.shrinking._removal import Removal
+from secateur.shrinking._request import check_request
+from secateur.shrinking._shrink import analyze, shrink_
+from secateur.shrinking._write import convert_, merged_config, round_, stored_bytes, stored_dtypes, write_uniform
+
+METHOD = "obs+refit"  # where there is text
+METHOD_WITHOUT_TEXT = "magnitude"
+_LATENCY_TOKENS = 128
+_NO_TEXT = (
+    "there was no text to learn from, so nothing makes up for the units that went; give some with --calibration to "
+    "have the rest take over"
+)
+
+
+def shrink_directory(
+    source: str | Path,
+    output: str | Path,
+    *,
+    keep: Mapping[str, float] | None = None,
+    target: Mapping[str, float] | None = None,
+    remove: Mapping[str, Sequence[int]] | Removal | None = None,
+    zeros: bool = False,
+    method: str | None = None,
+    allocation: str = "uniform",
+    round_to: int = 1,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+    calibration: CalibrationText | None = None,
+    evaluate: Path | None = None,
+    latency: bool = True,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda description, done, total: None,
+) -> ShrinkReport:
+    """Shrink a Hugging Face model directory into another one that holds the smaller model.
+
+    If all blocks keep the same sizes, the output is an ordinary model directory, with the new sizes in ``config.json``.
+    Otherwise its shapes are stored beside the weights, and ``secateur.load`` reads it; so does ``from_pretrained``
+    after ``import secateur.huggingface``. In both, ``secateur.json`` holds the report.
+
+    Args:
+        source: model directory with safetensors weights.
+        output: directory to write; it appears complete or not at all.
+        keep, target, remove, zeros, allocation, round_to, include, exclude: see :func:`shrink_`.
+        method: see :func:`shrink_`; None for ``"obs+refit"`` with text, and without text for ``"magnitude"``, which can
+            only carry out ``remove`` and ``zeros``.
+        calibration: text for methods that learn from text.
+        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
+            the outputs to the dense model's for any other.
+        latency: measure a forward pass before and after. For that the dense model is loaded once more.
+        device: where to compute; None for a GPU if there is one.
+        dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU. Weights are stored in the
+            checkpoint's dtype, and measured as stored.
+        overwrite: replace an existing output directory.
+        progress: called with a description, and how much of how much is done.
+
+    Raises:
+        FormatError: the source is not a safetensors model directory, or the output cannot be written.
+        SparsityError: its other children, for what cannot be removed and texts that do not fit.
+        ImportError: transformers is missing.
+    """
+    asked = check_request(keep, target, remove, zeros, round_to)
+    chosen = _method(method, asked, calibration)
+    directory = open_model(source)
+    check_output(directory.path, Path(output), overwrite, directory.num_bytes)
+    loss = _loss_for(chosen, directory)
+    text = None if calibration is None else read_text(calibration.path)
+    heldout = None if evaluate is None else read_text(evaluate)
+
+    progress("loading the model", 0, 1)
+    model, missing = load_model(directory, device, dtype, with_head=True)
+    inputs = _Inputs.of(model, directory, calibration, text, evaluate, heldout)
+    measured = _measured(model, directory)
+    quality = None
+    if inputs.heldout:
+        quality = DenseQuality.of(measured, list(inputs.heldout), is_causal(directory), progress)
+
+    dtypes = stored_dtypes(model, directory)
+    bytes_before = stored_bytes(model, dtypes)
+    model_config: Any = model.config
+    config = model_config.to_dict()
+    report = shrink_(
+        model,
+        inputs.batches,
+        keep=keep,
+        target=target,
+        remove=remove,
+        zeros=zeros,
+        method=chosen,
+        allocation=allocation,
+        round_to=round_to,
+        include=include,
+        exclude=exclude,
+        loss=loss,
+        progress=progress,
+    )
+    dtypes = stored_dtypes(model, directory)
+    round_(model, dtypes)
+    report = replace(
+        report,
+        before=replace(report.before, nbytes=bytes_before),
+        after=replace(report.after, nbytes=stored_bytes(model, dtypes)),
+        calibration={} if calibration is None else calibration.provenance(inputs.length),
+        versions={**report.versions, "transformers": transformers_library().__version__},
+        evaluation=None if quality is None else quality.compare(measured, progress),
+        notes=(*report.notes, *((_NO_TEXT,) if calibration is None else ())),
+    )
+    if latency:
+        progress("measuring the time of a forward pass", 0, 1)
+        dense, _ = load_model(directory, device, dtype, with_head=True)
+        report = replace(report, latency=compare_latency(dense, model, inputs.example))
+        del dense
+    progress("writing", 0, 1)
+    convert_(model, dtypes)
+    changes = {name: value for name, value in model_config.to_dict().items() if config.get(name) != value}
+    config = merged_config(directory, changes)
+    extra = {PRUNING_REPORT: json.dumps({"stages": [report.to_dict()]}) + "\n"}
+    write_uniform(model, directory, Path(output), config=config, absent=missing, extra=extra, overwrite=overwrite)
+    return report
+
+
+def analyze_directory(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda description, done, total: None,
+) -> ShrinkAnalysis:
+    """Return what could be removed from the model in a directory. Nothing is written.
+
+    The model is run once, on a made-up input.
+
+    Args:
+        source: model directory with safetensors weights.
+        device: where to compute; None for a GPU if there is one.
+        dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU.
+        progress: called with a description, and how much of how much is done.
+
+    Raises:
+        FormatError: the source is not a safetensors model directory.
+        SparsityError: the model cannot run the input.
+        ImportError: transformers is missing.
+    """
+    directory = open_model(source)
+    progress("loading the model", 0, 1)
+    model, _ = load_model(directory, device, dtype, with_head=True)
+    example = example_inputs(model)
+    progress("running the model", 0, 1)
+    return describe(model, analyze(model, [example]), example)
+
+
+def _method(method: str | None, asked: str, calibration: CalibrationText | None) -> str:
+    """The method to use. Without text, only one that learns nothing can be."""
+    if calibration is not None:
+        return method or METHOD
+    if method is None and asked in ("remove", "zeros"):
+        return METHOD_WITHOUT_TEXT
+    if method is None or method != METHOD_WITHOUT_TEXT:
+        raise RecipeError(
+            f"the method {method or METHOD} learns from text: give some with --calibration TEXT_FILE, or use "
+            f"--method {METHOD_WITHOUT_TEXT}."
+        )
+    return method
+
+
+def _loss_for(method: str, directory: ModelDirectory) -> Callable[[Any, Any], Tensor] | None:
+    """The loss that a method learns from: that of the next token. Other methods need none."""
+    if not method.startswith(("taylor", "fisher")):
+        return None
+    if not is_causal(directory):
+        raise RecipeError(
+            f"the method {method} learns from a loss, and only causal language models have one here: that of the next "
+            "token.\nUse --method obs+refit, or give a loss in Python: secateur.shrink_(model, batches, loss=...)."
+        )
+    return next_token_loss
+
+
+def next_token_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean cross-entropy of the next token of a causal language model, in float32 or better."""
+    logits = output.logits[:, :-1].flatten(0, 1)
+    return nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a model is run on.
+
+    Args:
+        batches: to learn from.
+        example: one input, to measure time on.
+        length: tokens in a window of text; 0 without text.
+        heldout: windows to measure quality on.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    example: Mapping[str, Tensor]
+    length: int
+    heldout: Sequence[Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        directory: ModelDirectory,
+        calibration: CalibrationText | None,
+        text: str | None,
+        evaluate: Path | None,
+        heldout: str | None,
+    ) -> _Inputs:
+        """Return windows of the texts that were given, and a made-up input in place of a text that was not."""
+        if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
+            raise RecipeError(
+                f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no "
+                f"pairs.\nShrink it without text (--method {METHOD_WITHOUT_TEXT}), or in Python: secateur.shrink_("
+                "model, batches, ...), batches such as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}."
+            )
+        reader = None
+        if text or heldout:
+            reader = TextReader(model, directory, None if calibration is None else calibration.sequence_length)
+        batches: list[Mapping[str, Tensor]]
+        if reader is not None and text is not None and calibration is not None:
+            windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+            batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
+            first = windows[0][None, :_LATENCY_TOKENS]
+            example = {"input_ids": first.to(next(model.parameters()).device)}
+        else:
+            example = example_inputs(model)
+            batches = [example]
+        measured: list[Tensor] = []
+        if reader is not None and heldout is not None and evaluate is not None:
+            measured = reader.tried(list(reader.windows(heldout, evaluate).all()))
+        return cls(batches, example, 0 if reader is None else reader.length, measured)
+
+
+def _measured(model: nn.Module, directory: ModelDirectory) -> nn.Module:
+    """The part of a model whose outputs are compared: a language model, or a model without its head."""
+    base = getattr(model, "base_model", model)
+    return model if is_causal(directory) or not isinstance(base, nn.Module) else base

@@ -1,0 +1,124 @@
+"""Try out what a trace cannot know: whether code that counts units follows when some go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur._errors import SparsityError
+from secateur.calibration import Forward
+from secateur.layers import kind_of
+from secateur.shrinking._proof import prove
+from secateur.shrinking._removal import Removal
+from secateur.shrinking._remove import remove_
+from secateur.shrinking._saved import Saved
+from secateur.shrinking._units import Boundary, Dimension, Graph
+
+
+def tried(model: nn.Module, graph: Graph, batch: Any, forward: Forward) -> Graph:
+    """Return a graph without the dimensions of which no unit can go, because the code around them does not follow.
+
+    One unit of each such dimension is removed, the smaller model is compared, and all is put back. Dimensions that look
+    alike, as those of a model's blocks do, are tried once.
+
+    Args:
+        model: of the graph; as it was afterwards.
+        graph: what a trace found.
+        batch: of inputs.
+        forward: how to call the model on it.
+    """
+    results: dict[object, str] = {}
+    dimensions, boundaries = [], []
+    for dimension in graph.dimensions:
+        problem = ""
+        if _is_doubtful(model, dimension):
+            key = _looks(model, dimension)
+            if key not in results:
+                results[key] = _problem(model, graph, dimension, batch, forward)
+            problem = results[key]
+        if not problem:
+            dimensions.append(replace(dimension, cut=""))
+            continue
+        operation, _, reason = dimension.cut.partition(": ")
+        for place in dimension.places:
+            size = _tensor(model, place.tensor).shape[place.dim]
+            why = f"{reason}; {problem}" if reason else problem
+            boundaries.append(Boundary(place.tensor, place.dim, size, operation, why))
+    return replace(graph, dimensions=tuple(dimensions), boundaries=(*graph.boundaries, *boundaries))
+
+
+def _is_doubtful(model: nn.Module, dimension: Dimension) -> bool:
+    if dimension.kind in ("layers", "experts", "hidden"):
+        return False
+    if dimension.cut or dimension.kind in ("heads", "query_heads"):
+        return True
+    owners = {place.tensor.rpartition(".")[0] for place in dimension.places}
+    modules = [model.get_submodule(owner) for owner in owners]
+    return any(kind_of(module) is None and "norm" not in type(module).__name__.lower() for module in modules)
+
+
+def _looks(model: nn.Module, dimension: Dimension) -> object:
+    """What dimensions have in common that behave alike."""
+    places = tuple(
+        (
+            type(model.get_submodule(place.tensor.rpartition(".")[0])),
+            place.tensor.rpartition(".")[2],
+            tuple(_tensor(model, place.tensor).shape),
+            place.dim,
+            place.width,
+        )
+        for place in dimension.places
+    )
+    return dimension.kind, dimension.size, bool(dimension.cut), places
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    owner, _, last = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), last)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def _problem(model: nn.Module, graph: Graph, dimension: Dimension, batch: Any, forward: Forward) -> str:
+    """Why a unit cannot go, or ``""``."""
+    unit = dimension.size - 1
+    step = dimension.group_size
+    units = tuple(range(step - 1, dimension.size, step)) if step else (unit,)
+    with _unread(model, dimension, units):
+        try:
+            undo = remove_(model, graph, Removal({dimension.name: units}), batch, forward)
+        except SparsityError as error:
+            return str(error).partition("\n")[0]
+        try:
+            prove(undo, [batch], forward)
+        except SparsityError as error:
+            return str(error).partition("\n")[0]
+        undo.restore()
+    return ""
+
+
+@contextmanager
+def _unread(model: nn.Module, dimension: Dimension, units: tuple[int, ...]) -> Iterator[None]:
+    """Zeros, for a while, in what reads some units."""
+    saved = Saved()
+    try:
+        zero_(model, dimension, units, saved)
+        yield
+    finally:
+        saved.restore()
+
+
+@torch.no_grad()
+def zero_(model: nn.Module, dimension: Dimension, units: tuple[int, ...], saved: Saved) -> None:
+    """Write zeros into all that reads some units, after saving it."""
+    for place in dimension.inputs:
+        tensor = _tensor(model, place.tensor)
+        saved.keep([tensor])
+        index = torch.from_numpy(place.of(np.asarray(units))).to(tensor.device)
+        tensor.index_fill_(place.dim, index, 0)
