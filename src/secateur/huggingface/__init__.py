@@ -8,6 +8,7 @@ from secateur.huggingface._loading import load_tokenizer as load_tokenizer
 from secateur.huggingface._loading import model_class as model_class
 from secateur.huggingface._loading import model_without_weights as model_without_weights
 from secateur.huggingface._loading import open_model as open_model
+from secateur.huggingface._loading import skeleton as skeleton
 from secateur.huggingface._loading import transformers_library as transformers_library
 from secateur.huggingface._stored import StoredWeights as StoredWeights
 from secateur.huggingface._text import CalibrationText as CalibrationText

@@ -173,6 +173,17 @@ def _build(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
         return make(config)
 
 
+def skeleton(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """Return a model without memory for values, on the ``meta`` device.
+
+    Args:
+        make: a class of transformers, or a function of a config.
+        config: of transformers.
+    """
+    with torch.device("meta"):
+        return _build(make, config)
+
+
 def load_tokenizer(directory: ModelDirectory) -> Any:
     """Return the tokenizer in a model directory.
 

@@ -7,6 +7,7 @@ from secateur.shrinking._directory import METHOD as METHOD
 from secateur.shrinking._directory import analyze_directory as analyze_directory
 from secateur.shrinking._directory import shrink_directory as shrink_directory
 from secateur.shrinking._experts import find_experts as find_experts
+from secateur.shrinking._facts import Facts as Facts
 from secateur.shrinking._find import find_units as find_units
 from secateur.shrinking._latency import compare_latency as compare_latency
 from secateur.shrinking._proof import Proof as Proof
@@ -17,6 +18,12 @@ from secateur.shrinking._removal import hash_model as hash_model
 from secateur.shrinking._remove import Undo as Undo
 from secateur.shrinking._remove import remove_ as remove_
 from secateur.shrinking._request import check_request as check_request
+from secateur.shrinking._resize import drop_blocks_ as drop_blocks_
+from secateur.shrinking._resize import facts_of as facts_of
+from secateur.shrinking._resize import forget_facts as forget_facts
+from secateur.shrinking._resize import remember_facts as remember_facts
+from secateur.shrinking._resize import resize_ as resize_
+from secateur.shrinking._resize import structure_hash as structure_hash
 from secateur.shrinking._shrink import analyze as analyze
 from secateur.shrinking._shrink import shrink_ as shrink_
 from secateur.shrinking._size import first_shape as first_shape

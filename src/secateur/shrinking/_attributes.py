@@ -39,8 +39,8 @@ _NAMES: dict[Kind, str] = {
 }
 # The size of one head, and how many query heads read one key/value head, stay as they are when whole heads go.
 _NEVER: dict[Kind, str] = {
-    "heads": r"head_(dim|size)|size_per_head|group|hidden|embed|model|layer_(idx|id)",
-    "query_heads": r"head_(dim|size)|size_per_head|kv|key|hidden|embed|model|layer_(idx|id)",
+    "heads": r"(?<!all_)head_(dim|size)|size_per_head|group|hidden|embed|model|layer_(idx|id)",
+    "query_heads": r"(?<!all_)head_(dim|size)|size_per_head|(kv|key|value)_?heads|hidden|embed|model|layer_(idx|id)",
 }
 
 
@@ -132,6 +132,12 @@ class Decisions:
     """What was found to change, by class and attribute, for the kinds of units. The next layer begins with that."""
 
     known: dict[tuple[Kind, Key], How] = field(default_factory=dict)
+
+
+def plausible(kind: Kind, name: str) -> bool:
+    """Whether an attribute of that name should change when units of a kind go."""
+    name = name.lower()
+    return bool(re.search(_NAMES[kind], name)) and not re.search(_NEVER.get(kind, "^$"), name)
 
 
 def candidates_in(scope: nn.Module, path: str, touched: set[int], change: Change, exact: set[int]) -> list[Candidate]:
@@ -242,9 +248,7 @@ def _options(key: Key, candidates: list[Candidate], change: Change, decisions: D
         news = {change.new(candidate.value, how) for candidate in candidates}
         if news != {None} and not any(news == {change.new(c.value, other) for c in candidates} for other in hows):
             hows.append(how)
-    name = key[1].lower()
-    plausible = re.search(_NAMES[change.kind], name) and not re.search(_NEVER.get(change.kind, "^$"), name)
-    order: list[How] = [*hows, "kept"] if plausible else ["kept", *hows]
+    order: list[How] = [*hows, "kept"] if plausible(change.kind, key[1]) else ["kept", *hows]
     known = decisions.known.get((change.kind, key))
     return sorted(order, key=lambda how: how != known)
 

@@ -50,8 +50,8 @@ def fit_blocks_(
 ) -> list[BlockFit]:
     """Fit the last matrix of each block before a run of blocks that go, so that its output is most like theirs.
 
-    A block adds to the residual stream what its last matrix gives: ``y = r + W h + b``. With the stream ``t`` behind the
-    blocks that go, the fit minimises ``|t - r - W' h - b'|^2 + lambda |W' - W|^2``. If a norm ends each block, ``t`` is
+    A block adds to the residual stream what its last matrix gives: ``y = r + W h + b``. With the stream ``t`` behind
+    the blocks that go, the fit minimises ``|t - r - W' h - b'|^2 + lambda |W' - W|^2``. If a norm ends each block, ``t`` is
     what the last removed block gives to its norm, and that norm's weights are taken over. No module is added.
 
     Args:
@@ -167,7 +167,9 @@ class _Fit:
             crossed = gap.T @ h if crossed is None else crossed + gap.T @ h
             lost += float(gap.square().sum())
             norm += float(target.double().square().sum())
-        assert layer is not None and products is not None and crossed is not None
+        assert layer is not None
+        assert products is not None
+        assert crossed is not None
         has_bias = isinstance(getattr(layer.modules[0], "bias", None), nn.Parameter)
         if not has_bias:
             products, crossed = products[:-1, :-1], crossed[:, :-1]
@@ -184,11 +186,10 @@ class _Fit:
         if norms is not None:
             for own_p, other in zip(norms[0].parameters(), norms[1].parameters(), strict=True):
                 own_p.data.copy_(other.data)
-        return BlockFit(name, gone, (lost / norm) ** 0.5 if norm else 0.0, (max(0.0, after) / norm) ** 0.5 if norm else 0.0)
+        whole = norm or 1.0
+        return BlockFit(name, gone, (lost / whole) ** 0.5, (max(0.0, after) / whole) ** 0.5)
 
-    def _last_layer(
-        self, here: _Seen, there: _Seen
-    ) -> tuple[Layer | None, tuple[nn.Module, nn.Module] | None, str]:
+    def _last_layer(self, here: _Seen, there: _Seen) -> tuple[Layer | None, tuple[nn.Module, nn.Module] | None, str]:
         """The layer to fit, the norms that end the blocks, and why there is none to fit."""
         stream = here.stream
         if stream is None or there.stream is None or stream.shape != there.stream.shape:
@@ -206,7 +207,7 @@ class _Fit:
             return None, None, "its last layer is no matrix of its own"
         # Added as it is: what is left of the stream without it is what the block had before.
         rest = _before_norm(here, norms) - z
-        others = [entry[2] for entry in here.layers[:-1]] + [entry[1] for entry in here.norms] + [entry[2] for entry in here.norms]
+        others = [entry[2] for entry in here.layers[:-1]] + [side for entry in here.norms for side in entry[1:]]
         scale = float(rest.double().norm()) or 1.0
         is_added = any(
             other.shape == rest.shape and float((other.double() - rest.double()).norm()) <= 1e-3 * scale

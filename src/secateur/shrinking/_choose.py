@@ -103,7 +103,6 @@ def _global(
     total = sum(dimension.size for dimension in dimensions)
     wanted = total - round(fraction * total)
     steps: list[tuple[float, int, int]] = []  # cost, dimension, units
-    sizes: list[list[int]] = []
     for number, dimension in enumerate(dimensions):
         grain = grains.get(dimension.name, 1)
         one = grain
@@ -112,11 +111,9 @@ def _global(
         if dimension.group_size:
             one = int(np.lcm(one, dimension.size // dimension.group_size))
         own = scores[dimension.name].copy()
-        order = [*lowest(dimension, own, dimension.size, grain)] if grain > 1 else np.argsort(own, kind="stable").tolist()
         least = max(dimension.least, 1, len(dimension.fixed))
         available = (dimension.size - least) // one
-        sizes.append([one, available])
-        ranked = np.sort(own[np.asarray(order)])
+        ranked = np.sort(own)
         for step in range(available):
             steps.append((float(ranked[step * one : (step + 1) * one].max()), number, one))
     counts = [0] * len(dimensions)
@@ -164,7 +161,7 @@ def parameters_left(model: nn.Module, graph: Graph, removed: Mapping[str, Sequen
     gone: dict[int, list[set[int]]] = {}
     sizes: dict[int, tuple[int, ...]] = {}
     names = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in names.items():
+    for parameter in names.values():
         sizes[id(parameter)] = tuple(parameter.shape)
         gone[id(parameter)] = [set() for _ in parameter.shape]
     dropped: list[str] = []
@@ -177,9 +174,7 @@ def parameters_left(model: nn.Module, graph: Graph, removed: Mapping[str, Sequen
             if place.tensor in names:
                 gone[id(names[place.tensor])][place.dim].update(place.of(units).tolist())
     alive = {
-        id(parameter)
-        for name, parameter in names.items()
-        if not any(name.startswith(prefix) for prefix in dropped)
+        id(parameter) for name, parameter in names.items() if not any(name.startswith(prefix) for prefix in dropped)
     }
     return sum(
         int(np.prod([size - len(lost) for size, lost in zip(shape, gone[key], strict=True)]))

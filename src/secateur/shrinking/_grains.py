@@ -12,10 +12,12 @@ from secateur.layers import Layer
 from secateur.patterns import NM, Block, SparsityPattern, satisfied
 from secateur.reports import Report
 from secateur.shrinking._consumers import Consumers
-from secateur.shrinking._units import Dimension, Graph
+from secateur.shrinking._units import Graph
 
 
-def grains_of(graph: Graph, layers: Iterable[Layer], consumers: Consumers, history: Iterable[Report]) -> tuple[Graph, dict[str, int]]:
+def grains_of(
+    graph: Graph, layers: Iterable[Layer], consumers: Consumers, history: Iterable[Report]
+) -> tuple[Graph, dict[str, int]]:
     """Return by dimension how many units in a row go together, and the graph without what patterns do not let go.
 
     A matrix with N:M sparsity loses whole groups of m columns, and one of tiles whole columns or rows of tiles.
@@ -47,7 +49,9 @@ def grains_of(graph: Graph, layers: Iterable[Layer], consumers: Consumers, histo
                 steps.append(step)
                 problem = problem or ("" if step else f"{entry[0].name} has the pattern {entry[1]}")
         if problem or (dimension.group_size and max(steps) > 1):
-            note = f"nothing can go: {problem or 'patterns'}, whose groups its units do not fill. Shrink first, then prune"
+            note = (
+                f"nothing can go: {problem or 'patterns'}, whose groups its units do not fill. Shrink first, then prune"
+            )
             dimension = replace(dimension, fixed=tuple(range(dimension.size)), least=dimension.size, notes=(note,))
         elif max(steps) > 1:
             grains[dimension.name] = int(np.lcm.reduce(steps))

@@ -43,8 +43,10 @@ def macs_left(
     try:
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            outputs = getattr(module, "out_features", None) or getattr(module, "out_channels", None) or getattr(module, "nf", None)
-            if isinstance(weight, nn.Parameter) and weight.ndim > 1 and isinstance(outputs, int) and id(weight) in names:
+            outputs = next(
+                (getattr(module, n) for n in ("out_features", "out_channels", "nf") if hasattr(module, n)), 0
+            )
+            if isinstance(weight, nn.Parameter) and weight.ndim > 1 and outputs and id(weight) in names:
                 weights[names[id(weight)]] = weight
                 hooks.append(module.register_forward_hook(note(names[id(weight)], outputs)))
         with quiet(model):

@@ -15,11 +15,12 @@ from torch import nn
 from secateur._errors import RecipeError, naming
 from secateur.calibration import Forward, call_model, quiet
 from secateur.layers import check_model
-from secateur.shrinking._attributes import Decisions, candidates_in, decide, sizes_of_units
+from secateur.shrinking._attributes import Change, Decisions, candidates_in, decide, plausible, sizes_of_units
 from secateur.shrinking._calls import Looks, first_call, tolerance_for
 from secateur.shrinking._depth import drop_blocks, drop_modules
 from secateur.shrinking._journal import Journal
 from secateur.shrinking._layer_sizes import update_layer_sizes
+from secateur.shrinking._record import recorded
 from secateur.shrinking._reference import without
 from secateur.shrinking._removal import Removal
 from secateur.shrinking._slices import Cut, Tensors
@@ -42,6 +43,7 @@ class Undo:
         scopes: by the name of a dimension, the qualified name of the smallest module around all places of its units.
         looks: what of the model's outputs may have another shape.
         modules: of the model before, by name.
+        facts: how it differs from the model before, as the arguments of ``Facts``.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Undo:
     scopes: Mapping[str, str]
     looks: Looks
     modules: Mapping[str, nn.Module] = field(repr=False)
+    facts: Mapping[str, Any] = field(repr=False)
     _journal: Journal = field(repr=False)
     _before_blocks: int = 0
 
@@ -127,11 +130,13 @@ def remove_(model: nn.Module, graph: Graph, removal: Removal, batch: Any, forwar
         for dimension, units in removed:
             with naming(dimension.name or "(the model itself)"):
                 surgeon.remove(dimension, units)
+        surgeon.update_outer_counts(graph)
     except BaseException:
         journal.undo()
         raise
     looks = Looks(frozenset(surgeon.inner_sizes), lists=surgeon.before_blocks is not None)
-    return Undo(model, graph, removed, surgeon.scopes, looks, modules, journal, surgeon.before_blocks or 0)
+    facts = recorded(model, modules, journal, surgeon.tensors)
+    return Undo(model, graph, removed, surgeon.scopes, looks, modules, facts, journal, surgeon.before_blocks or 0)
 
 
 def _checked(graph: Graph, removal: Removal) -> tuple[tuple[Dimension, tuple[int, ...]], ...]:
@@ -192,6 +197,7 @@ class _Surgeon:
     decisions: Decisions = field(default_factory=Decisions)
     scopes: dict[str, str] = field(default_factory=dict)
     inner_sizes: set[tuple[int, int]] = field(default_factory=set)
+    changes: dict[str, Change] = field(default_factory=dict)  # by the name of a dimension
     before_blocks: int | None = None  # how many changes there were
 
     def remove(self, dimension: Dimension, units: Sequence[int]) -> None:
@@ -228,6 +234,7 @@ class _Surgeon:
         )
         if dimension.kind in ("heads", "query_heads", "experts"):  # as attention weights and router logits have them
             self.inner_sizes |= {(old, new) for old in change.scaled if (new := change.new(old, "scaled")) is not None}
+        self.changes[dimension.name] = change
         module = self.model.get_submodule(scope)
         touched = {id(home.module) for cut in cuts for home in cut.homes}
         if listed:
@@ -242,7 +249,27 @@ class _Surgeon:
                 with quiet(call.module):
                     before = call.again()
         looks, tolerance = Looks(frozenset(self.inner_sizes)), 10 * tolerance_for(module.parameters())
+        if dimension.kind == "hidden":  # norms change, so that it is enough if the code runs
+            tolerance = np.inf
         decide(candidates, change, self.decisions, call, before, looks, tolerance, self.journal)
+
+    def update_outer_counts(self, graph: Graph) -> None:
+        """Correct what modules around the layers say of all of these, if all became alike."""
+        scopes = [tuple(scope.split(".")) if scope else () for scope in self.scopes.values()]
+        for kind in graph.kinds:
+            names = [dimension.name for dimension in graph.of_kind(kind)]
+            found = {(c.size, c.kept, c.scaled) for c in map(self.changes.get, names) if c is not None}
+            if kind == "layers" or len(found) != 1 or not all(name in self.changes for name in names):
+                continue
+            change = self.changes[names[0]]
+            for path, module in self.model.named_modules():
+                parts = tuple(path.split(".")) if path else ()
+                if not any(parts == scope[: len(parts)] and len(parts) < len(scope) for scope in scopes):
+                    continue
+                for attribute, value in list(vars(module).items()):
+                    new = change.new(value, "scaled") if type(value) is int else None
+                    if new is not None and plausible(kind, attribute) and not attribute.startswith("_"):
+                        self.journal.set(vars(module), attribute, new)
 
     def _cut(self, dimension: Dimension, units: NDArray[np.int64]) -> list[Cut]:
         """Cut the units out of all tensors in which they lie."""

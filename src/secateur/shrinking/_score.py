@@ -146,5 +146,3 @@ def _energy(found: Sequence[tuple[Consumer, Tensor, LayerStatistics | None]]) ->
         else:
             return 1.0
     return total or 1.0
-
-

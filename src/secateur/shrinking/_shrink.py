@@ -67,22 +67,24 @@ def analyze(
     """
     _check(model)
     loaded, _ = load_inputs(model, batches, forward)
-    return _analyze(model, loaded[0], forward or call_model, globs("include", include), globs("exclude", exclude), with_hidden)
+    chosen = globs("include", include), globs("exclude", exclude)
+    return _analyze(model, loaded[0], forward or call_model, chosen, with_hidden)
 
 
 def _analyze(
-    model: nn.Module, batch: Any, forward: Forward, include: tuple[str, ...], exclude: tuple[str, ...], with_hidden: bool
+    model: nn.Module, batch: Any, forward: Forward, chosen: tuple[tuple[str, ...], tuple[str, ...]], with_hidden: bool
 ) -> Graph:
+    include, exclude = chosen
     began = time.perf_counter()
     graph = find_units(model, batch, forward, with_hidden=with_hidden)
     found = [*find_blocks(model, batch, forward), *find_experts(model), *graph.dimensions]
     graph = tried(model, replace(graph, dimensions=tuple(found)), batch, forward)
-    chosen = tuple(d for d in graph.dimensions if (not include or _matches(d, include)) and not _matches(d, exclude))
+    found_now = tuple(d for d in graph.dimensions if (not include or _matches(d, include)) and not _matches(d, exclude))
     for glob in (*include, *exclude):
         if not any(_matches(dimension, [glob]) for dimension in graph.dimensions):
             names = ", ".join(dimension.name for dimension in graph.dimensions[:3])
             raise RecipeError(f"{glob!r} matches nothing that could go. A glob matches whole names, such as {names}.")
-    return replace(graph, dimensions=chosen, seconds=time.perf_counter() - began)
+    return replace(graph, dimensions=found_now, seconds=time.perf_counter() - began)
 
 
 def _matches(dimension: Dimension, patterns: Iterable[str]) -> bool:
@@ -102,8 +104,8 @@ def shrink_(
     method: str = "obs+refit",
     allocation: str = "uniform",
     round_to: int = 1,
-    include: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
     history: Report | Sequence[Report] | None = None,
     forward: Forward | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
@@ -134,9 +136,9 @@ def shrink_(
         zeros: remove units that are zero already, such as rows or columns that were pruned. What they add as a constant
             goes into biases.
         method: an importance of units, ``"obs"``, ``"flap"``, ``"wanda"``, ``"magnitude"``, ``"taylor"`` or
-            ``"fisher"``; with ``"+influence"``, blocks go that turn the residual stream least, in place of those without
-            which outputs change least; with ``"+refit"``, what stays makes up for what goes.
-        allocation: ``"uniform"`` keeps one size in all blocks, so that an ordinary configuration describes the model;
+            ``"fisher"``; with ``"+influence"``, blocks go that turn the residual stream least, in place of those
+            without which outputs change least; with ``"+refit"``, what stays makes up for what goes.
+        allocation: ``"uniform"`` keeps one size in all blocks, as an ordinary configuration describes it;
             ``"global"`` compares units of all blocks, so that each gets a size of its own.
         round_to: sizes of neurons and channels become multiples of it.
         include, exclude: glob patterns on the names of dimensions and of their tensors.
@@ -174,7 +176,8 @@ def shrink_(
         raise RecipeError(f"method {method!r} needs a loss: pass loss=, a function of the model's output and a batch.")
     inputs = Inputs.of(model, batches, forward, padding)
     hidden = bool(keep and "hidden" in keep) or _asks_hidden(remove)
-    graph = _analyze(model, inputs.batches[0], inputs.forward, globs("include", include), globs("exclude", exclude), hidden)
+    given = globs("include", include or ()), globs("exclude", exclude or ())
+    graph = _analyze(model, inputs.batches[0], inputs.forward, given, hidden)
     past = (history,) if isinstance(history, Report) else tuple(history or ())
     tell = progress or (lambda description, done, total: None)
     settings = Settings(chosen, allocation, round_to, loss, past, tell)
@@ -189,7 +192,7 @@ def _asks_hidden(remove: Mapping[str, Sequence[int]] | Removal | None) -> bool:
 def _check(model: nn.Module) -> None:
     """Raise unless a model has plain weights."""
     check_model(model)
-    packed = [name for name, _ in packed_layers(model)]
+    packed = list(packed_layers(model))
     if packed:
         raise RecipeError(
             f"{packed[0]} is packed, so that nothing can be cut out of it. Unpack first: secateur.unpack_(model)."

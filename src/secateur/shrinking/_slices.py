@@ -138,6 +138,14 @@ class Tensors:
         found = np.isin(place.indices, there).reshape(place.indices.shape)
         return np.asarray(found.all(axis=1))
 
+    def kept(self, module: nn.Module, key: str) -> dict[int, tuple[int, ...]]:
+        """Return which of the original indices of a tensor are left, by the dimensions that lost some."""
+        for homes in self._homes.values():
+            if any(home.module is module and home.name == key for home in homes):
+                cut = {dim: left for (group, dim), left in self._left.items() if group == id(homes)}
+                return {dim: tuple(left.tolist()) for dim, left in sorted(cut.items())}
+        return {}
+
     def cut(self, name: str, dim: int, removed: NDArray[np.int64]) -> Cut:
         """Take indices, given as they were at first, out of one dimension of a tensor, wherever the tensor lies."""
         homes, there = self.homes(name), self.left(name, dim)

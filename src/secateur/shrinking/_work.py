@@ -179,8 +179,10 @@ class Shrinking:
         except BaseException:
             saved.restore()
             raise
-        asked = {"keep": keep, "target": target, "remove": units if remove is not None else None, "zeros": zeros or None}
-        return self._report(undo, proof, units, blocks, errors, {k: v for k, v in asked.items() if v is not None})
+        removed = units if remove is not None else None
+        given = {"keep": keep, "target": target, "remove": removed, "zeros": zeros or None}
+        asked = {name: value for name, value in given.items() if value is not None}
+        return self._report(undo, proof, units, blocks, errors, asked)
 
     def _named(self, remove: Mapping[str, Sequence[int]] | Removal) -> Units:
         """The units that a user names, by dimension."""
@@ -292,7 +294,7 @@ class Shrinking:
         plain = [dimension for dimension in dimensions if dimension.kind != "experts"]
         for dimension in plain:
             if unknown := self._consumers.unknown.get(dimension.name):
-                self._notes.append(f"{dimension.name}: {', '.join(unknown)} is no layer, and does not count in its scores")
+                self._notes.append(f"{dimension.name}: its scores do not count {', '.join(unknown)}, which is no layer")
         with quiet(model), without(model, self._gone(blocks)):
             if experts:
                 self._scores |= score_experts(model, experts, inputs.batches, inputs.forward)
@@ -315,8 +317,10 @@ class Shrinking:
             yield from ((layer.name, None) for layer in layers)
         elif "input_gradients" in needs:
             assert self._settings.loss is not None
-            found = gather_gradients(model, inputs.batches, self._settings.loss, layers, inputs.forward, self._observed)
-            yield from ((layer.name, found.get(layer.name)) for layer in layers)
+            found = gather_gradients(model, inputs.batches, layers, self._settings.loss, inputs.forward)
+            for layer in layers:
+                gradients = found.get(layer.name)
+                yield layer.name, None if gradients is None else LayerStatistics(0, input_gradients=gradients)
         elif layers:
             source = replayed(model, inputs.batches, layers, inputs.forward)
             yield from by_stage(source, needs, self._observed, inputs.fresh(), self._settings.tell(what))
@@ -328,7 +332,8 @@ class Shrinking:
         model, inputs = self._model, self._inputs
         saved.keep_layers(self._consumers.layers)
         gone = self._gone(units)
-        inner = {name: numbers for name, numbers in units.items() if self._graph[name].places and name not in {d.name for d, _ in gone}}
+        whole = {dimension.name for dimension, _ in gone}
+        inner = {name: numbers for name, numbers in units.items() if name not in whole}
         blocks: list[BlockFit] = []
         errors: list[ConsumerError] = []
         with quiet(model):
@@ -342,7 +347,7 @@ class Shrinking:
                 fold_(self._consumers, constants)
                 if inner:
                     gathered = self._gathered({"gram", "input_mean"}, self._prefixes(units), "fitting")
-                    known = iter(()) if constants or not fits and not self._scores else gathered
+                    known = iter(()) if constants or (not fits and not self._scores) else gathered
                     errors = mask_and_fit_(self._consumers, inner, known, refit=fits)
             for name, numbers in inner.items():
                 zero_(model, self._graph[name], numbers, saved)
@@ -384,7 +389,7 @@ class Shrinking:
             original_sizes={dimension.name: dimension.size for dimension in self._graph.dimensions},
             model_name=type(model).__name__,
             model_hash=self._hash,
-            facts=undo.facts.to_dict(),
+            facts={},
             calibration_hash=hash_batches(inputs.batches),
             notes=tuple(dict.fromkeys(self._notes)),
         )

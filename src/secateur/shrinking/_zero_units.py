@@ -101,8 +101,8 @@ def _fold(
     stay = int((candidates & ~can).sum())
     if stay:
         found.notes.append(
-            f"{dimension.name}: {stay} units have zero weights but stay: what they give out is not one value that a bias "
-            "could add"
+            f"{dimension.name}: {stay} units have zero weights but stay, because what they give out is not one value that "
+            "a bias could add"
         )
     for consumer, mean in parts:
         columns = torch.from_numpy(consumer.columns)[candidates & can].flatten()
@@ -118,5 +118,6 @@ def _evened(dimension: Dimension, gone: list[int], found: ZeroUnits) -> list[int
         groups[unit // dimension.group_size].append(unit)
     fewest = min(len(units) for units in groups.values())
     if fewest * len(groups) < len(gone):
-        found.notes.append(f"{dimension.name}: {len(gone) - fewest * len(groups)} zero units stay, so that all groups lose as many")
+        stay = len(gone) - fewest * len(groups)
+        found.notes.append(f"{dimension.name}: {stay} zero units stay, so that all groups lose as many")
     return sorted(unit for units in groups.values() for unit in units[:fewest])
