@@ -40,7 +40,6 @@ from secateur.shrinking._choose import fraction_for, keep_fractions, kept_count,
 from secateur.shrinking._compensate import ConsumerError, fold_, mask_and_fit_
 from secateur.shrinking._consumers import find_consumers
 from secateur.shrinking._expert_scores import score_experts
-from secateur.shrinking._facts import Facts
 from secateur.shrinking._grains import grains_of
 from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
@@ -167,6 +166,7 @@ class Shrinking:
         model, inputs = self._model, self._inputs
         saved = Saved()
         constants: Mapping[str, Tensor] = {}
+        undo: Undo | None = None
         try:
             if remove is not None:
                 units = self._named(remove)
@@ -183,13 +183,15 @@ class Shrinking:
             undo = remove_(model, self._graph, Removal(units, self._hash), inputs.batches[0], inputs.forward)
             self._settings.progress("proving", 0, 1)
             proof = prove(undo, inputs.batches[:_PROVED], inputs.forward) if units else None
+            removed = units if remove is not None else None
+            given = {"keep": keep, "target": target, "remove": removed, "zeros": zeros or None}
+            asked = {name: value for name, value in given.items() if value is not None}
+            return self._report(undo, proof, units, blocks, errors, asked)
         except BaseException:
+            if undo is not None:
+                undo.restore()
             saved.restore()
             raise
-        removed = units if remove is not None else None
-        given = {"keep": keep, "target": target, "remove": removed, "zeros": zeros or None}
-        asked = {name: value for name, value in given.items() if value is not None}
-        return self._report(undo, proof, units, blocks, errors, asked)
 
     def _named(self, remove: Mapping[str, Sequence[int]] | Removal) -> Units:
         """The units that a user names, by dimension."""
@@ -396,7 +398,7 @@ class Shrinking:
             original_sizes={dimension.name: dimension.size for dimension in self._graph.dimensions},
             model_name=type(model).__name__,
             model_hash=self._hash,
-            facts=Facts(**undo.facts).to_dict(),
+            facts=undo.facts.to_dict(),
             calibration_hash=hash_batches(inputs.batches),
             notes=tuple(dict.fromkeys(self._notes)),
         )
