@@ -87,7 +87,7 @@ def state(model):
 
 
 def test_a_model_of_the_original_sizes_gets_those_of_the_shrunk_one():
-    model, small, facts = shrunk()
+    _model, small, facts = shrunk()
     other = Model()
     assert not has_sizes(other, facts)
     resize_(other, Facts.from_dict(json.loads(json.dumps(facts.to_dict()))))
@@ -165,7 +165,7 @@ def test_a_model_that_does_not_fit_stays_as_it_is(change, message):
 
 
 def test_tied_tensors_cannot_get_two_shapes():
-    model, small, facts = shrunk()
+    model, _small, facts = shrunk()
     shapes = {**facts.shapes, "head.weight": (6, 6)}
     with pytest.raises(FormatError, match="one tensor with"):
         resize_(model, Facts.from_dict({**facts.to_dict(), "shapes": shapes}))
@@ -206,7 +206,7 @@ def test_names_before_and_after():
 
 
 def test_facts_of_a_model_that_was_shrunk_twice():
-    model, small, first = shrunk()
+    _model, small, first = shrunk()
     smaller, second = by_hand(
         small,
         {
