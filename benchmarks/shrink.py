@@ -34,8 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import secateur
 from secateur.calibration import call_model
-from secateur.shrinking import find_blocks, find_experts
-from secateur.shrinking._find import find_units
+from secateur.shrinking import find_blocks, find_experts, find_units, shrink_
 
 ROOT = Path(__file__).parents[1]
 SCORES = ("obs", "flap", "wanda", "magnitude", "taylor", "fisher")
@@ -76,7 +75,7 @@ def check_cases() -> list[dict[str, Any]]:
             tried = copy.deepcopy(model)
             before = parameters(tried)
             try:
-                report = secateur.shrink_(tried, [batch], keep={kind: 0.5}, method="magnitude")
+                report = shrink_(tried, [batch], keep={kind: 0.5}, method="magnitude")
             except secateur.SparsityError as error:
                 refused[kind] = str(error).splitlines()[0]
                 continue
@@ -317,7 +316,7 @@ def fraction_for_speed(subject: Subject, kind: str, speed: float) -> float | Non
         if keep is None:
             return None
         version = copy.deepcopy(subject.model)
-        secateur.shrink_(version, subject.batches[:1], keep=keep, method="magnitude")
+        shrink_(version, subject.batches[:1], keep=keep, method="magnitude")
         return speedup(subject, version)
 
     low, high = 0.1, 1.0
@@ -368,12 +367,13 @@ def compare(subject: Subject, methods: Sequence[str], with_speeds: bool) -> list
                 version = copy.deepcopy(subject.model)
                 began = time.perf_counter()
                 try:
-                    report = secateur.shrink_(version, subject.batches, keep=keep, method=method, loss=subject.loss)
+                    report = shrink_(version, subject.batches, keep=keep, method=method, loss=subject.loss)
                 except secateur.SparsityError as error:
                     print(f"| {title} | {kind} | {method} | refused: {str(error).splitlines()[0]} |")
                     rows.append({"target": title, "removed": kind, "method": method, "refused": str(error)})
                     continue
-                assert report.proof is not None and report.proof.error <= report.proof.tolerance
+                assert report.proof is not None
+                assert report.proof.error <= report.proof.tolerance
                 seconds = time.perf_counter() - began
                 row = {"target": title, "removed": kind, "method": method, "keep": keep, "seconds": seconds}
                 tell(row | {"proof": report.proof.error}, version)
@@ -431,7 +431,7 @@ def main() -> None:
     parser.add_argument("--parts", default="cases,encoder,demo,digits,memory")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument(
-        "--speeds", action="store_true", help="also at measured speeds; shrinks each model some 20 times"
+        "--speeds", action="store_true", help="also at measured speeds, found by trying"
     )
     parser.add_argument("--torch-pruning", type=Path, help="folder that it was installed into")
     given = parser.parse_args()

@@ -119,7 +119,11 @@ def _whole(
     with reference(), quiet(undo.model):
         expected = forward(undo.model, copy.deepcopy(batch))
     with quiet(undo.model):
-        found = forward(undo.model, copy.deepcopy(batch))
+        try:
+            found = forward(undo.model, copy.deepcopy(batch))
+        except Exception as error:
+            problem = Difference(math.inf, f"it does not run: {type(error).__name__}: {error}".splitlines()[0])
+            raise _failed([dimension for dimension, _ in undo.removed], problem, 0.0) from error
     return difference(found, expected, undo.looks)
 
 
