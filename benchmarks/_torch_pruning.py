@@ -55,7 +55,7 @@ def shrink(
     model: nn.Module,
     example: Any,
     wishes: Wishes,
-    scalar: Callable[[Any], Tensor],
+    outputs: Callable[[Any], list[Tensor]],
     loss: Callable[[nn.Module], Iterator[Tensor]] | None = None,
 ) -> tuple[nn.Module, dict[str, list[int]]]:
     """Return a smaller copy, and by the name of a module the inputs that went.
@@ -64,7 +64,7 @@ def shrink(
         model: to copy.
         example: batch.
         wishes: what to remove.
-        scalar: returns a tensor that depends on all outputs of a model.
+        outputs: returns the tensors that a model gave out; a scalar it cannot take.
         loss: losses of a model, batch by batch, where the importance wants gradients.
     """
     tp = importlib.import_module("torch_pruning")
@@ -91,7 +91,7 @@ def shrink(
             prune_head_dims=False,
             head_pruning_ratio=wishes.head_ratio,
             ignored_layers=[modules[name] for name in wishes.ignored],
-            output_transform=scalar,
+            output_transform=outputs,
         )
         if wishes.importance != "magnitude":
             assert loss is not None

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import secateur
 from secateur.calibration import call_model
-from secateur.shrinking import find_blocks, find_experts, find_units, shrink_
+from secateur.shrinking import find_blocks, find_experts, find_units
 
 ROOT = Path(__file__).parents[1]
 SCORES = ("obs", "flap", "wanda", "magnitude", "taylor", "fisher")
@@ -58,9 +58,8 @@ def check_cases() -> list[dict[str, Any]]:
     from shrink_cases import CASES, double
     from shrink_families import FAMILIES
 
-    print(
-        "| model | removable units | cannot go | s | halved | parameters | proof |\n|---|---|---:|---:|---|---:|---:|"
-    )
+    print("| model | removable units | cannot go | s | parameters left with half of a kind | proof | Torch-Pruning |")
+    print("|---|---|---:|---:|---|---:|---|")
     rows = []
     for case in (*CASES, *FAMILIES):
         batch = double(case.batch())
@@ -75,7 +74,7 @@ def check_cases() -> list[dict[str, Any]]:
             tried = copy.deepcopy(model)
             before = parameters(tried)
             try:
-                report = shrink_(tried, [batch], keep={kind: 0.5}, method="magnitude")
+                report = secateur.shrink_(tried, [batch], keep={kind: 0.5}, method="magnitude")
             except secateur.SparsityError as error:
                 refused[kind] = str(error).splitlines()[0]
                 continue
@@ -142,10 +141,9 @@ def _their_case(case: Any) -> str:
     return f"{left}, {'the same function' if error < 1e-5 else f'another function: {error:.0e}'}"
 
 
-def _all_outputs(output: Any) -> Tensor:
+def _all_outputs(output: Any) -> list[Tensor]:
     tree = dict(output) if isinstance(output, Mapping) else output
-    parts = [leaf.sum() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    return torch.stack(parts).sum()
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 # ---- two pretrained models ----
@@ -316,7 +314,7 @@ def fraction_for_speed(subject: Subject, kind: str, speed: float) -> float | Non
         if keep is None:
             return None
         version = copy.deepcopy(subject.model)
-        shrink_(version, subject.batches[:1], keep=keep, method="magnitude")
+        secateur.shrink_(version, subject.batches[:1], keep=keep, method="magnitude")
         return speedup(subject, version)
 
     low, high = 0.1, 1.0
@@ -338,9 +336,8 @@ def compare(subject: Subject, methods: Sequence[str], with_speeds: bool) -> list
     dense = subject.quality(subject.model)
     print(f"\n{subject.name}, dense: {_figures(dense)}\n")
     names = " | ".join(dense)
-    print(
-        f"| target | removed | method | of the blocks left | {names} | faster | s |\n|---|---|---|---:|---:|---:|---:|"
-    )
+    print(f"| target | removed | method | of the blocks left | {names} | faster | s |")
+    print("|---|---|---|---:|" + "---:|" * len(dense) + "---:|---:|")
     rows: list[dict[str, Any]] = []
 
     def tell(row: dict[str, Any], version: nn.Module) -> None:
@@ -367,7 +364,7 @@ def compare(subject: Subject, methods: Sequence[str], with_speeds: bool) -> list
                 version = copy.deepcopy(subject.model)
                 began = time.perf_counter()
                 try:
-                    report = shrink_(version, subject.batches, keep=keep, method=method, loss=subject.loss)
+                    report = secateur.shrink_(version, subject.batches, keep=keep, method=method, loss=subject.loss)
                 except secateur.SparsityError as error:
                     print(f"| {title} | {kind} | {method} | refused: {str(error).splitlines()[0]} |")
                     rows.append({"target": title, "removed": kind, "method": method, "refused": str(error)})
@@ -430,9 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="cases,encoder,demo,digits,memory")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument(
-        "--speeds", action="store_true", help="also at measured speeds, found by trying"
-    )
+    parser.add_argument("--speeds", action="store_true", help="also at measured speeds, found by trying")
     parser.add_argument("--torch-pruning", type=Path, help="folder that it was installed into")
     given = parser.parse_args()
     if given.torch_pruning:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from training import digits, network
 
-from secateur.shrinking import analyze, shrink_
+import secateur
+from secateur.shrinking import analyze
 
 SEEDS = 5
 STEPS = 1000
@@ -87,7 +88,7 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
                 train(model, steps, 1e-3, seed)
                 found[name, keep].append((left, at_once, accuracy(model)))
     print(
-        f"\nDigits CNN, {SEEDS} seeds, dense {statistics.mean(dense_accuracy):.2f} %; {EPOCHS} epochs of training for all\n"
+        f"\nDigits CNN, {SEEDS} seeds, dense {statistics.mean(dense_accuracy):.2f} %; {EPOCHS} epochs for all\n"
     )
     print("| channels left | method | parameters | accuracy at once | after training |\n|---|---|---:|---:|---:|")
     rows = []
@@ -116,7 +117,7 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
 def _ours(dense: nn.Module, batches: Sequence[Tensor], method: str, loss: Any) -> Callable[[float], nn.Module]:
     def make(keep: float) -> nn.Module:
         model = copy.deepcopy(dense)
-        report = shrink_(model, batches, keep={"channels": keep}, method=method, loss=loss)
+        report = secateur.shrink_(model, batches, keep={"channels": keep}, method=method, loss=loss)
         assert report.proof is not None
         assert report.proof.error < 1e-5
         return model
@@ -127,7 +128,7 @@ def _ours(dense: nn.Module, batches: Sequence[Tensor], method: str, loss: Any) -
 def _theirs(dense: nn.Module, batch: Tensor, importance: str, losses: Any) -> Callable[[float], nn.Module]:
     def make(keep: float) -> nn.Module:
         wishes = other.Wishes({}, 1 - keep, ignored=("9",), importance=importance)
-        return other.shrink(dense, batch[:2], wishes, torch.sum, losses)[0]
+        return other.shrink(dense, batch[:2], wishes, lambda output: [output], losses)[0]
 
     return make
 
@@ -152,7 +153,7 @@ def looking(layers: int) -> None:
         step(lambda: model(**batch))
     step(lambda: analyze(model, [batch]))
     batches = [{"input_ids": torch.randint(0, 2048, (8, 128))} for _ in range(4)]
-    step(lambda: shrink_(model, batches, keep={"ffn": 0.5, "heads": 0.5}))
+    step(lambda: secateur.shrink_(model, batches, keep={"ffn": 0.5, "heads": 0.5}))
     grown = [peak - peaks[0] for peak in peaks[1:]]
     names = ("forward", "analyze", "shrink")
     print(
