@@ -87,9 +87,7 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
                 at_once = accuracy(model)
                 train(model, steps, 1e-3, seed)
                 found[name, keep].append((left, at_once, accuracy(model)))
-    print(
-        f"\nDigits CNN, {SEEDS} seeds, dense {statistics.mean(dense_accuracy):.2f} %; {EPOCHS} epochs for all\n"
-    )
+    print(f"\nDigits CNN, {SEEDS} seeds, dense {statistics.mean(dense_accuracy):.2f} %; {EPOCHS} epochs for all\n")
     print("| channels left | method | parameters | accuracy at once | after training |\n|---|---|---:|---:|---:|")
     rows = []
     for keep in KEEP:

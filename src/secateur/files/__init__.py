@@ -1,9 +1,12 @@
 """Is a file what it claims to be, and is what we write there whole or not there at all?"""
 
+from secateur.files._claims import SHRUNK_METHOD as SHRUNK_METHOD
 from secateur.files._claims import first_part as first_part
 from secateur.files._claims import is_part as is_part
+from secateur.files._claims import is_shrunk_claim as is_shrunk_claim
 from secateur.files._claims import without_claims as without_claims
 from secateur.files._directory import INDEX as INDEX
+from secateur.files._directory import SHRUNK as SHRUNK
 from secateur.files._directory import SINGLE as SINGLE
 from secateur.files._directory import ModelDirectory as ModelDirectory
 from secateur.files._directory import check_no_pickle as check_no_pickle

@@ -8,6 +8,9 @@ from typing import Any
 # Keys by which other tools say that weights are quantized or compressed, in config.json or in a part of it.
 _CLAIMS = frozenset({"quantization_config", "compression_config", "sparsity_config"})
 
+# One method quantizes nothing: it says to which sizes a model was shrunk where the rest of the config cannot.
+SHRUNK_METHOD = "secateur"
+
 # Endings of names that only parts of packed weights have, and scales without which values mean nothing:
 # compressed-tensors, 8-bit floats, bitsandbytes. Among integers, those of GPTQ, AWQ and 4-bit floats, too.
 _PARTS = (
@@ -43,6 +46,8 @@ def first_part(tensors: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
 def without_claims(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without what it says of quantized or compressed weights, in its parts too.
 
+    How a model was shrunk is no such claim, and stays.
+
     Example:
         >>> from secateur.files import without_claims
         >>> without_claims({"hidden_size": 8, "quantization_config": {"quant_method": "compressed-tensors"}})
@@ -51,5 +56,10 @@ def without_claims(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_claims(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in _CLAIMS
+        if key not in _CLAIMS or is_shrunk_claim(value)
     }
+
+
+def is_shrunk_claim(value: object) -> bool:
+    """Return whether a ``quantization_config`` quantizes nothing, but says how a model was shrunk."""
+    return isinstance(value, Mapping) and value.get("quant_method") == SHRUNK_METHOD

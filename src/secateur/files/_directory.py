@@ -22,6 +22,7 @@ from secateur.files._whole import whole_directory, write_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHRUNK = "model.shrunk.safetensors"  # of a model whose sizes no config can say: no other library looks for it
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -188,6 +189,8 @@ def find_shards(path: Path) -> tuple[str, ...]:
         return tuple(dict.fromkeys(weight_map.values()))
     if is_there(path / SINGLE):
         return (SINGLE,)
+    if is_there(path / SHRUNK):
+        return (SHRUNK,)
     with reading(path):
         entries = sorted(path.iterdir())
     packed = [entry.name for entry in entries if entry.name.endswith(".sparse.safetensors")]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.files import ModelDirectory, read_config
+from secateur.files import ModelDirectory, is_shrunk_claim, read_config
 from secateur.huggingface._architecture import check_named, classes, named
 from secateur.huggingface._plausible import check_counts, check_size
 
@@ -96,7 +96,8 @@ def load_model(
             names = directory.config["architectures"]
             made_by = model_class(config, names[0] if isinstance(names, list) and names else None)
         auto = made_by or auto
-        check_size(directory.path, lambda: _build(made_by or auto.from_config, config), shapes)
+        if not hasattr(config, "quantization_config"):  # a model to be shrunk may be larger: it gets no memory before
+            check_size(directory.path, lambda: _build(made_by or auto.from_config, config), shapes)
         model, info = auto.from_pretrained(
             directory.path,
             config=config,
@@ -114,10 +115,13 @@ def load_model(
 
 
 def _config(path: Path) -> Any:
-    """The config in a directory, without what it claims of quantized weights: what is stored was looked at."""
+    """The config in a directory, without what it claims of quantized weights: what is stored was looked at.
+
+    How a model was shrunk stays in it: it is needed to load the weights.
+    """
     config = transformers_library().AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
-        if hasattr(part, "quantization_config"):
+        if hasattr(part, "quantization_config") and not is_shrunk_claim(part.quantization_config):
             del part.quantization_config
     return config
 

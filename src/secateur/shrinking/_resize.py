@@ -134,6 +134,9 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
 
     for table, contents in before:
         table.update((key, made[id(held)][1]) for key, held in contents.items() if id(held) in made)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):  # it computes with a list of its parameters
+            module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
     for blocks, kept in lists:
         drop_blocks_(blocks, kept)
     for holder, name, value in (*settings, *attributes, *configs):
@@ -148,12 +151,15 @@ def drop_blocks_(blocks: nn.Module, kept: Sequence[int]) -> None:
         blocks: a ``ModuleList`` or ``Sequential``, or any module whose children are the blocks.
         kept: indices of those that stay, ascending.
     """
+    blocks._modules = left_children(blocks, kept)
+
+
+def left_children(blocks: nn.Module, kept: Sequence[int]) -> dict[str, nn.Module | None]:
+    """Return some children of a list by their new names: numbered anew, unless they have names of their own."""
     children = list(blocks._modules.items())
     numbered = all(name == str(index) for index, (name, _) in enumerate(children))
-    blocks._modules.clear()
-    for number, index in enumerate(kept):
-        name, child = children[index]
-        blocks._modules[str(number) if numbered else name] = child
+    left = [children[index] for index in kept]
+    return {str(number) if numbered else name: child for number, (name, child) in enumerate(left)}
 
 
 def _blocks(model: nn.Module, name: str, count: int) -> nn.Module:
