@@ -360,8 +360,7 @@ class Shrinking:
                 fold_(self._consumers, constants)
                 if inner:
                     gathered = self._gathered({"gram", "input_mean"}, self._prefixes(units), "fitting", changes=True)
-                    known = iter(()) if constants or (not fits and not self._scores) else gathered
-                    errors = mask_and_fit_(self._consumers, inner, known, refit=fits)
+                    errors = mask_and_fit_(self._consumers, inner, gathered if fits else ())
             for name, numbers in inner.items():
                 zero_(model, self._graph[name], numbers, saved)
         return blocks, errors
