@@ -130,8 +130,8 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
         for register in (module._parameters, module._buffers):
             if any(held is not None and id(held) in made for held in register.values()):
                 tables.append(cast(dict[str, Any], register))
-    tables += [cast(dict[str, Any], blocks._modules) for blocks, _ in lists]
     before = [(table, dict(table)) for table in tables]
+    original = [(blocks, blocks._modules) for blocks, _ in lists]
     # Another model may have the same config, which stays as it is.
     configs = [
         (module, name, copies[id(value)])
@@ -145,6 +145,8 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
         for table, contents in before:
             table.clear()
             table.update(contents)
+        for blocks, children in original:
+            blocks._modules = children
         for holder, name, value in values:
             setattr(holder, name, value)
 
