@@ -55,7 +55,7 @@ def shrink(
     model: nn.Module,
     example: Any,
     wishes: Wishes,
-    scalar: Callable[[Any], Tensor],
+    outputs: Callable[[Any], list[Tensor]],
     loss: Callable[[nn.Module], Iterator[Tensor]] | None = None,
 ) -> tuple[nn.Module, dict[str, list[int]]]:
     """Return a smaller copy, and by the name of a module the inputs that went.
@@ -64,7 +64,7 @@ def shrink(
         model: to copy.
         example: batch.
         wishes: what to remove.
-        scalar: returns a tensor that depends on all outputs of a model.
+        outputs: returns the tensors that a model gave out; a scalar it cannot take.
         loss: losses of a model, batch by batch, where the importance wants gradients.
     """
     tp = importlib.import_module("torch_pruning")
@@ -91,7 +91,7 @@ def shrink(
             prune_head_dims=False,
             head_pruning_ratio=wishes.head_ratio,
             ignored_layers=[modules[name] for name in wishes.ignored],
-            output_transform=scalar,
+            output_transform=outputs,
         )
         if wishes.importance != "magnitude":
             assert loss is not None
@@ -106,17 +106,18 @@ def shrink(
         left: dict[str, list[int]] = {}
         gone: dict[str, list[int]] = {}
         for group in pruner.step(interactive=True):
+            lost: dict[str, set[int]] = {}
             for dependency, indices in group:
                 module = dependency.target.module
                 name = names.get(id(module))
                 if name is None or not isinstance(module, nn.Linear | nn.Conv2d):
                     continue
                 if pruner.DG.is_in_channel_pruning_fn(dependency.handler):
-                    size = module.weight.shape[1] * getattr(module, "groups", 1)
-                    kept = left.setdefault(name, list(range(size)))
-                    lost = {kept[index] for index in set(indices)}
-                    gone.setdefault(name, []).extend(sorted(lost))
-                    left[name] = [index for index in kept if index not in lost]
+                    lost.setdefault(name, set()).update(indices)
+                    left.setdefault(name, list(range(module.weight.shape[1] * getattr(module, "groups", 1))))
+            for name, numbers in lost.items():  # counted among those that the groups before left
+                gone.setdefault(name, []).extend(left[name][number] for number in sorted(numbers))
+                left[name] = [index for number, index in enumerate(left[name]) if number not in numbers]
             group.prune()
     model.zero_grad()
     return model.requires_grad_(True), gone

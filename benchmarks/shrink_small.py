@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from training import digits, network
 
 import secateur
+from secateur.shrinking import analyze
 
 SEEDS = 5
 STEPS = 1000
@@ -56,18 +57,13 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
     images, labels = digits()["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:512].split(128)
     batches = [images[part] for part in order]
-    of_batch = {id(images_): labels[part] for images_, part in zip(batches, order, strict=True)}
     steps = EPOCHS * math.ceil(len(labels) / BATCH)
     found: defaultdict[tuple[str, float], list[tuple[float, float, float]]] = defaultdict(list)
     dense_accuracy: list[float] = []
 
     def loss(output: Tensor, batch: Tensor) -> Tensor:
-        return cross_entropy(output, of_batch[id(batch)])
-
-    def by_reference(output: Tensor, batch: Tensor) -> Tensor:
-        """The labels of a batch that may be a copy."""
-        number = next(i for i, given in enumerate(batches) if torch.equal(given, batch))
-        return cross_entropy(output, of_batch[id(batches[number])])
+        number = next(number for number, given in enumerate(batches) if torch.equal(given, batch))
+        return cross_entropy(output, labels[order[number]])
 
     for seed in range(SEEDS):
         torch.manual_seed(seed)
@@ -80,7 +76,7 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
                 yield loss(model(batch), batch)
 
         makers: dict[str, Callable[[float], nn.Module]] = {
-            method: _ours(dense, batches, method, by_reference) for method in methods
+            method: _ours(dense, batches, method, loss) for method in methods
         }
         if not other.missing():
             makers |= {f"Torch-Pruning, {name}": _theirs(dense, batches[0], name, losses) for name in other.IMPORTANCES}
@@ -91,9 +87,7 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
                 at_once = accuracy(model)
                 train(model, steps, 1e-3, seed)
                 found[name, keep].append((left, at_once, accuracy(model)))
-    print(
-        f"\nDigits CNN, {SEEDS} seeds, dense {statistics.mean(dense_accuracy):.2f} %; {EPOCHS} epochs of training for all\n"
-    )
+    print(f"\nDigits CNN, {SEEDS} seeds, dense {statistics.mean(dense_accuracy):.2f} %; {EPOCHS} epochs for all\n")
     print("| channels left | method | parameters | accuracy at once | after training |\n|---|---|---:|---:|---:|")
     rows = []
     for keep in KEEP:
@@ -122,7 +116,8 @@ def _ours(dense: nn.Module, batches: Sequence[Tensor], method: str, loss: Any) -
     def make(keep: float) -> nn.Module:
         model = copy.deepcopy(dense)
         report = secateur.shrink_(model, batches, keep={"channels": keep}, method=method, loss=loss)
-        assert report.proof is not None and report.proof.error < 1e-5
+        assert report.proof is not None
+        assert report.proof.error < 1e-5
         return model
 
     return make
@@ -131,7 +126,7 @@ def _ours(dense: nn.Module, batches: Sequence[Tensor], method: str, loss: Any) -
 def _theirs(dense: nn.Module, batch: Tensor, importance: str, losses: Any) -> Callable[[float], nn.Module]:
     def make(keep: float) -> nn.Module:
         wishes = other.Wishes({}, 1 - keep, ignored=("9",), importance=importance)
-        return other.shrink(dense, batch[:2], wishes, torch.sum, losses)[0]
+        return other.shrink(dense, batch[:2], wishes, lambda output: [output], losses)[0]
 
     return make
 
@@ -154,7 +149,7 @@ def looking(layers: int) -> None:
 
     with torch.no_grad():
         step(lambda: model(**batch))
-    step(lambda: secateur.shrinking.analyze(model, [batch]))
+    step(lambda: analyze(model, [batch]))
     batches = [{"input_ids": torch.randint(0, 2048, (8, 128))} for _ in range(4)]
     step(lambda: secateur.shrink_(model, batches, keep={"ffn": 0.5, "heads": 0.5}))
     grown = [peak - peaks[0] for peak in peaks[1:]]
