@@ -11,6 +11,7 @@ from secateur.huggingface._loading import open_model as open_model
 from secateur.huggingface._loading import skeleton as skeleton
 from secateur.huggingface._loading import transformers_library as transformers_library
 from secateur.huggingface._plausible import check_counts as check_counts
+from secateur.huggingface._skeletons import change_skeletons as change_skeletons
 from secateur.huggingface._stored import StoredWeights as StoredWeights
 from secateur.huggingface._text import CalibrationText as CalibrationText
 from secateur.huggingface._text import TextReader as TextReader

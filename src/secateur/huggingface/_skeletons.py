@@ -1,8 +1,8 @@
-"""Lets transformers load models that were shrunk to sizes that no config can say.
+"""Lets transformers load models of sizes that no config can say.
 
 transformers asks a "quantizer" to change a model that it has built without memory for values, before it reads the
-weights. The one that is registered here gives that model the sizes of the shrunk one. ``import secateur`` does not
-import transformers: the quantizer is registered when something else does.
+weights. The one here quantizes nothing. ``import secateur`` does not import transformers: the quantizer is registered
+when something else does.
 """
 
 from __future__ import annotations
@@ -10,52 +10,36 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from torch import nn
 
-from secateur._errors import FormatError, RecipeError, naming
+from secateur._errors import RecipeError
 from secateur.files import SHRUNK, SHRUNK_METHOD
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._resize import remember_facts, resize_, structure_hash
+
+# Changes the skeleton of a model as the settings in its config say, and returns what to do once its weights are there.
+ChangeSkeleton: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], Callable[[], None]]
 
 _REGISTRY = "transformers.quantizers.auto"
 
 
-def settings_for(model: nn.Module, facts: Facts) -> dict[str, Any]:
-    """Return what ``config.json`` says of a model that no config can describe, as its ``quantization_config``.
+def change_skeletons(change: ChangeSkeleton) -> None:
+    """Have ``from_pretrained`` change models whose config says that they were shrunk, before it reads their weights.
 
     Args:
-        model: of transformers, shrunk.
-        facts: how it differs from the original.
+        change: is given the model, without memory for values, and the ``quantization_config`` of its config.
     """
-    return {"quant_method": SHRUNK_METHOD, "prefix": _prefix(model), "shrunk": facts.to_dict()}
+    if _REGISTRY in sys.modules:
+        _register(change)
+    else:
+        sys.meta_path.insert(0, _Watch(change))
 
 
-def _prefix(model: Any) -> str:
-    """The name of the base model in a model with a head; empty for a base model."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
-
-
-def _resize_any(model: nn.Module, facts: Facts, prefix: object) -> Facts:
-    """Resize the skeleton of the saved class, or of one with another head or none. Return the facts of it."""
-    if not isinstance(prefix, str):
-        raise FormatError(f"the prefix of the shrunk model is {prefix!r:.40}; expected a name.")
-    if structure_hash(model) != facts.model_hash:
-        base = facts.within(prefix) if prefix else replace(facts, model_hash="")
-        here = _prefix(model)
-        facts = base.under(here) if here else base
-    resize_(model, facts)
-    return facts
-
-
-def register() -> None:
+def _register(change: ChangeSkeleton) -> None:
     """Register the quantizer, unless it is, or the transformers library is one that has no quantizers of others."""
     auto = importlib.import_module(_REGISTRY)
     if not hasattr(auto, "register_quantizer") or SHRUNK_METHOD in auto.AUTO_QUANTIZER_MAPPING:
@@ -77,24 +61,19 @@ def register() -> None:
     class ShrunkLoader(base):  # type: ignore[misc, valid-type]
         """Gives the skeleton of a model the sizes of the shrunk one before its weights are read."""
 
-        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-            super().__init__(quantization_config, **kwargs)
-            with naming("quantization_config of config.json"):
-                self._facts = Facts.from_dict(quantization_config.shrunk)
-
         def update_attn_implementation(self, config: Any) -> Any:
             config.transformers_weights = SHRUNK  # asked for before the weights are looked for
             return config
 
         def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-            self._facts = _resize_any(model, self._facts, self.quantization_config.prefix)
+            self._loaded = change(model, self.quantization_config.to_dict())
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             if hasattr(model.config, "transformers_weights"):
                 del model.config.transformers_weights
             model.hf_quantizer = self  # so that save_pretrained asks whether it may
-            remember_facts(model, self._facts)
+            self._loaded()
             return model
 
         def is_serializable(self) -> NoReturn:
@@ -114,6 +93,9 @@ def register() -> None:
 class _Watch(MetaPathFinder):
     """Sees when the module with transformers' quantizers is imported."""
 
+    def __init__(self, change: ChangeSkeleton) -> None:
+        self._change = change
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -122,15 +104,15 @@ class _Watch(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            spec.loader = _Registering(spec.loader, self._change)
         return spec
 
 
 class _Registering(Loader):
     """Loads the module as it would be, and then registers our quantizer in it."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, change: ChangeSkeleton) -> None:
+        self._loader, self._change = loader, change
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -139,10 +121,4 @@ class _Registering(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        register()
-
-
-if _REGISTRY in sys.modules:
-    register()
-else:
-    sys.meta_path.insert(0, _Watch())
+        _register(self._change)

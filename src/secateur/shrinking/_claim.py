@@ -1,0 +1,52 @@
+"""What ``config.json`` says of a model of sizes that no config can say, and what transformers makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from secateur._errors import FormatError, naming
+from secateur.files import SHRUNK_METHOD
+from secateur.huggingface import change_skeletons
+from secateur.shrinking._facts import Facts
+from secateur.shrinking._resize import remember_facts, resize_, structure_hash
+
+
+def settings_for(model: nn.Module, facts: Facts) -> dict[str, Any]:
+    """Return what ``config.json`` says of a model that no config can describe, as its ``quantization_config``.
+
+    Args:
+        model: of transformers, shrunk.
+        facts: how it differs from the original.
+    """
+    return {"quant_method": SHRUNK_METHOD, "prefix": _prefix(model), "shrunk": facts.to_dict()}
+
+
+def _prefix(model: Any) -> str:
+    """The name of the base model in a model with a head; empty for a base model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _resize_any(model: nn.Module, facts: Facts, prefix: object) -> Facts:
+    """Resize the skeleton of the saved class, or of one with another head or none. Return the facts of it."""
+    if not isinstance(prefix, str):
+        raise FormatError(f"the prefix of the shrunk model is {prefix!r:.40}; expected a name.")
+    if structure_hash(model) != facts.model_hash:
+        base = facts.within(prefix) if prefix else replace(facts, model_hash="")
+        here = _prefix(model)
+        facts = base.under(here) if here else base
+    resize_(model, facts)
+    return facts
+
+
+def _change(model: nn.Module, settings: Mapping[str, Any]) -> Callable[[], None]:
+    with naming("quantization_config of config.json"):
+        facts = _resize_any(model, Facts.from_dict(settings.get("shrunk")), settings.get("prefix"))
+    return lambda: remember_facts(model, facts)
+
+
+change_skeletons(_change)
