@@ -14,7 +14,6 @@ from secateur.shrinking._proof import Proof as Proof
 from secateur.shrinking._proof import prove as prove
 from secateur.shrinking._removal import Removal as Removal
 from secateur.shrinking._removal import check_units as check_units
-from secateur.shrinking._removal import hash_model as hash_model
 from secateur.shrinking._remove import Undo as Undo
 from secateur.shrinking._remove import remove_ as remove_
 from secateur.shrinking._request import check_request as check_request

@@ -40,13 +40,15 @@ from secateur.shrinking._choose import fraction_for, keep_fractions, kept_count,
 from secateur.shrinking._compensate import ConsumerError, fold_, mask_and_fit_
 from secateur.shrinking._consumers import find_consumers
 from secateur.shrinking._expert_scores import score_experts
+from secateur.shrinking._facts import Facts
 from secateur.shrinking._grains import grains_of
 from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
 from secateur.shrinking._proof import Proof, prove
 from secateur.shrinking._reference import without
-from secateur.shrinking._removal import Removal, check_units, hash_model
+from secateur.shrinking._removal import Removal, check_units
 from secateur.shrinking._remove import Undo, remove_
+from secateur.shrinking._resize import structure_hash
 from secateur.shrinking._saved import Saved
 from secateur.shrinking._score import by_stage, score_units
 from secateur.shrinking._size import model_size
@@ -140,7 +142,7 @@ class Shrinking:
         self._began = time.perf_counter()
         self._model, self._inputs, self._settings = model, inputs, settings
         self._notes: list[str] = [f"left out of the batches: {inputs.ignored}"] if inputs.ignored else []
-        self._hash = hash_model(model)
+        self._hash = structure_hash(model)
         self._before = model_size(model, inputs.batches[0], inputs.forward)
         self._scores: dict[str, NDArray[np.float64]] = {}
         with quiet(model):
@@ -389,7 +391,7 @@ class Shrinking:
             original_sizes={dimension.name: dimension.size for dimension in self._graph.dimensions},
             model_name=type(model).__name__,
             model_hash=self._hash,
-            facts={},
+            facts=Facts(**undo.facts).to_dict(),
             calibration_hash=hash_batches(inputs.batches),
             notes=tuple(dict.fromkeys(self._notes)),
         )
