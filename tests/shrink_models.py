@@ -38,7 +38,7 @@ def outputs(model: nn.Module, names: Iterable[str], units: int, width: int = 1) 
 
 def mask_(model: nn.Module, graph: Graph, removal: Removal) -> None:
     """Make the columns that read removed units zero."""
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     with torch.no_grad():
         for name, units in removal.units.items():
             for place in graph[name].inputs:

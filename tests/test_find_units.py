@@ -4,8 +4,7 @@ import pytest
 from shrink_cases import CASES, differences, distance, disturbed, double, half, masked, outputs, sliced
 from shrink_families import FAMILIES
 
-from secateur.shrinking import find_blocks, find_experts
-from secateur.shrinking._find import find_units
+from secateur.shrinking import find_blocks, find_experts, find_units
 
 
 @pytest.fixture(autouse=True)

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import shrink_cases
 import shrink_models
 import torch
 import transformers
+from shrink_families import FAMILIES
 from shrink_models import CASES, Case, mask_, outputs, rows
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_map
 
 from secateur import RecipeError, SolverError
-from secateur.shrinking import Dimension, Graph, Place, Removal, Undo, find_blocks, find_experts, prove, remove_
+from secateur.calibration import call_model
+from secateur.shrinking import (
+    Dimension,
+    Facts,
+    Graph,
+    Place,
+    Removal,
+    Undo,
+    analyze,
+    find_blocks,
+    find_experts,
+    find_units,
+    prove,
+    remove_,
+    resize_,
+)
+from secateur.shrinking._calls import Looks, difference
 
 # Heads of all kinds together, and everything at once.
 KINDS = ("layers", "heads", "query_heads", "ffn", "channels", "experts", "all")
@@ -422,23 +441,44 @@ def test_attention_weights_may_have_fewer_heads() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_facts_are_what_changed(name: str) -> None:
+def test_facts_make_another_model_as_small(name: str) -> None:
     case, fresh = CASES[name](), CASES[name]().model
     undo = shrunk(case, removal_of(case, "all"))
-    facts, state = undo.facts, case.model.state_dict()
-    for path, kept in facts["blocks"].items():
-        assert len(fresh.get_submodule(path)) == facts["original_blocks"][path]
-        assert len(case.model.get_submodule(path)) == len(kept)
-    changed = {n for n in state if n in facts["shapes"]}
-    assert changed
-    for tensor in changed:
-        assert tuple(state[tensor].shape) == facts["shapes"][tensor] != facts["original_shapes"][tensor]
-    for path, table in facts["attributes"].items():
-        assert all(getattr(case.model.get_submodule(path), key) == value for key, value in table.items())
-    for key, change in facts["config"].items():
-        values = [getattr(model.config, key) for model in (fresh, case.model)]
-        assert tuple(tuple(v) if isinstance(v, list) else v for v in values) == change
-    assert facts["config"] or "layers" not in case.graph.kinds or name == "resnet"
+    facts = Facts.from_dict(json.loads(json.dumps(undo.facts.to_dict())))
+    assert facts == undo.facts
+    resize_(fresh, facts)
+    fresh.load_state_dict(case.model.state_dict())
+    expected, found = (call_model(model.eval(), case.batch) for model in (case.model, fresh))
+    assert difference(found, expected, Looks()).error == 0
+    numbers = [
+        {(path, key): value for path, module in model.named_modules() for key, value in vars(module).items()}
+        for model in (case.model, fresh)
+    ]
+    for key, value in numbers[0].items():
+        assert type(value) not in (int, tuple) or value == numbers[1][key], key
+
+
+@pytest.mark.parametrize("case", [*shrink_cases.CASES, *FAMILIES], ids=str)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_units_that_a_trace_finds_go_and_leave_the_function(case: shrink_cases.Case) -> None:
+    model, batch = shrink_cases.double(case.make()), shrink_cases.double(case.batch())
+    found = Case(model, batch, analyze(model, [batch]).dimensions)
+    removal = removal_of(found, "all")
+    undo = shrunk(found, removal)
+    assert bool(undo.facts) == any(removal.units.values())
+    assert prove(undo, [batch]).error <= 1e-10
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_channels_of_the_stream_of_any_family_are_removed(case: shrink_cases.Case) -> None:
+    model, batch = case.make(), case.batch()
+    graph = find_units(model, batch, with_hidden=True)
+    for dimension in graph.of_kind("hidden"):
+        removal = Removal({dimension.name: tuple(range(dimension.size // 4))})
+        mask_(model, graph, removal)
+        undo = remove_(model, graph, removal, batch)
+        assert not prove(undo, [batch]).is_exact
+        undo.restore()
 
 
 def test_channels_of_the_stream_are_removed_without_a_claim() -> None:
@@ -451,6 +491,53 @@ def test_channels_of_the_stream_are_removed_without_a_claim() -> None:
     assert not proof.is_exact
     assert proof.error > 1e-5
     assert model[1].normalized_shape == (5,)
+
+
+class Sliced(nn.Module):
+    """Reads a range of channels, and how many these are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x))[:, 4:])
+
+
+def test_of_several_removals_the_wrong_one_is_named() -> None:
+    model, x = Sliced(), torch.randn(5, 4)
+    good = (*outputs(model, ["first"], 8), rows("second.weight", 8, dim=1, is_input=True))
+    bad = (rows("second.weight", 4), rows("second.bias", 4))
+    graph = Graph((Dimension("good", "channels", 8, good), Dimension("bad", "channels", 4, bad)))
+    removal = Removal({"good": (0, 1), "bad": (2,)})
+    mask_(model, graph, removal)
+    before = snapshot(model)
+    with pytest.raises(SolverError, match=r"^bad: .* it fails with RuntimeError: mat1 and mat2 shapes"):
+        prove(remove_(model, graph, removal, x), [x])
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_inputs_of_a_recurrent_layer_go_but_not_its_state(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), kind(6, 4, num_layers=2, bidirectional=True))
+    x = torch.randn(2, 5, 3)
+    reads = [rows(f"1.weight_ih_l0{way}", 6, dim=1, is_input=True) for way in ("", "_reverse")]
+    state = (rows("1.weight_hh_l0", 4, dim=1),)
+    graph = Graph(
+        (Dimension("in", "channels", 6, (*outputs(model, ["0"], 6), *reads)), Dimension("h", "hidden", 4, state))
+    )
+    mask_(model, graph, Removal({"in": (1, 2)}))
+    undo = remove_(model, graph, Removal({"in": (1, 2)}), x)
+    prove(undo, [x])
+    assert model[1].input_size == 4
+    assert model[1]._flat_weights[0] is model[1].weight_ih_l0
+    other = nn.Sequential(nn.Linear(3, 6), kind(6, 4, num_layers=2, bidirectional=True))
+    resize_(other, undo.facts)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x)[0], model(x)[0])
+    with pytest.raises(RecipeError, match=rf"h: 1: weight_hh_l0 of a {kind.__name__} would lose .* only inputs can go"):
+        remove_(model, graph, Removal({"h": (0,)}), x)
 
 
 def test_experts_in_a_list_go_with_the_rows_of_their_router() -> None:
@@ -471,5 +558,5 @@ def test_experts_in_a_list_go_with_the_rows_of_their_router() -> None:
     undo = remove_(model, graph, Removal({"1.experts": (0, 3)}), x)
     assert prove(undo, [x]).error < 1e-6
     assert [len(model[1].experts), model[1].num_experts, model[1].router.out_features] == [3, 3, 3]
-    assert undo.facts["blocks"] == {"1.experts": (1, 2, 4)}
+    assert undo.facts.blocks == {"1.experts": (1, 2, 4)}
     assert np.array_equal(find_blocks(model, x), [])

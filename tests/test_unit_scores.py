@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import reference
 import torch
+from torch import nn
 
 from secateur import LayerStatistics, PatternError, RecipeError, SolverError, StatisticsError
+from secateur.layers import select_layers
 from secateur.solvers import (
     UNIT_IMPORTANCES,
     Reader,
     UnitFLAP,
     UnitOBS,
+    columns_of,
     refit_columns,
     remove_columns,
     remove_units,
@@ -147,6 +150,63 @@ def test_units_that_are_no_columns_are_refused(name, units, message):
 
     with pytest.raises(PatternError, match=message):
         use()
+
+
+def without_units(name):
+    """A layer whose input features can be zeroed, an input of it, and the dimension of its weight that reads them."""
+    torch.manual_seed(0)
+    match name:
+        case "linear":
+            return nn.Linear(6, 4), torch.randn(5, 6), 1, 1
+        case "transposed linear":
+            return pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 6), torch.randn(5, 6), 0, 1
+        case "convolution":
+            return nn.Conv2d(6, 4, (3, 2)), torch.randn(2, 6, 5, 5), 1, 1
+        case "grouped convolution":
+            return nn.Conv1d(12, 4, 3, groups=2), torch.randn(2, 12, 5), 1, 2
+        case "transposed convolution":
+            return nn.ConvTranspose2d(6, 4, 3), torch.randn(2, 6, 5, 5), 0, 1
+        case "grouped transposed convolution":
+            return nn.ConvTranspose1d(12, 4, 3, groups=2), torch.randn(2, 12, 5), 0, 2
+
+
+KINDS = [
+    "linear", "transposed linear", "convolution", "grouped convolution",
+    "transposed convolution", "grouped transposed convolution",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_zero_columns_take_units_out_in_each_layer_kind(name):
+    module, x, dim, groups = without_units(name)
+    module, x = module.double(), x.double()
+    layer = select_layers(nn.Sequential(module))[0][0]
+    units = torch.tensor([[0, 4], [5, 2], [1, 3]])
+    indices = torch.cat([units, units + 6], 1) if (groups, dim) == (2, 0) else units
+    columns = columns_of(layer, dim, indices.numpy())
+    assert len(columns) == 3
+    features_first = x.movedim(1, 0).clone()
+    for group in range(groups):
+        features_first[units[1] + 6 * group] = 0
+    expected = module(features_first.movedim(0, 1))
+    matrix = layer.matrix().clone()
+    matrix[:, columns[1]] = 0
+    assert not torch.allclose(module(x), expected)
+    layer.write_(matrix)
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "units"),
+    [("linear", 0, [[0], [1]]), ("grouped transposed convolution", 0, [[0], [1]])],
+    ids=["rows", "one group only"],
+)
+def test_what_is_not_by_columns_is_refused(name, dim, units):
+    layer = select_layers(nn.Sequential(without_units(name)[0]))[0][0]
+    with pytest.raises(
+        PatternError, match=r"0: indices along dimension 0 of its parameter .* are not the same columns"
+    ):
+        columns_of(layer, dim, units)
 
 
 # One unit after the other

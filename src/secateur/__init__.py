@@ -42,8 +42,10 @@ from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport
 from secateur.reports import Report as Report
+from secateur.reports import ShrinkReport as ShrinkReport
 from secateur.reports import SkippedLayer as SkippedLayer
 from secateur.reports import Verification as Verification
+from secateur.shrinking import shrink_ as shrink_
 from secateur.solvers import RIA as RIA
 from secateur.solvers import Importance as Importance
 from secateur.solvers import LayerProblem as LayerProblem

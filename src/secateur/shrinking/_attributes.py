@@ -32,13 +32,15 @@ _NAMES: dict[Kind, str] = {
     "heads": r"head|split|inner|attn|attention|kv|query|key|value|proj|\bdim\b|_dim",
     "query_heads": r"head|split|inner|attn|attention|query|group|proj|\bdim\b|_dim",
     "ffn": r"intermediate|inner|ffn|mlp|feedforward|ff\b|expan|split|hidden_features|proj",
-    "channels": r"channel|plane|feature|dim|filter|width|split|group|size|hidden",
+    "channels": r"channel|plane|feature|dim|filter|width|split|group|hidden",
     "experts": r"expert",
-    "hidden": r"hidden|embed|dim|model|channel|width|size",
+    "hidden": r"hidden|embed|d_model|dim$|channel|width|num_features",
     "layers": r"layer|depth|block",
 }
 # The size of one head, and how many query heads read one key/value head, stay as they are when whole heads go.
 _NEVER: dict[Kind, str] = {
+    "channels": r"image|patch|grid|window|kernel|position|head|layer",
+    "hidden": r"image|patch|grid|window|kernel|position|head|layer|vocab|intermediate",
     "heads": r"(?<!all_)head_(dim|size)|size_per_head|group|hidden|embed|model|layer_(idx|id)",
     "query_heads": r"(?<!all_)head_(dim|size)|size_per_head|(kv|key|value)_?heads|hidden|embed|model|layer_(idx|id)",
 }
@@ -218,7 +220,7 @@ def decide(
             gap, reason = np.inf, f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             gap, reason = found.error, found.reason or f"its output differs by {found.error:.1e}"
-        if gap <= tolerance:
+        if np.isfinite(gap) and gap <= tolerance:
             decisions.known |= {(change.kind, key): how for key, how in choice.items()}
             return
         problem = problem or reason

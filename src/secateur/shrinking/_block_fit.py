@@ -51,8 +51,8 @@ def fit_blocks_(
     """Fit the last matrix of each block before a run of blocks that go, so that its output is most like theirs.
 
     A block adds to the residual stream what its last matrix gives: ``y = r + W h + b``. With the stream ``t`` behind
-    the blocks that go, the fit minimises ``|t - r - W' h - b'|^2 + lambda |W' - W|^2``. If a norm ends each block, ``t`` is
-    what the last removed block gives to its norm, and that norm's weights are taken over. No module is added.
+    the blocks that go, the fit minimises ``|t - r - W' h - b'|^2 + lambda |W' - W|^2``. If a norm ends each block,
+    ``t`` is what the last removed block gives to its norm, and that norm's weights are taken over. No module is added.
 
     Args:
         model: in the state of :func:`secateur.calibration.quiet`; changed in place.

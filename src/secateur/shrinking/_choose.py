@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from secateur._errors import RecipeError
-from secateur.shrinking._units import Dimension, Graph, Kind
+from secateur.shrinking._units import Dimension, Graph
 
 Scores = Mapping[str, NDArray[np.float64]]
-_SIZED: tuple[Kind, ...] = ("ffn", "channels", "hidden")  # kinds whose sizes `round_to` speaks of
 
 
 def keep_fractions(
@@ -21,7 +20,7 @@ def keep_fractions(
     keep: Mapping[str, float],
     *,
     allocation: str,
-    round_to: int = 1,
+    steps: Mapping[str, int] | None = None,
     grains: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Return by dimension the units that go, given which fraction of each kind stays.
@@ -31,10 +30,10 @@ def keep_fractions(
         scores: by dimension, one for each unit; higher stays.
         keep: by kind, the fraction of its units that stay.
         allocation: ``"uniform"``, for the same fraction in each dimension, or ``"global"``.
-        round_to: multiple that sizes of neurons and channels must be.
+        steps: by dimension, of what the number of units that stay must be a multiple, where that is more than one.
         grains: by dimension, how many units in a row go together, where it is more than one.
     """
-    grains = grains or {}
+    grains, steps = grains or {}, steps or {}
     removed: dict[str, tuple[int, ...]] = {}
     for kind, fraction in keep.items():
         dimensions = [dimension for dimension in graph.dimensions if dimension.kind == kind]
@@ -44,21 +43,19 @@ def keep_fractions(
                 "Look at what stands in the way: secateur.shrinking.analyze(model, batches).boundaries."
             )
         if allocation == "global":
-            removed |= _global(dimensions, scores, fraction, round_to, grains)
+            removed |= _global(dimensions, scores, fraction, steps, grains)
             continue
         for dimension in dimensions:
-            count = kept_count(dimension, fraction, round_to, grains.get(dimension.name, 1))
+            count = kept_count(dimension, fraction, steps.get(dimension.name, 1), grains.get(dimension.name, 1))
             removed[dimension.name] = lowest(
                 dimension, scores[dimension.name], dimension.size - count, grains.get(dimension.name, 1)
             )
     return {name: units for name, units in removed.items() if units}
 
 
-def kept_count(dimension: Dimension, fraction: float, round_to: int, grain: int) -> int:
+def kept_count(dimension: Dimension, fraction: float, step: int = 1, grain: int = 1) -> int:
     """Return how many units of a dimension stay: a fraction, rounded, at least one and what it takes."""
-    step = max(grain, 1)
-    if dimension.kind in _SIZED:
-        step = int(np.lcm(step, round_to))
+    step = int(np.lcm(step, grain))
     if dimension.group_size:
         step = int(np.lcm(step, dimension.size // dimension.group_size))
     if step > dimension.size:
@@ -97,7 +94,11 @@ def _first(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def _global(
-    dimensions: Sequence[Dimension], scores: Scores, fraction: float, round_to: int, grains: Mapping[str, int]
+    dimensions: Sequence[Dimension],
+    scores: Scores,
+    fraction: float,
+    multiples: Mapping[str, int],
+    grains: Mapping[str, int],
 ) -> dict[str, tuple[int, ...]]:
     """Units of all dimensions of a kind are compared; each dimension keeps what it must."""
     total = sum(dimension.size for dimension in dimensions)
@@ -105,9 +106,7 @@ def _global(
     steps: list[tuple[float, int, int]] = []  # cost, dimension, units
     for number, dimension in enumerate(dimensions):
         grain = grains.get(dimension.name, 1)
-        one = grain
-        if dimension.kind in _SIZED:
-            one = int(np.lcm(grain, round_to))
+        one = int(np.lcm(grain, multiples.get(dimension.name, 1)))
         if dimension.group_size:
             one = int(np.lcm(one, dimension.size // dimension.group_size))
         own = scores[dimension.name].copy()

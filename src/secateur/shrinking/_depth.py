@@ -11,9 +11,13 @@ from typing import Any
 from torch import nn
 
 from secateur.shrinking._journal import Journal
+from secateur.shrinking._resize import left_children
 from secateur.shrinking._units import Dimension
 
-_COUNTS = re.compile(r"layer|block|depth|stage|(^|_)(num|n)_h$")
+# How a number of blocks is called, and what a number of them that means something else is called, such as
+# `global_attn_every_n_layers`.
+_COUNTS = re.compile(r"(.*_)?(layers?|blocks?|depth)(_(num|count))?")
+_NO_COUNTS = re.compile(r"every|interval|period|freq|step|skip|start|first|last|max|min|window|per_|share|dense|next")
 
 
 def drop_blocks(model: nn.Module, dimension: Dimension, removed: Sequence[int], journal: Journal) -> None:
@@ -27,10 +31,10 @@ def drop_blocks(model: nn.Module, dimension: Dimension, removed: Sequence[int], 
         removed: numbers of the blocks that go.
         journal: of what is changed.
     """
-    blocks = list(model.get_submodule(dimension.name).children())
+    blocks = [block for block in model.get_submodule(dimension.name)._modules.values() if block is not None]
     gone = set(removed)
     kept = [index for index in range(len(blocks)) if index not in gone]
-    _renumber([blocks[index] for index in range(len(blocks))], kept, journal)
+    _renumber(blocks, kept, journal)
     drop_modules(model.get_submodule(dimension.name), kept, journal)
     path = dimension.name.split(".") if dimension.name else []
     owners = [model.get_submodule(".".join(path[:length])) for length in range(len(path))]
@@ -44,10 +48,8 @@ def drop_blocks(model: nn.Module, dimension: Dimension, removed: Sequence[int], 
 
 def drop_modules(holder: nn.Module, kept: Sequence[int], journal: Journal) -> None:
     """Leave only some children of a list, numbered again unless they have names of their own."""
-    items = list(holder._modules.items())
-    numbered = all(name == str(index) for index, (name, _) in enumerate(items))
-    left = {str(new) if numbered else items[old][0]: items[old][1] for new, old in enumerate(kept)}
-    journal.set(vars(holder), "_modules", left)  # another dictionary: a loop may run over the old one
+    # Another dictionary, because a loop may run over the old one.
+    journal.set(vars(holder), "_modules", left_children(holder, kept))
 
 
 def _renumber(blocks: list[nn.Module], kept: list[int], journal: Journal) -> None:
@@ -86,15 +88,24 @@ class _Edit:
         """Return the new value of an attribute, or None if it has nothing to do with the blocks."""
         if not self._fits(name):
             return None
-        if type(value) is int and value == self.count and _COUNTS.search(name):
-            return len(self.kept)
+        if type(value) is int:
+            is_count = value == self.count and _COUNTS.fullmatch(name) and not _NO_COUNTS.search(name)
+            return len(self.kept) if is_count else None
         if type(value) in (list, tuple):
-            if len(value) == self.count and re.search(r"layer|block", name):
+            is_of_blocks = re.search(r"layer|block", name) is not None
+            if is_of_blocks and len(value) == self.count:
                 return type(value)(value[index] for index in self.kept)
+            if is_of_blocks and self._are_indices(value):
+                return type(value)(self.kept.index(index) for index in value if index in self.kept)
             stage = next((int(part) for part in reversed(self.path) if part.isdigit()), None)
             if "depth" in name and stage is not None and stage < len(value) and value[stage] == self.count:
                 return type(value)(len(self.kept) if index == stage else item for index, item in enumerate(value))
         return None
+
+    def _are_indices(self, value: Sequence[Any]) -> bool:
+        """Whether a list names some of the blocks, as the ones with cross attention."""
+        numbers = all(type(item) is int and 0 <= item < self.count for item in value)
+        return numbers and len(value) > 0 and list(value) == sorted(set(value))
 
     def _fits(self, name: str) -> bool:
         """Whether a name is not about the other half of an encoder and a decoder."""

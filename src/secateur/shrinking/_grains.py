@@ -49,11 +49,11 @@ def grains_of(
                 steps.append(step)
                 problem = problem or ("" if step else f"{entry[0].name} has the pattern {entry[1]}")
         if problem or (dimension.group_size and max(steps) > 1):
-            note = (
-                f"nothing can go: {problem or 'patterns'}, whose groups its units do not fill. Shrink first, then prune"
-            )
-            dimension = replace(dimension, fixed=tuple(range(dimension.size)), least=dimension.size, notes=(note,))
-        elif max(steps) > 1:
+            note = f"nothing can go: {problem or 'patterns'}, whose groups units do not fill. Shrink first, then prune"
+            every = tuple(range(dimension.size))
+            dimensions.append(replace(dimension, fixed=every, least=dimension.size, notes=(note,)))
+            continue
+        if max(steps) > 1:
             grains[dimension.name] = int(np.lcm.reduce(steps))
         dimensions.append(dimension)
     return replace(graph, dimensions=tuple(dimensions)), grains

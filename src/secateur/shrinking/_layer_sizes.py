@@ -34,7 +34,7 @@ def update_layer_sizes(module: nn.Module, cuts: Iterable[tuple[str, Cut]], journ
     if sizes is None:
         return False
     for name, value in sizes.items():
-        if getattr(module, name, None) != value:
+        if type(value) is list or getattr(module, name, None) != value:
             journal.set(vars(module), name, value)
     return True
 
@@ -60,11 +60,28 @@ def _sizes(module: nn.Module, cuts: list[tuple[str, Cut]]) -> dict[str, object] 
     if isinstance(module, nn.Bilinear):
         return {"out_features": shape[0], "in1_features": shape[1], "in2_features": shape[2]}
     if isinstance(module, nn.RNNBase):
-        raise RecipeError(f"a {type(module).__name__} joins its weights in a way that nothing can be cut out of them.")
+        return _recurrent_sizes(module, cuts)
     transposed = transposed_linear()
     if transposed is not None and isinstance(module, transposed):
         return {"nx": shape[0], "nf": shape[1]}
     return None
+
+
+def _recurrent_sizes(module: nn.RNNBase, cuts: list[tuple[str, Cut]]) -> dict[str, object]:
+    """A recurrent layer can lose inputs. What it remembers goes round, and all parts of its matrices have its size."""
+    for name, cut in cuts:
+        if not (name.startswith("weight_ih_l0") and cut.dim == 1):
+            raise RecipeError(
+                f"{name} of a {type(module).__name__} would lose indices of dimension {cut.dim}, but only inputs can "
+                "go: its state has one size in all of its tensors.\nExclude it."
+            )
+    names = [name for name in module._flat_weights_names if isinstance(name, str)]
+    return {
+        "input_size": module._parameters["weight_ih_l0"].shape[1],  # type: ignore[union-attr]
+        "_flat_weights": [
+            module._parameters[name] for name in names
+        ],  # it computes with these, not with its parameters
+    }
 
 
 def _conv_sizes(module: _ConvNd, shape: tuple[int, ...], cuts: list[tuple[str, Cut]]) -> dict[str, object]:

@@ -21,7 +21,13 @@ def _same(trace: Tracing, call: Call) -> None:
 
 
 def _made(trace: Tracing, call: Call) -> None:
-    trace.set(call.result, Labels(uniform=True))
+    shape = tuple(call.result.shape)
+    # Whoever is computed with it must keep its sizes, and so all must that it is shared by.
+    layers = [
+        trace.ledger.new(size).reshape([-1 if axis == place else 1 for place in range(len(shape))])
+        for axis, size in enumerate(shape)
+    ]
+    trace.set(call.result, Labels(uniform=True).moved(layers))
 
 
 def _view(trace: Tracing, call: Call) -> None:

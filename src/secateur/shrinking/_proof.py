@@ -7,18 +7,20 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
-from secateur._errors import SolverError
+from secateur._errors import SolverError, SparsityError
 from secateur.calibration import Forward, call_model, quiet
 from secateur.shrinking._calls import HALF, Call, Difference, difference, tolerance_for, whole_call
-from secateur.shrinking._remove import Undo
+from secateur.shrinking._removal import Removal
+from secateur.shrinking._remove import Undo, remove_
 from secateur.shrinking._units import Dimension
 
 # How far the output of a whole model may be from its reference when all of its parts are proved to be right.
 _ROUNDING = 0.1
+_FINITE = 1e300
 
 
 @dataclass(frozen=True)
@@ -72,35 +74,65 @@ def prove(undo: Undo, batches: Iterable[Any], forward: Forward = call_model) -> 
         >>> prove(undo, [torch.ones(1, 4)]).error < 1e-6
         True
     """
-    model = undo.model
-    allowed = tolerance_for(model.parameters())
-    is_exact = all(dimension.kind != "hidden" for dimension, _ in undo.removed)
-    by_blocks = is_exact and any(tensor.dtype in HALF for tensor in [*model.parameters(), *model.buffers()])
-    worst, compared = 0.0, 0
+    worst = Proof(0.0, tolerance_for(undo.model.parameters()), by_blocks=False, compared=0)
     try:
         for batch in batches:
-            whole = _whole(undo, undo.reference, batch, forward)
-            if by_blocks or (is_exact and whole.error > allowed):
-                # Sums in another order grow on the way through a deep model, or make a router choose otherwise. So the
-                # parts are proved, each on the same inputs, and that they are put together in the right way.
-                by_blocks = True
-                found = _parts(undo, batch, forward)
-                if undo.dropped:
-                    found.append((undo.dropped, _whole(undo, undo.reference_of_blocks, batch, forward)))
-                for dimensions, part in found:
-                    if part.error > allowed:
-                        raise _failed(dimensions, part, allowed)
-                if whole.error > _ROUNDING or not found:
-                    raise _failed([dimension for dimension, _ in undo.removed], whole, allowed)
-                worst, compared = max([worst, *(part.error for _, part in found)]), compared + len(found)
-            else:
-                if math.isinf(whole.error):
-                    raise _failed([dimension for dimension, _ in undo.removed], whole, allowed)
-                worst, compared = max(worst, whole.error), compared + 1
+            found, by_blocks, is_exact = _checked(undo, batch, forward)
+            worst = Proof(
+                max([worst.error, *(part.error for _, part in found)]),
+                worst.tolerance,
+                by_blocks or worst.by_blocks,
+                worst.compared + len(found),
+                is_exact,
+            )
+            for dimensions, part in found:
+                if part.error > (worst.tolerance if is_exact else _FINITE):
+                    raise _failed(_narrowed(undo, dimensions, batch, forward), part, worst.tolerance)
     except BaseException:
         undo.restore()
         raise
-    return Proof(worst, allowed, by_blocks, compared, is_exact)
+    return worst
+
+
+_Found: TypeAlias = list[tuple[list[Dimension], Difference]]
+
+
+def _checked(undo: Undo, batch: Any, forward: Forward) -> tuple[_Found, bool, bool]:
+    """Compare a model with its reference: what was compared, whether in parts, and whether it must be equal."""
+    everything = [dimension for dimension, _ in undo.removed]
+    whole = _whole(undo, undo.reference, batch, forward)
+    allowed = tolerance_for(undo.model.parameters())
+    if any(dimension.kind == "hidden" for dimension in everything):
+        return [(everything, whole)], False, False
+    is_half = any(tensor.dtype in HALF for tensor in [*undo.model.parameters(), *undo.model.buffers()])
+    if not is_half and whole.error <= allowed:
+        return [(everything, whole)], False, True
+    # Sums in another order grow on the way through a deep model, or make a router choose otherwise. So the parts are
+    # proved, each on the same inputs, and that they are put together in the right way.
+    found = _parts(undo, batch, forward)
+    if undo.dropped:
+        found.append((undo.dropped, _whole(undo, undo.reference_of_blocks, batch, forward)))
+    if whole.error > _ROUNDING and all(part.error <= allowed for _, part in found):
+        found.append((everything, whole))
+    return found or [(everything, whole)], True, True
+
+
+def _narrowed(undo: Undo, dimensions: list[Dimension], batch: Any, forward: Forward) -> list[Dimension]:
+    """Put the model back, and return of several dimensions the one that is also wrong alone, or else all."""
+    undo.restore()
+    units = {dimension.name: units for dimension, units in undo.removed}
+    for dimension in dimensions if len(dimensions) > 1 else ():
+        try:
+            alone = remove_(undo.model, undo.graph, Removal({dimension.name: units[dimension.name]}), batch, forward)
+        except SparsityError:
+            return [dimension]
+        try:
+            found, _, _ = _checked(alone, batch, forward)
+        finally:
+            alone.restore()
+        if any(part.error > tolerance_for(undo.model.parameters()) for _, part in found):
+            return [dimension]
+    return dimensions
 
 
 def _failed(dimensions: Iterable[Dimension], found: Difference, allowed: float) -> SolverError:
@@ -118,14 +150,21 @@ def _whole(
     """Compare the output of the whole model with that of a reference."""
     with reference(), quiet(undo.model):
         expected = forward(undo.model, copy.deepcopy(batch))
-    with quiet(undo.model):
-        found = forward(undo.model, copy.deepcopy(batch))
+    try:
+        with quiet(undo.model):
+            found = forward(undo.model, copy.deepcopy(batch))
+    except Exception as error:  # code that needs the units fails in any way
+        return _not_run(error)
     return difference(found, expected, undo.looks)
 
 
-def _parts(undo: Undo, batch: Any, forward: Forward) -> list[tuple[list[Dimension], Difference]]:
+def _not_run(error: Exception) -> Difference:
+    return Difference(math.inf, f"it fails with {type(error).__name__}: {error}".splitlines()[0][:300])
+
+
+def _parts(undo: Undo, batch: Any, forward: Forward) -> _Found:
     """Compare each part of the model that lost units with its reference, on the inputs that it has in the model."""
-    found: list[tuple[list[Dimension], Difference]] = []
+    found: _Found = []
     waiting: dict[str, list[Dimension]] = {}
     for dimension, _ in undo.removed:
         if dimension.name in undo.scopes:
@@ -162,8 +201,12 @@ def _compared(undo: Undo, paths: list[str], batch: Any, forward: Forward) -> dic
         try:
             with undo.reference(), quiet(call.module):
                 expected = call.again()
-            with quiet(call.module):
-                return difference(call.again(), expected, undo.looks)
+            try:
+                with quiet(call.module):
+                    output = call.again()
+            except Exception as error:
+                return _not_run(error)
+            return difference(output, expected, undo.looks)
         finally:
             busy = False
 
@@ -185,6 +228,10 @@ def _compared(undo: Undo, paths: list[str], batch: Any, forward: Forward) -> dic
                 results[path].append(Difference(0.0))
         with quiet(undo.model):
             forward(undo.model, copy.deepcopy(batch))
+    except Exception as error:
+        if all(math.isfinite(result.error) for found in results.values() for result in found):  # it is in none of them
+            results = {path: found or [_not_run(error)] for path, found in results.items()}
+        results = {path: found or [Difference(0.0)] for path, found in results.items()}  # what was not reached
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur.shrinking._facts import Facts
 from secateur.shrinking._journal import Journal
+from secateur.shrinking._resize import structure_hash
 from secateur.shrinking._slices import Tensors
 
 
-def recorded(model: nn.Module, before: Mapping[str, nn.Module], journal: Journal, tensors: Tensors) -> dict[str, Any]:
-    """Return how a model differs from what it was before, as the arguments of ``Facts``.
+def recorded(model: nn.Module, before: Mapping[str, nn.Module], journal: Journal, tensors: Tensors) -> Facts:
+    """Return how a model differs from what it was before.
 
     Args:
         model: after the changes.
@@ -42,7 +44,8 @@ def recorded(model: nn.Module, before: Mapping[str, nn.Module], journal: Journal
     old, new = first.get((id(vars(model)), "config")), vars(model).get("config")
     if old is not None:
         found["config"] = dict(_settings(old, new, ""))
-    return found
+    with journal.undone():
+        return Facts(**found, model_hash=structure_hash(model))
 
 
 def _add_tensors(

@@ -18,6 +18,7 @@ from secateur.layers import check_model
 from secateur.shrinking._attributes import Change, Decisions, candidates_in, decide, plausible, sizes_of_units
 from secateur.shrinking._calls import Looks, first_call, tolerance_for
 from secateur.shrinking._depth import drop_blocks, drop_modules
+from secateur.shrinking._facts import Facts
 from secateur.shrinking._journal import Journal
 from secateur.shrinking._layer_sizes import update_layer_sizes
 from secateur.shrinking._record import recorded
@@ -43,7 +44,7 @@ class Undo:
         scopes: by the name of a dimension, the qualified name of the smallest module around all places of its units.
         looks: what of the model's outputs may have another shape.
         modules: of the model before, by name.
-        facts: how it differs from the model before, as the arguments of ``Facts``.
+        facts: how the model differs from the one before.
     """
 
     model: nn.Module
@@ -52,7 +53,7 @@ class Undo:
     scopes: Mapping[str, str]
     looks: Looks
     modules: Mapping[str, nn.Module] = field(repr=False)
-    facts: Mapping[str, Any] = field(repr=False)
+    facts: Facts = field(repr=False)
     _journal: Journal = field(repr=False)
     _before_blocks: int = 0
 
@@ -123,7 +124,7 @@ def remove_(model: nn.Module, graph: Graph, removal: Removal, batch: Any, forwar
     """
     check_model(model)
     removed = _checked(graph, removal)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     journal = Journal()
     surgeon = _Surgeon(model, batch, forward, journal, Tensors(model, journal))
     try:

@@ -20,6 +20,8 @@ from secateur.shrinking._remove import remove_
 from secateur.shrinking._saved import Saved
 from secateur.shrinking._units import Boundary, Dimension, Graph
 
+_MANY = 8
+
 
 def tried(model: nn.Module, graph: Graph, batch: Any, forward: Forward) -> Graph:
     """Return a graph without the dimensions of which no unit can go, because the code around them does not follow.
@@ -87,9 +89,10 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 def _problem(model: nn.Module, graph: Graph, dimension: Dimension, batch: Any, forward: Forward) -> str:
     """Why a unit cannot go, or ``""``."""
-    unit = dimension.size - 1
     step = dimension.group_size
-    units = tuple(range(step - 1, dimension.size, step)) if step else (unit,)
+    # Some kernels take sizes that are multiples of 8 only, so that as many go of what has many.
+    fewest = 1 if dimension.size < 2 * _MANY or dimension.kind == "heads" else _MANY
+    units = tuple(range(step - 1, dimension.size, step) if step else range(dimension.size - fewest, dimension.size))
     with _unread(model, dimension, units):
         try:
             undo = remove_(model, graph, Removal({dimension.name: units}), batch, forward)

@@ -40,7 +40,6 @@ from secateur.shrinking._choose import fraction_for, keep_fractions, kept_count,
 from secateur.shrinking._compensate import ConsumerError, fold_, mask_and_fit_
 from secateur.shrinking._consumers import find_consumers
 from secateur.shrinking._expert_scores import score_experts
-from secateur.shrinking._facts import Facts
 from secateur.shrinking._grains import grains_of
 from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
@@ -57,6 +56,8 @@ from secateur.shrinking._units import Dimension, Graph
 from secateur.shrinking._zero_units import zero_units
 
 _UNITS = ("ffn", "heads", "channels", "experts")  # what goes to reach a target: kinds that keep the function exact
+_ROOM = 1 << 28  # numbers in the Gram matrices of all layers together
+_ALIGNED = 8  # neurons of experts in a stack
 _PROVED = 4  # batches on which the smaller model is compared
 
 Units = dict[str, tuple[int, ...]]
@@ -145,6 +146,11 @@ class Shrinking:
         self._hash = structure_hash(model)
         self._before = model_size(model, inputs.batches[0], inputs.forward)
         self._scores: dict[str, NDArray[np.float64]] = {}
+        self._steps = {d.name: step for d in graph.dimensions if (step := _step(model, d, settings.round_to)) > 1}
+        self._blocks = {
+            dimension.name: tuple(name for name, _ in model.get_submodule(dimension.name).named_children())
+            for dimension in graph.of_kind("layers")
+        }
         with quiet(model):
             self._observed = observe(model, inputs.batches[:1], inputs.forward)
         self._consumers = find_consumers(model, graph, self._observed)
@@ -162,6 +168,7 @@ class Shrinking:
         model, inputs = self._model, self._inputs
         saved = Saved()
         constants: Mapping[str, Tensor] = {}
+        undo: Undo | None = None
         try:
             if remove is not None:
                 units = self._named(remove)
@@ -178,13 +185,15 @@ class Shrinking:
             undo = remove_(model, self._graph, Removal(units, self._hash), inputs.batches[0], inputs.forward)
             self._settings.progress("proving", 0, 1)
             proof = prove(undo, inputs.batches[:_PROVED], inputs.forward) if units else None
+            removed = units if remove is not None else None
+            given = {"keep": keep, "target": target, "remove": removed, "zeros": zeros or None}
+            asked = {name: value for name, value in given.items() if value is not None}
+            return self._report(undo, proof, units, blocks, errors, asked)
         except BaseException:
+            if undo is not None:
+                undo.restore()
             saved.restore()
             raise
-        removed = units if remove is not None else None
-        given = {"keep": keep, "target": target, "remove": removed, "zeros": zeros or None}
-        asked = {name: value for name, value in given.items() if value is not None}
-        return self._report(undo, proof, units, blocks, errors, asked)
 
     def _named(self, remove: Mapping[str, Sequence[int]] | Removal) -> Units:
         """The units that a user names, by dimension."""
@@ -207,7 +216,9 @@ class Shrinking:
     def _zero(self) -> tuple[Units, Mapping[str, Tensor]]:
         """The units that are zero already, and what they add to inputs."""
         with quiet(self._model):
-            found = zero_units(self._model, self._graph, self._consumers, self._gathered({"gram", "input_mean"}, ()))
+            found = zero_units(
+                self._model, self._graph, self._consumers, self._gathered({"gram", "input_mean"}, (), "looking at")
+            )
         self._notes += found.notes
         if not found.units:
             self._notes.append("no unit was zero")
@@ -234,7 +245,7 @@ class Shrinking:
     def _fractions(self, graph: Graph, keep: Mapping[str, float]) -> Units:
         found = self._settings
         return keep_fractions(
-            graph, self._scores, keep, allocation=found.allocation, round_to=found.round_to, grains=self._grains
+            graph, self._scores, keep, allocation=found.allocation, steps=self._steps, grains=self._grains
         )
 
     def _kept_blocks(self, fraction: float) -> Units:
@@ -267,9 +278,8 @@ class Shrinking:
     def _prefixes(self, units: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
         """How the names of tensors in blocks that go begin."""
         found: list[str] = []
-        for dimension in self._graph.of_kind("layers"):
-            names = [name for name, _ in self._model.get_submodule(dimension.name).named_children()]
-            found += [f"{dimension.name}.{names[unit]}.".lstrip(".") for unit in units.get(dimension.name, ())]
+        for name, blocks in self._blocks.items():
+            found += [f"{name}.{blocks[unit]}.".lstrip(".") for unit in units.get(name, ())]
         return tuple(found)
 
     def _reached(self, target: Mapping[str, float]) -> Units:
@@ -310,7 +320,7 @@ class Shrinking:
         return [(dimension, numbers) for dimension, numbers in found if dimension.kind in ("layers", "experts")]
 
     def _gathered(
-        self, needs: Iterable[Need], gone: tuple[str, ...], what: str = ""
+        self, needs: Iterable[Need], gone: tuple[str, ...], what: str, *, changes: bool = False
     ) -> Iterator[tuple[str, LayerStatistics | None]]:
         """The statistics of the layers that read units, without those in blocks that go."""
         model, inputs, needs = self._model, self._inputs, frozenset(needs)
@@ -324,7 +334,9 @@ class Shrinking:
                 gradients = found.get(layer.name)
                 yield layer.name, None if gradients is None else LayerStatistics(0, input_gradients=gradients)
         elif layers:
-            source = replayed(model, inputs.batches, layers, inputs.forward)
+            # A model that does not change is run once. Its statistics are kept together, if there is room for them.
+            room = sum(layer.matrix().shape[1] ** 2 for layer in layers)
+            source = replayed(model, inputs.batches, layers, inputs.forward, changes or room > _ROOM)
             yield from by_stage(source, needs, self._observed, inputs.fresh(), self._settings.tell(what))
 
     def _take_over(
@@ -348,9 +360,8 @@ class Shrinking:
             with without(model, gone):
                 fold_(self._consumers, constants)
                 if inner:
-                    gathered = self._gathered({"gram", "input_mean"}, self._prefixes(units), "fitting")
-                    known = iter(()) if constants or (not fits and not self._scores) else gathered
-                    errors = mask_and_fit_(self._consumers, inner, known, refit=fits)
+                    gathered = self._gathered({"gram", "input_mean"}, self._prefixes(units), "fitting", changes=True)
+                    errors = mask_and_fit_(self._consumers, inner, gathered if fits else ())
             for name, numbers in inner.items():
                 zero_(model, self._graph[name], numbers, saved)
         return blocks, errors
@@ -366,7 +377,8 @@ class Shrinking:
     ) -> ShrinkReport:
         model, inputs, settings = self._model, self._inputs, self._settings
         by_layer = {error.layer: error for error in errors}
-        dimensions = tuple(self._row(dimension, units, by_layer, blocks) for dimension in self._graph.dimensions)
+        stayed = self._without_blocks(units).dimensions
+        dimensions = tuple(self._row(dimension, units, by_layer, blocks) for dimension in stayed)
         dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         uneven = _uneven(dimensions)
         note = "each part on the same inputs, in float32" if proof is not None and proof.by_blocks else ""
@@ -391,7 +403,7 @@ class Shrinking:
             original_sizes={dimension.name: dimension.size for dimension in self._graph.dimensions},
             model_name=type(model).__name__,
             model_hash=self._hash,
-            facts=Facts(**undo.facts).to_dict(),
+            facts=undo.facts.to_dict(),
             calibration_hash=hash_batches(inputs.batches),
             notes=tuple(dict.fromkeys(self._notes)),
         )
@@ -435,6 +447,18 @@ class Shrinking:
             _mean(after),
             tuple(dict.fromkeys(notes)),
         )
+
+
+def _step(model: nn.Module, dimension: Dimension, round_to: int) -> int:
+    """Of what the number of units that stay must be a multiple."""
+    if dimension.kind not in ("ffn", "channels", "hidden"):
+        return 1
+    # Grouped products of stacked experts take strides of whole 16 bytes.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stacked = dimension.kind == "ffn" and any(
+        place.tensor in parameters and parameters[place.tensor].ndim == 3 for place in dimension.places
+    )
+    return int(np.lcm(round_to, _ALIGNED)) if stacked else round_to
 
 
 def _mean(values: Sequence[float]) -> float | None:

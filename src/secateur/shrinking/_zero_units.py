@@ -101,8 +101,8 @@ def _fold(
     stay = int((candidates & ~can).sum())
     if stay:
         found.notes.append(
-            f"{dimension.name}: {stay} units have zero weights but stay, because what they give out is not one value that "
-            "a bias could add"
+            f"{dimension.name}: {stay} units have zero weights but stay, because what they give out is not one "
+            "value that a bias could add"
         )
     for consumer, mean in parts:
         columns = torch.from_numpy(consumer.columns)[candidates & can].flatten()

@@ -32,3 +32,4 @@ from secateur.solvers._units import UnitMagnitude as UnitMagnitude
 from secateur.solvers._units import UnitOBS as UnitOBS
 from secateur.solvers._units import UnitTaylor as UnitTaylor
 from secateur.solvers._units import UnitWanda as UnitWanda
+from secateur.solvers._units import columns_of as columns_of

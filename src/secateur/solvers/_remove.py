@@ -12,7 +12,7 @@ from secateur._checks import integer, number
 from secateur._errors import PatternError
 from secateur._types import Weight
 from secateur.calibration import LayerStatistics
-from secateur.solvers._gram import gram_for, lower_factor
+from secateur.solvers._gram import gram_for, inverse
 from secateur.solvers._units import checked_units, costs_of
 
 _DELAY = 128  # removed columns whose effect on the large matrices is kept apart, and then applied at once
@@ -94,7 +94,7 @@ def remove_units(
     After each removal, ``H^-1`` and the weights are those of the layer without the removed columns, so that each cost
     is exact, and the last one is the error of a least-squares fit of all that is left.
 
-    Cost, in float64: an inverse and a product of ``[in, in]``, and ``O(in^2)`` for each removed column. Memory: three
+    Cost, in float64: an inverse and a product of ``[in, in]``, and ``O(in^2)`` for each removed column. Memory: six
     matrices ``[in, in]``.
 
     Args:
@@ -136,30 +136,24 @@ def remove_units(
             f"{keep} of {count} units, in {groups} groups of {group_size}, cannot stay.\n"
             f"Keep at most {count} units, and as many of each group."
         )
-    share = (count - keep) // groups
-    gone = torch.zeros(count, dtype=torch.bool)
+    barred = torch.zeros(count, dtype=torch.bool)  # has gone, or is of a group of which enough have gone
+    left = [(count - keep) // groups] * groups
     order: list[int] = []
     costs: list[float] = []
     while len(order) < count - keep:
-        total = sum(state.costs() for state in states)
-        assert isinstance(total, Tensor)
-        chosen = total.masked_fill(gone, torch.inf).argsort(stable=True).tolist()
-        step = min(per_step, count - keep - len(order))
-        for unit in chosen:
-            group = unit // group_size
-            if gone[unit] or int(gone[group * group_size : (group + 1) * group_size].sum()) == share:
+        total = torch.stack([state.costs() for state in states]).sum(0).masked_fill(barred, torch.inf)
+        for unit in [int(total.argmin())] if per_step == 1 else total.argsort(stable=True)[:per_step].tolist():
+            if barred[unit]:
                 continue
-            paid = sum(state.remove(unit) for state in states)
-            costs.append((costs[-1] if costs else 0.0) + paid)
             order.append(unit)
-            gone[unit] = True
-            step -= 1
-            if not step:
-                break
-    device = readers[0].weight.device
-    return torch.tensor(order, dtype=torch.int64, device=device), torch.tensor(
-        costs, dtype=torch.float64, device=device
-    )
+            costs.append((costs[-1] if costs else 0.0) + sum(state.remove(unit) for state in states))
+            barred[unit] = True
+            group = unit // group_size
+            left[group] -= 1
+            if not left[group]:
+                barred[group * group_size : (group + 1) * group_size] = True
+    gone = torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
+    return gone[0].to(readers[0].weight.device), gone[1].to(readers[0].weight.device)
 
 
 def _states(reader: Reader, damping: float) -> list[_State]:
@@ -181,12 +175,13 @@ class _State:
     def __init__(self, weight: Tensor, gram: Tensor, units: Tensor, damping: float) -> None:
         weight = weight * (gram.diagonal() != 0)  # what multiplies a dead input costs nothing
         self.units = units  # [units, width], as columns of the matrices
-        self._inverse = torch.cholesky_inverse(lower_factor(gram.unsqueeze(0), damping)[0][0])
+        self._inverse = inverse(gram, damping)
         self._products = weight.T @ weight
         size = max(_DELAY, units.shape[1])
         self._left = gram.new_zeros(size, len(gram))  # L.T, a row for each removed column that is not applied yet
         self._right = torch.zeros_like(self._left)  # V.T
         self._pending = 0
+        self._identity = torch.eye(units.shape[1], dtype=gram.dtype, device=gram.device)
         here, there = units.unsqueeze(2), units.unsqueeze(1)
         self._inverse_blocks = self._inverse[here, there]  # [units, width, width], as they are now
         self._product_blocks = self._products[here, there]
@@ -202,21 +197,24 @@ class _State:
         if self._pending + width > len(self._left):
             self._apply()
         left, right = self._left[: self._pending], self._right[: self._pending]
-        inverse = self._inverse[columns] - left[:, columns].T @ left  # [width, in]
-        products = self._products[columns] - left[:, columns].T @ right - right[:, columns].T @ left
-        factor = torch.linalg.cholesky(inverse[:, columns])
-        new_left = torch.linalg.solve_triangular(factor, inverse, upper=False)
-        new_right = torch.linalg.solve_triangular(factor, products, upper=False)
-        inner = torch.linalg.solve_triangular(factor, new_right[:, columns].T, upper=False)
+        left_here, right_here = left.index_select(1, columns).T, right.index_select(1, columns).T
+        rows = self._inverse.index_select(0, columns) - left_here @ left  # [width, in]
+        products = self._products.index_select(0, columns) - left_here @ right - right_here @ left
+        factor = torch.linalg.cholesky(rows.index_select(1, columns))
+        root = torch.linalg.solve_triangular(factor, self._identity, upper=False)  # C^-1
+        new_left, new_right = root @ rows, root @ products
+        inner = new_right.index_select(1, columns) @ root.T
         new_right -= inner @ new_left / 2
         self._left[self._pending : self._pending + width] = new_left
         self._right[self._pending : self._pending + width] = new_right
         self._pending += width
-        ours, theirs = new_left.T[self.units], new_right.T[self.units]  # [units, width, removed]
+        ours, theirs = (
+            new.T.index_select(0, self.units.flatten()).view(*self.units.shape, width) for new in (new_left, new_right)
+        )
         self._inverse_blocks -= ours @ ours.mT
         change = ours @ theirs.mT
         self._product_blocks -= change + change.mT
-        return float(inner.diagonal().sum())
+        return max(0.0, float(inner.diagonal().sum()))
 
     def _apply(self) -> None:
         """Apply all that was kept apart."""

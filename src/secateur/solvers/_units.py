@@ -13,7 +13,8 @@ from secateur._checks import number
 from secateur._errors import PatternError, StatisticsError
 from secateur._types import Weight
 from secateur.calibration import LayerStatistics, Need
-from secateur.solvers._gram import gram_for, lower_factor
+from secateur.layers import Layer
+from secateur.solvers._gram import gram_for, inverse
 
 
 class UnitImportance(ABC):
@@ -57,6 +58,40 @@ def checked_units(units: object, columns: int) -> Tensor:
     if len(found.unique()) != found.numel():
         raise PatternError(f"units must not overlap, but {found.numel() - len(found.unique())} columns are in several.")
     return found
+
+
+def columns_of(layer: Layer, dim: int, units: object) -> Tensor:
+    """Return the columns of a layer's matrix that read some units, int64 ``[units, width]``, on the CPU.
+
+    Args:
+        layer: any, whose matrix may be a transposed or flattened parameter, or a part of one.
+        dim: of the layer's parameter.
+        units: ``[units, width]``: the indices of each unit along that dimension.
+
+    Raises:
+        PatternError: they are not whole columns, or not the same ones in all groups of a convolution.
+
+    Example:
+        >>> import torch
+        >>> from secateur.layers import select_layers
+        >>> from secateur.solvers import columns_of
+        >>> layers, _ = select_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 4, (1, 2))))
+        >>> columns_of(layers[0], 1, [[0], [2]]).tolist()  # of three input channels, with two kernel positions each
+        [[0, 1], [4, 5]]
+    """
+    shape = layer.parameter.shape
+    units = checked_units(units, shape[dim])
+    owner = torch.full((shape[dim],), -1)
+    owner[units] = torch.arange(len(units)).unsqueeze(1)
+    view = [-1 if axis == dim % len(shape) else 1 for axis in range(len(shape))]
+    owners = layer.to_matrix(owner.view(view).expand(shape))
+    counts = owners[0][owners[0] >= 0].bincount(minlength=len(units))
+    if not (owners == owners[0]).all() or len(counts.unique()) != 1 or not counts[0]:
+        raise PatternError(
+            f"{layer.title}: indices along dimension {dim} of its parameter {tuple(shape)} are not the same columns of "
+            f"all rows of its matrix {tuple(owners.shape)}."
+        )
+    return owners[0].argsort(stable=True)[-int(counts.sum()) :].view(len(units), -1)
 
 
 def needed(statistics: LayerStatistics | None) -> LayerStatistics:
@@ -220,10 +255,9 @@ class UnitOBS(UnitImportance):
         gram = gram_for(weight, statistics)
         total = torch.zeros(len(units), dtype=torch.float64, device=weight.device)
         for part, h in zip(weight.chunk(len(gram)), gram, strict=True):
-            inverse = torch.cholesky_inverse(lower_factor(h.unsqueeze(0), self.damping)[0][0])
             columns = (part * (h.diagonal() != 0))[:, units]  # [out, units, width]; a dead input costs nothing
             products = torch.einsum("onw,onv->nwv", columns, columns)
-            total += costs_of(inverse[units.unsqueeze(2), units.unsqueeze(1)], products)
+            total += costs_of(inverse(h, self.damping)[units.unsqueeze(2), units.unsqueeze(1)], products)
         return total
 
 
