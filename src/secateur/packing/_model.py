@@ -61,6 +61,10 @@ def save(
     libraries look for, because they would use random weights for those that they do not find. Nothing is pickled. A
     tensor that is shared in the model is stored once, and is shared again after :func:`load`.
 
+    A file of a model that was shrunk has its sizes. A shrunk transformers model without packed layers becomes a
+    directory that ``from_pretrained`` reads: an ordinary one if its config can say the sizes, else one that needs
+    ``import secateur.huggingface`` first.
+
     Args:
         model: pruned, with or without layers that :func:`pack_` replaced. Dense weights are also stored without their
             zeros, where this is smaller. They are dense again after :func:`load`, but their zeros lose their sign.
@@ -70,7 +74,8 @@ def save(
         dtype: a floating-point dtype in which to store all tensors that are not packed weights; None for their own.
         overwrite: replace an existing directory. It stays in place until the new one is complete.
         history: reports of how layers were pruned, whose patterns are used for dense weights. The patterns of other
-            weights are found from their zeros.
+            weights are found from their zeros. Also reports of how the model was shrunk, which a copy of a model, or
+            one of another process, needs to be saved with its sizes.
 
     Raises:
         FormatError: the place cannot be written, or other libraries would take the file's name for a dense model.
@@ -87,6 +92,10 @@ def save(
         >>> type(again[0]).__name__, torch.equal(again(x), model(x))
         ('PackedLinear', True)
     """
+    facts = known_facts(model, reports_in(history))
+    if facts and Path(path).suffix != ".safetensors" and not packed_layers(model) and not packed_stacks(model):
+        save_shrunk(model, facts, path, source=source, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite)
+        return
     save_with(model, path, source=source, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, history=history)
 
 
@@ -121,19 +130,6 @@ def save_with(
             f"{path}: only a transformers model can be written as a directory, because that needs a config; got "
             f"{type(model).__name__}.\nGive a path that ends in .safetensors."
         )
-    if facts and not packed_layers(model) and not packed_stacks(model):
-        save_shrunk(
-            model,
-            facts,
-            path,
-            source=source,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            overwrite=overwrite,
-            absent=absent,
-            extra=extra,
-        )
-        return
     check_output(None if source is None else Path(source), path, overwrite, 0)
     contents = replace(take_apart(model, dtype, absent, history), shrunk=facts)
     size = sum(packed.nbytes for packed in contents.layers.values())
@@ -174,7 +170,7 @@ def load(
         path: a directory, or a ``.safetensors`` file.
         dense: return dense layers, with all their zeros, instead of packed ones.
         into: the module that was saved, dense or packed. Its layers and tensors are replaced: all of them, or none if
-            an error is raised.
+            an error is raised. For a model that was shrunk, one of the original sizes is made smaller first.
         dtype: floating-point dtype of all tensors that are not packed weights; None for those that were stored.
 
     Raises:

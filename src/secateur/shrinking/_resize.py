@@ -130,8 +130,8 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
         for register in (module._parameters, module._buffers):
             if any(held is not None and id(held) in made for held in register.values()):
                 tables.append(cast(dict[str, Any], register))
-    tables += [cast(dict[str, Any], blocks._modules) for blocks, _ in lists]
     before = [(table, dict(table)) for table in tables]
+    original = [(blocks, blocks._modules) for blocks, _ in lists]
     # Another model may have the same config, which stays as it is.
     configs = [
         (module, name, copies[id(value)])
@@ -145,19 +145,27 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
         for table, contents in before:
             table.clear()
             table.update(contents)
+        for blocks, children in original:
+            blocks._modules = children
+        _flatten_again(model)
         for holder, name, value in values:
             setattr(holder, name, value)
 
     for table, contents in before:
         table.update((key, made[id(held)][1]) for key, held in contents.items() if id(held) in made)
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):  # it computes with a list of its parameters
-            module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
+    _flatten_again(model)
     for blocks, kept in lists:
         drop_blocks_(blocks, kept)
     for holder, name, value in (*settings, *attributes, *configs):
         setattr(holder, name, value)
     return undo
+
+
+def _flatten_again(model: nn.Module) -> None:
+    """Let recurrent layers compute with the parameters that they have now, of which they keep a list."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [module._parameters[name] for name in module._flat_weights_names]
 
 
 def has_sizes(model: nn.Module, facts: Facts) -> bool:
