@@ -9,7 +9,7 @@ from tiny import with_tokenizer
 from typer.testing import CliRunner
 
 from secateur.cli import app
-from secateur.reports import ShrinkReport
+from secateur.reports import ShrinkReport, stages_from_json
 from secateur.shrinking import Removal, check_request
 
 transformers = pytest.importorskip("transformers")
@@ -68,7 +68,7 @@ def weights(path):
 
 
 def stage(path):
-    return ShrinkReport.from_dict(json.loads((path / "secateur.json").read_text())["stages"][-1])
+    return stages_from_json((path / "secateur.json").read_text())[-1]
 
 
 def test_blocks_go_and_the_output_loads_like_any_other(llama, text, tmp_path):
@@ -106,7 +106,7 @@ def test_bytes_are_those_on_the_disk(llama, tmp_path):
 
 def test_an_encoder_keeps_its_head_and_what_is_tied(bert, text, tmp_path):
     out = tmp_path / "out"
-    result = shrink(bert, "--output", out, "--remove-layers", "bert.encoder.layer:1", "--evaluate", text, *QUICK)
+    result = shrink(bert, "--output", out, "--remove-layers", "bert.encoder.layer=1", "--evaluate", text, *QUICK)
     assert result.exit_code == 0, result.stderr
     assert stage(out).evaluation.metric == "output similarity"
     model, info = transformers.AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)

@@ -9,6 +9,8 @@ from secateur.shrinking._directory import shrink_directory as shrink_directory
 from secateur.shrinking._experts import find_experts as find_experts
 from secateur.shrinking._facts import Facts as Facts
 from secateur.shrinking._find import find_units as find_units
+from secateur.shrinking._history import pruned_before as pruned_before
+from secateur.shrinking._history import stages_in as stages_in
 from secateur.shrinking._latency import compare_latency as compare_latency
 from secateur.shrinking._proof import Proof as Proof
 from secateur.shrinking._proof import prove as prove
