@@ -165,6 +165,17 @@ def test_text_is_generated_with_and_without_a_cache(name: str, kind: str, attent
         assert torch.equal(with_cache, tokens(False))
 
 
+def test_blocks_are_compared_with_all_else_as_it_is_now() -> None:
+    """A count of experts outside of the blocks is not put back with the blocks."""
+    case = CASES["mixtral"]()
+    undo = shrunk(case, removal_of(case, "all"))
+    with undo.reference_of_blocks():
+        assert (len(case.model.model.layers), case.model.num_experts) == (2, 3)
+    assert (len(case.model.model.layers), case.model.num_experts) == (1, 3)
+    undo.restore()
+    assert (len(case.model.model.layers), case.model.num_experts) == (2, 6)
+
+
 # What the code keeps as numbers, where half of the units have gone: by case and kind, module and attribute.
 NUMBERS: dict[tuple[str, str], dict[str, dict[str, int]]] = {
     ("conv", "channels"): {

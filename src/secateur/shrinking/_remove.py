@@ -128,10 +128,13 @@ def remove_(model: nn.Module, graph: Graph, removal: Removal, batch: Any, forwar
     journal = Journal()
     surgeon = _Surgeon(model, batch, forward, journal, Tensors(model, journal))
     try:
-        for dimension, units in removed:
-            with naming(dimension.name or "(the model itself)"):
-                surgeon.remove(dimension, units)
-        surgeon.update_outer_counts(graph)
+        for is_depth in (False, True):  # blocks last, and alone, so that they can be put back alone
+            for dimension, units in removed:
+                if (dimension.kind == "layers") == is_depth:
+                    with naming(dimension.name or "(the model itself)"):
+                        surgeon.remove(dimension, units)
+            if not is_depth:
+                surgeon.update_outer_counts(graph)
     except BaseException:
         journal.undo()
         raise

@@ -389,7 +389,7 @@ class Shrinking:
             before=self._before,
             after=model_size(model, inputs.batches[0], inputs.forward),
             asked=asked,
-            method=str(settings.method) if scored or (settings.method.refit and errors) else "",
+            method=str(settings.method) if "zeros" not in asked and (scored or settings.method.refit) else "",
             allocation=settings.allocation if scored else "",
             round_to=settings.round_to,
             uniform=not uneven,
