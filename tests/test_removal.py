@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from secateur import FormatError, RecipeError
-from secateur.shrinking import Dimension, Graph, Removal, check_units, hash_model, model_size
+from secateur.shrinking import Dimension, Graph, Removal, check_units, model_size, structure_hash
 
 MODEL = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 GRAPH = Graph((Dimension("0.ffn", "ffn", 6), Dimension("blocks", "layers", 4), Dimension("h", "query_heads", 8, (), 4)))
-REMOVAL = Removal({"0.ffn": (1, 5), "blocks": (0,), "h": (0, 3, 4, 7)}, hash_model(MODEL), "Sequential")
+REMOVAL = Removal({"0.ffn": (1, 5), "blocks": (0,), "h": (0, 3, 4, 7)}, structure_hash(MODEL), "Sequential")
 
 
 def test_a_file_brings_back_the_same_removal(tmp_path):

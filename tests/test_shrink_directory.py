@@ -9,8 +9,8 @@ from tiny import with_tokenizer
 from typer.testing import CliRunner
 
 from secateur.cli import app
-from secateur.reports import ShrinkReport
-from secateur.shrinking import Removal, check_request
+from secateur.reports import ShrinkReport, stages_from_json
+from secateur.shrinking import Removal, check_request, pruned_before
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,7 +68,7 @@ def weights(path):
 
 
 def stage(path):
-    return ShrinkReport.from_dict(json.loads((path / "secateur.json").read_text())["stages"][-1])
+    return stages_from_json((path / "secateur.json").read_text())[-1]
 
 
 def test_blocks_go_and_the_output_loads_like_any_other(llama, text, tmp_path):
@@ -106,7 +106,7 @@ def test_bytes_are_those_on_the_disk(llama, tmp_path):
 
 def test_an_encoder_keeps_its_head_and_what_is_tied(bert, text, tmp_path):
     out = tmp_path / "out"
-    result = shrink(bert, "--output", out, "--remove-layers", "bert.encoder.layer:1", "--evaluate", text, *QUICK)
+    result = shrink(bert, "--output", out, "--remove-layers", "bert.encoder.layer=1", "--evaluate", text, *QUICK)
     assert result.exit_code == 0, result.stderr
     assert stage(out).evaluation.metric == "output similarity"
     model, info = transformers.AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
@@ -134,6 +134,29 @@ def test_a_list_of_units_is_written_and_read_and_refused_for_another_model(llama
 def test_methods_that_learn_from_a_loss_need_a_language_model(bert, text, tmp_path):
     how = ("--output", tmp_path / "out", "--keep", "ffn=0.5", "--calibration", text, *SMALL, "--method", "taylor+refit")
     assert "only causal language models have one" in " ".join(shrink(bert, *how).stderr.split())
+
+
+def test_the_history_of_a_directory_has_all_stages(llama, tmp_path):
+    pruned, small, again = tmp_path / "pruned", tmp_path / "small", tmp_path / "again"
+    how = ("--pattern", "2:4", "--method", "magnitude")
+    assert CliRunner().invoke(app, ["prune", str(llama), "--output", str(pruned), *how]).exit_code == 0
+    assert shrink(pruned, "--output", small, "--remove-layers", "1", *QUICK).exit_code == 0
+    assert CliRunner().invoke(app, ["prune", str(small), "--output", str(again), *how]).exit_code == 0
+    stages = stages_from_json((again / "secateur.json").read_text())
+    assert [type(found).__name__ for found in stages] == ["Report", "ShrinkReport", "Report"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(small)
+    (history,) = pruned_before(stages[:2], model)
+    names = [layer.name for layer in history.layers]
+    assert len(names) == len(set(names)) == 3 * 7
+    assert all(name in dict(model.named_modules()) for name in names)
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "{}", '{"stages": 3}', '{"stages": [3]}', '{"stages": [{"stage": "x", "report": 1}]}']
+)
+def test_what_is_no_history_is_refused(text):
+    with pytest.raises(ValueError, match=r"not a|not the stages|unknown stage"):
+        stages_from_json(text)
 
 
 def test_analyze_shows_what_could_go_and_writes_nothing(llama, tmp_path):

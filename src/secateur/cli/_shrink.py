@@ -40,7 +40,7 @@ def shrink(
         str | None, typer.Option(help="params=fraction or macs=fraction of the whole model that stays.")
     ] = None,
     remove_layers: Annotated[
-        str | None, typer.Option(help="Blocks that go, counted from 0, such as 2-4,7; or NAME:2-4 of one list of them.")
+        str | None, typer.Option(help="Blocks that go, counted from 0, such as 2-4,7; or NAME=2-4 of one list of them.")
     ] = None,
     zeros: Annotated[bool, typer.Option("--zeros", help="Remove what is zero already.")] = False,
     removal: Annotated[
@@ -160,10 +160,10 @@ def _pair(option: str, text: str, example: str) -> tuple[str, float]:
 
 
 def _blocks(text: str | None) -> Mapping[str, list[int]] | None:
-    """``2-4,7`` as ``{"layers": [2, 3, 4, 7]}``; ``decoder.layers:2-4`` under the name of the list."""
+    """``2-4,7`` as ``{"layers": [2, 3, 4, 7]}``; ``decoder.layers=2-4`` under the name of the list."""
     if text is None:
         return None
-    name, colon, numbers = text.rpartition(":")
+    name, _, numbers = text.rpartition("=")
     found: list[int] = []
     for part in numbers.split(","):
         matched = _RANGE.fullmatch(part.strip())
@@ -174,7 +174,7 @@ def _blocks(text: str | None) -> Mapping[str, list[int]] | None:
                 f"got {text!r}."
             )
         found += range(first, last + 1)
-    return {name if colon else "layers": sorted(set(found))}
+    return {name or "layers": sorted(set(found))}
 
 
 def _check_new(path: Path, output: Path, overwrite: bool) -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
 
 from secateur._errors import FormatError
 from secateur.files import (
@@ -26,8 +25,8 @@ from secateur.packing._measure import cache_at
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
 from secateur.packing._settings import PackSettings
-from secateur.reports import PRUNING_REPORT, PackReport, Report
-from secateur.shrinking import save_shrunk
+from secateur.reports import PackReport
+from secateur.shrinking import pruned_before, save_shrunk, stages_in
 
 REPORT = "secateur.pack.json"
 
@@ -75,7 +74,7 @@ def pack_directory(
     if settings.value_dtype is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
-    history = _history(directory.path, model)
+    history = pruned_before(stages_in(directory.path), model)
     report = pack_(
         model,
         replace(settings, exclude=(*settings.exclude, *untrained)),
@@ -90,23 +89,6 @@ def pack_directory(
         model, output, source=source, dtype=stored, overwrite=overwrite, history=history, absent=absent, extra=extra
     )
     return report
-
-
-def _history(path: Path, model: nn.Module) -> list[Report]:
-    """The pruning report in a directory, with the names that the layers have in this model."""
-    try:
-        report = Report.from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or another tool wrote it
-        return []
-    names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-
-    def name_here(name: str) -> str:
-        # Pruning may have loaded the model without its head, which names its layers without the prefix.
-        possible = (name, prefix + name, name.removeprefix(prefix))
-        return next((n for n in possible if n in names or n.rpartition(".")[0] in names), name)
-
-    return [replace(report, layers=tuple(replace(layer, name=name_here(layer.name)) for layer in report.layers))]
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:

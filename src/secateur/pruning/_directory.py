@@ -28,7 +28,7 @@ from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.reports import PRUNING_REPORT, Report
+from secateur.reports import PRUNING_REPORT, Report, ShrinkReport, stages_from_json, stages_to_json
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -119,10 +119,23 @@ def prune_directory(
     directory.write_pruned(
         output,
         stored,
-        {"config.json": _config_with_sparsity(directory, report), PRUNING_REPORT: report.to_json() + "\n"},
+        {
+            "config.json": _config_with_sparsity(directory, report),
+            PRUNING_REPORT: _stages(directory.path, report) + "\n",
+        },
         overwrite,
     )
     return report
+
+
+def _stages(path: Path, report: Report) -> str:
+    """The report, after those of shrinking and what came before it, if the model was shrunk."""
+    try:
+        before = stages_from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # there is none, or another tool wrote it
+        before = ()
+    was_shrunk = any(isinstance(stage, ShrinkReport) for stage in before)
+    return stages_to_json([*(before if was_shrunk else ()), report])
 
 
 def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:

@@ -36,6 +36,9 @@ from secateur.reports._shrink_records import RemovableDimension as RemovableDime
 from secateur.reports._shrink_records import ShrinkProof as ShrinkProof
 from secateur.reports._shrink_records import ShrunkDimension as ShrunkDimension
 from secateur.reports._shrinking import ShrinkReport as ShrinkReport
+from secateur.reports._stages import Stage as Stage
+from secateur.reports._stages import stages_from_json as stages_from_json
+from secateur.reports._stages import stages_to_json as stages_to_json
 from secateur.reports._tables import Table as Table
 from secateur.reports._tables import TableColumn as TableColumn
 from secateur.reports._tables import bars as bars

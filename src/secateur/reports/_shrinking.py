@@ -31,8 +31,8 @@ class ShrinkReport:
         method: that chose the units and compensated for them, as text; empty where neither was done.
         allocation: how removal was shared out, as text.
         round_to: sizes were rounded to multiples of it.
-        uniform: whether all blocks have the same sizes, so that ordinary settings of the model describe it.
-        uniform_reason: why they have not, or what was asked.
+        uniform: whether an ordinary configuration describes its sizes, as where all blocks have the same.
+        uniform_reason: why none does.
         versions: of secateur, torch and Python.
         seconds: of the whole run.
         proof: that the smaller model is the same function as the masked one; None if it was not made.
@@ -48,6 +48,13 @@ class ShrinkReport:
         evaluation: measured before and after, if asked.
         latency: measured before and after, if asked.
         notes: what else is worth knowing.
+
+    Example:
+        >>> import torch, secateur
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> report = secateur.shrink_(model, [torch.randn(4, 8)], remove={"channels": [0, 5]})
+        >>> report.removed, report.first_line
+        ({'channels': (0, 5)}, "87.74% of the model's 212 parameters are left, and 87.50% of its multiply-adds")
     """
 
     dimensions: tuple[ShrunkDimension, ...]
@@ -104,7 +111,7 @@ class ShrinkReport:
                 f"{self.proof.dtype}, at most {self.proof.tolerance:.2g} was allowed"
                 + (f" ({self.proof.note})" if self.proof.note else "")
             )
-        shape = "all blocks have the same sizes" if self.uniform else "blocks have sizes of their own"
+        shape = "an ordinary config describes its sizes" if self.uniform else "no ordinary config describes its sizes"
         lines.append(f"{shape}: {self.uniform_reason}" if self.uniform_reason else shape)
         if self.latency is not None:
             lines.append(

@@ -9,12 +9,13 @@ from secateur.shrinking._directory import shrink_directory as shrink_directory
 from secateur.shrinking._experts import find_experts as find_experts
 from secateur.shrinking._facts import Facts as Facts
 from secateur.shrinking._find import find_units as find_units
+from secateur.shrinking._history import pruned_before as pruned_before
+from secateur.shrinking._history import stages_in as stages_in
 from secateur.shrinking._latency import compare_latency as compare_latency
 from secateur.shrinking._proof import Proof as Proof
 from secateur.shrinking._proof import prove as prove
 from secateur.shrinking._removal import Removal as Removal
 from secateur.shrinking._removal import check_units as check_units
-from secateur.shrinking._removal import hash_model as hash_model
 from secateur.shrinking._remove import Undo as Undo
 from secateur.shrinking._remove import remove_ as remove_
 from secateur.shrinking._request import check_request as check_request

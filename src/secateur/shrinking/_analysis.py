@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.calibration import Forward, call_model
 from secateur.reports import BlockedDimension, RemovableDimension, ShrinkAnalysis
-from secateur.shrinking._removal import hash_model
+from secateur.shrinking._resize import structure_hash
 from secateur.shrinking._size import model_size
 from secateur.shrinking._units import Boundary, Dimension, Graph
 
@@ -27,7 +27,7 @@ def describe(model: nn.Module, graph: Graph, batch: Any = None, forward: Forward
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     return ShrinkAnalysis(
         model_name=type(model).__name__,
-        model_hash=hash_model(model),
+        model_hash=structure_hash(model),
         dimensions=tuple(
             RemovableDimension(
                 found.name, found.kind, found.size, _parameters(found, sizes, shapes), found.group_size, found.notes

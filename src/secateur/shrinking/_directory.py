@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,13 +24,17 @@ from secateur.huggingface import (
     open_model,
     transformers_library,
 )
-from secateur.reports import PRUNING_REPORT, ShrinkAnalysis, ShrinkReport
+from secateur.reports import PRUNING_REPORT, ShrinkAnalysis, ShrinkReport, stages_to_json
 from secateur.shrinking._analysis import describe
+from secateur.shrinking._history import pruned_before, stages_in
 from secateur.shrinking._latency import compare_latency
 from secateur.shrinking._removal import Removal
 from secateur.shrinking._request import check_request
+from secateur.shrinking._resize import facts_of
 from secateur.shrinking._shrink import analyze, shrink_
-from secateur.shrinking._write import convert_, merged_config, round_, stored_bytes, stored_dtypes, write_uniform
+from secateur.shrinking._shrunk_directory import save_shrunk
+from secateur.shrinking._stored_dtypes import convert_, round_, stored_bytes, stored_dtypes
+from secateur.shrinking._uniform import find_uniform
 
 METHOD = "obs+refit"  # where there is text
 METHOD_WITHOUT_TEXT = "magnitude"
@@ -108,8 +111,7 @@ def shrink_directory(
 
     dtypes = stored_dtypes(model, directory)
     bytes_before = stored_bytes(model, dtypes)
-    model_config: Any = model.config
-    config = model_config.to_dict()
+    stages = stages_in(directory.path)
     report = shrink_(
         model,
         inputs.batches,
@@ -122,6 +124,7 @@ def shrink_directory(
         round_to=round_to,
         include=include,
         exclude=exclude,
+        history=pruned_before(stages, model),
         loss=loss,
         progress=progress,
     )
@@ -143,10 +146,20 @@ def shrink_directory(
         del dense
     progress("writing", 0, 1)
     convert_(model, dtypes)
-    changes = {name: value for name, value in model_config.to_dict().items() if config.get(name) != value}
-    config = merged_config(directory, changes)
-    extra = {PRUNING_REPORT: json.dumps({"stages": [report.to_dict()]}) + "\n"}
-    write_uniform(model, directory, Path(output), config=config, absent=missing, extra=extra, overwrite=overwrite)
+    facts = facts_of(model)
+    uniform = find_uniform(model, facts)
+    report = replace(report, uniform=uniform.config is not None, uniform_reason=uniform.reason)
+    extra = {PRUNING_REPORT: stages_to_json([*stages, report]) + "\n"}
+    save_shrunk(
+        model,
+        facts,
+        output,
+        source=directory.path,
+        overwrite=overwrite,
+        absent=missing,
+        extra=extra,
+        uniform=uniform,
+    )
     return report
 
 

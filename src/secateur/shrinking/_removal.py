@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import nn
 from secateur._checks import one_of
 from secateur._errors import FormatError, RecipeError, naming
 from secateur.files import is_there, parse_json, write_text
+from secateur.shrinking._resize import structure_hash
 from secateur.shrinking._units import Dimension, Graph
 
 _FORMAT, _VERSION = "secateur removal", 1
@@ -26,7 +26,7 @@ class Removal:
 
     Args:
         units: by the name of a dimension, the numbers of the units that go, ascending. For ``layers``, of blocks.
-        model_hash: of the model that this was made for, as :func:`hash_model` gives it; empty for any.
+        model_hash: of the model that this was made for, as :func:`structure_hash` gives it; empty for any.
         model_name: the class of that model, for messages.
 
     Example:
@@ -115,7 +115,7 @@ class Removal:
             RecipeError: the removal was made for another model; or a dimension that the model does not have, a unit
                 that it does not have, all units of it, or not as many from each group as must go together.
         """
-        if self.model_hash and (found := hash_model(model)) != self.model_hash:
+        if self.model_hash and (found := structure_hash(model)) != self.model_hash:
             raise RecipeError(
                 f"the units to remove were chosen for another model: {self.model_name or 'a model'} with the hash "
                 f"{self.model_hash[:12]}, and this is {type(model).__name__} with the hash {found[:12]} (of the names "
@@ -154,24 +154,6 @@ def check_units(dimension: Dimension, units: Sequence[int]) -> None:
                 f"head serves; got {', '.join(str(counts[group]) for group in range(size // width))}.\n"
                 "Give as many of each group."
             )
-
-
-def hash_model(model: nn.Module) -> str:
-    """Return the SHA-256 of the names and shapes of a model's parameters and buffers.
-
-    Their dtype and values are not in it: they do not decide which units can go.
-
-    Example:
-        >>> import torch
-        >>> from secateur.shrinking import hash_model
-        >>> hash_model(torch.nn.Linear(2, 3)) == hash_model(torch.nn.Linear(2, 3).half())
-        True
-    """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}\n".encode())
-    return digest.hexdigest()
 
 
 def _numbers(name: str, found: object) -> tuple[int, ...]:

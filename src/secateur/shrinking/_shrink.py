@@ -19,10 +19,12 @@ from secateur.nn import SparseLayer, packed_layers
 from secateur.reports import Report, ShrinkReport
 from secateur.shrinking._blocks import find_blocks
 from secateur.shrinking._experts import find_experts
+from secateur.shrinking._facts import Facts
 from secateur.shrinking._find import find_units
 from secateur.shrinking._method import Method
 from secateur.shrinking._removal import Removal
 from secateur.shrinking._request import check_request
+from secateur.shrinking._resize import remember_facts
 from secateur.shrinking._try import tried
 from secateur.shrinking._units import Dimension, Graph
 from secateur.shrinking._work import Inputs, Settings, Shrinking, load_inputs
@@ -181,7 +183,10 @@ def shrink_(
     past = (history,) if isinstance(history, Report) else tuple(history or ())
     tell = progress or (lambda description, done, total: None)
     settings = Settings(chosen, allocation, round_to, loss, past, tell)
-    return Shrinking(model, graph, inputs, settings).run(keep, target, remove, zeros)
+    report = Shrinking(model, graph, inputs, settings).run(keep, target, remove, zeros)
+    facts = replace(Facts.from_dict(report.facts), model_hash=report.model_hash)
+    remember_facts(model, facts)  # for what saves the model
+    return replace(report, facts=facts.to_dict())
 
 
 def _asks_hidden(remove: Mapping[str, Sequence[int]] | Removal | None) -> bool:

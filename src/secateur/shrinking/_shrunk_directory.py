@@ -65,6 +65,7 @@ def save_shrunk(
     absent: Iterable[str] = (),
     extra: Mapping[str, str] | None = None,
     leave_out: Sequence[str] = (),
+    uniform: Uniform | None = None,
 ) -> Uniform:
     """Write a shrunk transformers model as a directory.
 
@@ -83,6 +84,7 @@ def save_shrunk(
         absent: names of tensors that the checkpoint had no values for. They are not stored.
         extra: further text files of the directory, by name.
         leave_out: files of the source that are not copied; empty for its weights.
+        uniform: what :func:`find_uniform` found, if it was called already.
 
     Returns:
         What the config says of the model, or why it cannot.
@@ -107,7 +109,7 @@ def save_shrunk(
         if name not in missing
     }
     check_output(origin, output, overwrite, sum(tensor.nbytes for tensor in state.values()))
-    uniform = find_uniform(model, facts)
+    uniform = find_uniform(model, facts) if uniform is None else uniform
     with whole_directory(output, overwrite=overwrite) as made:
         if origin is not None:
             copy_all_but_weights(origin, made, (*(leave_out or find_shards(origin)), INDEX))

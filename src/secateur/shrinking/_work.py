@@ -45,8 +45,9 @@ from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
 from secateur.shrinking._proof import Proof, prove
 from secateur.shrinking._reference import without
-from secateur.shrinking._removal import Removal, check_units, hash_model
+from secateur.shrinking._removal import Removal, check_units
 from secateur.shrinking._remove import Undo, remove_
+from secateur.shrinking._resize import structure_hash
 from secateur.shrinking._saved import Saved
 from secateur.shrinking._score import by_stage, score_units
 from secateur.shrinking._size import model_size
@@ -142,7 +143,7 @@ class Shrinking:
         self._began = time.perf_counter()
         self._model, self._inputs, self._settings = model, inputs, settings
         self._notes: list[str] = [f"left out of the batches: {inputs.ignored}"] if inputs.ignored else []
-        self._hash = hash_model(model)
+        self._hash = structure_hash(model)
         self._before = model_size(model, inputs.batches[0], inputs.forward)
         self._scores: dict[str, NDArray[np.float64]] = {}
         self._steps = {d.name: step for d in graph.dimensions if (step := _step(model, d, settings.round_to)) > 1}
