@@ -121,6 +121,9 @@ def shrink(
                     importance.accumulate_grad(model)
                 else:
                     value.backward()  # type: ignore[no-untyped-call]
+            for parameter in model.parameters():  # what the loss does not reach
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         left: dict[str, list[int]] = {}
         gone: dict[str, list[int]] = {}
         for group in pruner.step(interactive=True):
