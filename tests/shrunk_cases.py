@@ -38,11 +38,15 @@ def by_hand(
     values = {named.new_name(name): tensor.detach() for name, tensor in state.items()}
     values.pop(None, None)
     original = {name: tuple(value.shape) for name, value in values.items()}
+    saved = {named.new_name(name) for name in model.state_dict()}
+    buffers: dict[str, dict[int, tuple[int, ...]]] = {}
     for pattern, (dim, kept) in cuts.items():
         matching = [name for name in values if re.fullmatch(pattern, name)]
         assert matching, pattern
         for name in matching:
             values[name] = values[name].index_select(dim, torch.tensor(kept))
+            if name not in saved:
+                buffers.setdefault(name, {})[dim] = tuple(kept)
     paths = [named.new_name(name) for name, _ in model.named_modules(remove_duplicate=False)]
     set_to: dict[str, dict[str, Any]] = {}
     for pattern, table in (attributes or {}).items():
@@ -57,6 +61,7 @@ def by_hand(
         original_blocks={name: len(model.get_submodule(name)) for name in blocks or {}},
         attributes=set_to,
         config=config or {},
+        kept=buffers,
         model_hash=structure_hash(model),
     )
     small = copy.deepcopy(model)

@@ -18,6 +18,7 @@ from secateur.packing._file import PackedFile
 from secateur.packing._history import History, patterns_in, patterns_of
 from secateur.packing._measure import machine
 from secateur.patterns import SparsityPattern
+from secateur.shrinking import Facts
 
 # The dtypes of dense weights, and of other tensors that a dtype can be asked for.
 DENSE_DTYPES = frozenset({*UNSCALED_DTYPES, torch.float64})
@@ -73,6 +74,7 @@ class Contents:
             their shapes. They become dense only after the model was found to have a tensor of that shape, because a
             file of a few bytes may claim any shape.
         stacks: parameters whose matrices are among ``layers``, by name.
+        shrunk: how the model was made smaller before it was saved.
     """
 
     layers: Mapping[str, Format]
@@ -86,6 +88,7 @@ class Contents:
     absent: tuple[str, ...] = ()
     sparse: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacks: Mapping[str, StackEntry] = field(default_factory=dict)
+    shrunk: Facts = field(default_factory=Facts)
 
     @property
     def stacked_layers(self) -> set[str]:
@@ -112,6 +115,8 @@ class Contents:
                 name: {"parts": list(entry.parts), "stacked": entry.stacked, "transposed": entry.transposed}
                 for name, entry in self.stacks.items()
             }
+        if self.shrunk:
+            found["shrunk"] = self.shrunk.to_dict()
         return found
 
     @classmethod
@@ -142,6 +147,7 @@ class Contents:
                 raise TypeError("names should be str")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise FormatError(f"the metadata is not that of a packed model: {error!s:.500}.") from None
+        shrunk = Facts.from_dict(table["shrunk"]) if "shrunk" in table else Facts()
         all_tensors = {**tensors, **sparse}
         for key, known in (
             ("modules", {**entries, **stacks}),
@@ -154,7 +160,20 @@ class Contents:
                         f"the metadata says that {name!r:.200} is another name of {first!r:.200}, but the latter is "
                         "missing or the former is stored, too."
                     )
-        return cls(layers, entries, tensors, **texts, model=model, absent=tuple(absent), sparse=sparse, stacks=stacks)
+        return cls(
+            layers,
+            entries,
+            tensors,
+            modules=texts["modules"],
+            weights=texts["weights"],
+            tied=texts["tied"],
+            machine=texts["machine"],
+            model=model,
+            absent=tuple(absent),
+            sparse=sparse,
+            stacks=stacks,
+            shrunk=shrunk,
+        )
 
 
 def _stack_entry(name: str, table: Any, entries: Mapping[str, LayerEntry]) -> StackEntry:

@@ -27,6 +27,7 @@ from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
 from secateur.packing._settings import PackSettings
 from secateur.reports import PRUNING_REPORT, PackReport, Report
+from secateur.shrinking import save_shrunk
 
 REPORT = "secateur.pack.json"
 
@@ -126,10 +127,17 @@ def export_directory(source: str | Path, output: str | Path, *, overwrite: bool 
         raise FormatError(f"{source} {what}. Give a directory that secateur pack wrote.")
     check_output(source, output, overwrite, 0)
     model, contents = load_directory(source, dense=True, into=None, dtype=None)
+    shards = (FILE,) if (source / FILE).exists() else find_shards(source)
+    if contents.shrunk:
+        left_out = (*shards, REPORT)
+        absent = contents.absent
+        save_shrunk(
+            model, contents.shrunk, output, source=source, overwrite=overwrite, absent=absent, leave_out=left_out
+        )
+        return
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     check_output(source, output, overwrite, size)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in contents.absent}
-    shards = (FILE,) if (source / FILE).exists() else find_shards(source)
     with whole_directory(output, overwrite=overwrite) as made:
         weights = made / ".weights"
         try:

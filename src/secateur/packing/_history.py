@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from secateur._checks import instance
 from secateur.layers import Reading
 from secateur.patterns import SparsityPattern, may_come_from, satisfied
-from secateur.reports import LayerReport, Report
+from secateur.reports import LayerReport, Report, ShrinkReport
 
-History: TypeAlias = Report | Sequence[Report]
+History: TypeAlias = Report | ShrinkReport | Sequence[Report | ShrinkReport]
 
 
 def patterns_in(history: History) -> Mapping[str, SparsityPattern]:
@@ -21,8 +21,14 @@ def patterns_in(history: History) -> Mapping[str, SparsityPattern]:
 
 
 def _layers(history: History) -> Iterator[LayerReport]:
-    for report in [history] if isinstance(history, Report) else history:
-        yield from instance("history", report, Report).layers
+    for report in reports_in(history):
+        if not isinstance(report, ShrinkReport):
+            yield from instance("history", report, Report).layers
+
+
+def reports_in(history: History) -> Sequence[Report | ShrinkReport]:
+    """Return the reports of a history in their order, also of one that is a single report."""
+    return [history] if isinstance(history, Report | ShrinkReport) else history
 
 
 def readings_in(history: History, model: nn.Module) -> dict[int, Reading]:

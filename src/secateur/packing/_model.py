@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,23 @@ from secateur.files import (
     whole_directory,
 )
 from secateur.huggingface import model_without_weights
+from secateur.nn import packed_layers, packed_stacks
 from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents, take_apart
 from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
 from secateur.packing._fill import fill_
-from secateur.packing._history import History
+from secateur.packing._history import History, reports_in
+from secateur.shrinking import (
+    config_before,
+    has_sizes,
+    is_saved_shrunk,
+    known_facts,
+    load_shrunk,
+    remember_facts,
+    resize_,
+    save_shrunk,
+    shrunk_without_weights,
+)
 
 FILE = "model.sparse.safetensors"
 
@@ -96,9 +110,10 @@ def save_with(
         extra: further text files of the directory, by name.
     """
     path = Path(path)
+    facts = known_facts(model, reports_in(history))
     if path.suffix == ".safetensors":
         check_file(path)
-        contents = take_apart(model, dtype, absent, history)
+        contents = replace(take_apart(model, dtype, absent, history), shrunk=facts)
         write_packed(path, contents.layers, contents.tensors, contents.metadata())
         return
     if source is None and not hasattr(model, "save_pretrained"):
@@ -106,8 +121,21 @@ def save_with(
             f"{path}: only a transformers model can be written as a directory, because that needs a config; got "
             f"{type(model).__name__}.\nGive a path that ends in .safetensors."
         )
+    if facts and not packed_layers(model) and not packed_stacks(model):
+        save_shrunk(
+            model,
+            facts,
+            path,
+            source=source,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            overwrite=overwrite,
+            absent=absent,
+            extra=extra,
+        )
+        return
     check_output(None if source is None else Path(source), path, overwrite, 0)
-    contents = take_apart(model, dtype, absent, history)
+    contents = replace(take_apart(model, dtype, absent, history), shrunk=facts)
     size = sum(packed.nbytes for packed in contents.layers.values())
     size += sum(tensor.nbytes for tensor in contents.tensors.values())
     check_output(None if source is None else Path(source), path, overwrite, size)
@@ -120,6 +148,9 @@ def save_with(
             model.config.save_pretrained(made)  # type: ignore[union-attr, operator]
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(made)  # type: ignore[union-attr, operator]
+        if facts:
+            table = config_before(model, facts, made if source is not None else None)
+            (made / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         for name, text in (extra or {}).items():
@@ -168,9 +199,23 @@ def load(
                 f"{path} does not exist. Give a directory or a .safetensors file that secateur.save wrote."
             )
         raise RecipeError(f"{path} has only tensors. Give the module that they belong to with into=.")
-    contents = _contents_of(path, read_packed(path))
-    fill_(into, contents, dense, dtype, path)
+    _fill_resized(into, _contents_of(path, read_packed(path)), dense, dtype, path)
     return into
+
+
+def _fill_resized(model: nn.Module, contents: Contents, dense: bool, dtype: torch.dtype | None, path: Path) -> None:
+    """Put contents into a model, which may be of the sizes that it had before it was shrunk."""
+    if has_sizes(model, contents.shrunk):
+        fill_(model, contents, dense, dtype, path)
+        return
+    with naming(path):
+        undo = resize_(model, contents.shrunk)
+    try:
+        fill_(model, contents, dense, dtype, path)
+    except BaseException:
+        undo()
+        raise
+    remember_facts(model, contents.shrunk)
 
 
 def _contents_of(path: Path, file: PackedFile) -> Contents:
@@ -186,6 +231,8 @@ def load_directory(
         contents = _contents_of(path / FILE, read_packed(path / FILE))
     elif any(name.endswith(".compressed") for shard in find_shards(path) for name in read_header(path / shard)[0]):
         contents = Contents.of(read_compressed_tensors(path))
+    elif into is None and not dense and is_saved_shrunk(path):
+        return load_shrunk(path, dtype), Contents({}, {}, {})
     else:
         raise FormatError(
             f"{path} has a dense model, and no packed one ({FILE}).\nLoad it with transformers, or pack it first: "
@@ -196,6 +243,9 @@ def load_directory(
     if model is None:
         shapes: list[tuple[int, ...]] = [packed.shape for packed in contents.layers.values()]
         shapes += [tuple(tensor.shape) for tensor in contents.tensors.values()]
-        model = model_without_weights(path, contents.model, initialise=bool(contents.absent), shapes=shapes)
-    fill_(model, contents, dense, dtype, path)
+        if contents.shrunk:
+            model = shrunk_without_weights(path, contents.model, contents.shrunk, shapes)
+        else:
+            model = model_without_weights(path, contents.model, initialise=bool(contents.absent), shapes=shapes)
+    _fill_resized(model, contents, dense, dtype, path)
     return model if into is not None else model.eval(), contents

@@ -106,7 +106,7 @@ def _influences(
             out = stream_out(output)
             stream = stream_in(args, kwargs, out)
             if stream is not None and out is not None:
-                total[number] += float(influence(stream, out))
+                total[number] += float(influence(stream, out).mean())
 
         return hook
 

@@ -38,8 +38,6 @@ def mask_and_fit_(
     consumers: Consumers,
     units: Mapping[str, Sequence[int]],
     gathered: Iterable[tuple[str, LayerStatistics | None]],
-    *,
-    refit: bool,
 ) -> list[ConsumerError]:
     """Write zeros into the columns that read units that go, layer by layer, and fit the others to make up for them.
 
@@ -48,7 +46,6 @@ def mask_and_fit_(
         units: by dimension, those that go.
         gathered: names of layers, each with the statistics of its inputs (``gram`` and ``input_mean``), which are those
             of the model as it is when it is asked for them. Layers that are not among them just lose their columns.
-        refit: fit the columns that stay, and the bias if there is one.
     """
     gone = {name: removed_columns(found, units) for name, found in consumers.by_layer.items()}
     gone = {name: columns for name, columns in gone.items() if columns.any()}
@@ -60,7 +57,7 @@ def mask_and_fit_(
                 if statistics is None:
                     errors.append(_drop_(layer, columns, "no calibration input reached it"))
                 else:
-                    errors.append(_fit_(layer, columns, statistics, refit))
+                    errors.append(_fit_(layer, columns, statistics))
     return [*errors, *(_drop_(consumers.by_layer[name][0].layer, columns) for name, columns in gone.items())]
 
 
@@ -86,20 +83,17 @@ def _drop_(layer: Layer, gone: Tensor, note: str = "") -> ConsumerError:
     return ConsumerError(layer.name, None, None, note)
 
 
-def _fit_(layer: Layer, gone: Tensor, statistics: LayerStatistics, refit: bool) -> ConsumerError:
+def _fit_(layer: Layer, gone: Tensor, statistics: LayerStatistics) -> ConsumerError:
     weight = layer.matrix()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     bias = _bias_of(layer)
     kept = ~gone
     mask = weight != 0
     is_sparse = float(mask[:, kept.to(mask.device)].double().mean()) < 0.95
-    found = refit_columns(weight, statistics, kept, bias=bias is not None, weights=refit and not is_sparse)
+    found = refit_columns(weight, statistics, kept, bias=bias is not None, weights=not is_sparse)
     new, note = found.weight, ""
-    after: float | None = found.error_after
-    if not refit:
-        found = refit_columns(weight, statistics, kept, bias=False, weights=False)
-        new, after = found.weight, None
-    elif is_sparse:  # zeros that somebody made stay zero
+    after = found.error_after
+    if is_sparse:  # zeros that somebody made stay zero
         problem = LayerProblem(weight, statistics, Unstructured(), None)
         new = Refit(_Mask(mask & kept.to(mask.device))).solve(problem).weight
         note = "its zeros stayed"
@@ -116,7 +110,7 @@ def _fit_(layer: Layer, gone: Tensor, statistics: LayerStatistics, refit: bool) 
     layer.write_(new.to(layer.parameter.dtype))
     energy = found.energy or 1.0
     without = max(0.0, found.error_before / energy) ** 0.5
-    return ConsumerError(layer.name, without, None if after is None else max(0.0, after / energy) ** 0.5, note)
+    return ConsumerError(layer.name, without, max(0.0, after / energy) ** 0.5, note)
 
 
 def _bias_of(layer: Layer) -> Tensor | None:

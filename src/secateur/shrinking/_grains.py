@@ -65,11 +65,11 @@ def _pattern(layer: Layer, recorded: Mapping[str, SparsityPattern]) -> NM | Bloc
         found = recorded[layer.name]
         return found if isinstance(found, NM | Block) else None
     zero = layer.matrix() == 0
-    if float(zero.double().mean()) < 0.2:
-        return None
     # Rows and columns that are zero as a whole satisfy any pattern, and hold nothing together.
-    zero = zero[~zero.all(1)][:, ~zero.all(0)]
-    return next((found for found in satisfied(zero) if isinstance(found, NM | Block)), None) if zero.numel() else None
+    inner = zero[~zero.all(1)][:, ~zero.all(0)]
+    if not inner.numel() or float(inner.double().mean()) < 0.2:
+        return None
+    return next((found for found in satisfied(zero) if isinstance(found, NM | Block)), None)
 
 
 def _step(indices: NDArray[np.int64], width: int) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from secateur._errors import FormatError
+from secateur.reports import ShrinkReport
 from secateur.shrinking._facts import Facts, Setting
 
 _ADVICE = "Give a model like the one that was shrunk, as it was before."
@@ -41,6 +43,20 @@ def forget_facts(model: nn.Module) -> None:
 def facts_of(model: nn.Module) -> Facts:
     """Return how a model in memory was shrunk; empty facts if nothing is known of it, such as of a copy."""
     return _facts.get(model, Facts())
+
+
+def known_facts(model: nn.Module, history: Iterable[object] = ()) -> Facts:
+    """Return how a model was shrunk: what the reports in its history say, or else what is known of it in memory.
+
+    Args:
+        model: that was shrunk, or was not.
+        history: reports of what was done to it, in their order. Those that are not of shrinking do not count.
+
+    Raises:
+        FormatError: a report has facts that are not as they should be.
+    """
+    stages = [Facts.from_dict(report.facts) for report in history if isinstance(report, ShrinkReport) and report.facts]
+    return reduce(Facts.then, stages) if stages else facts_of(model)
 
 
 def structure_hash(model: nn.Module) -> str:
@@ -142,6 +158,24 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
     for holder, name, value in (*settings, *attributes, *configs):
         setattr(holder, name, value)
     return undo
+
+
+def has_sizes(model: nn.Module, facts: Facts) -> bool:
+    """Return whether a model has the sizes of the shrunk one already.
+
+    Args:
+        model: of the original or the shrunk sizes, or any other.
+        facts: how the shrunk model differs from the original.
+    """
+    try:
+        shapes = {name: _held(*_place(model, name, name), name).shape for name in facts.shapes}
+        names = {name: facts.new_name(name) for name in facts.blocks}
+        lists = {name: _module(model, new, name) for name, new in names.items() if new is not None}
+    except FormatError:
+        return False
+    return all(tuple(shapes[name]) == shape for name, shape in facts.shapes.items()) and all(
+        len(blocks._modules) == len(facts.blocks[name]) for name, blocks in lists.items()
+    )
 
 
 def drop_blocks_(blocks: nn.Module, kept: Sequence[int]) -> None:

@@ -115,8 +115,10 @@ def save_shrunk(
             model.generation_config.save_pretrained(made)  # type: ignore[union-attr, operator]
         table = _config_table(model, facts, uniform, made if origin is not None else None)
         table["architectures"] = [type(model).__name__]
-        table.pop("torch_dtype", None)
-        table["dtype"] = dtype_name(dtype or model.dtype)  # type: ignore[arg-type]
+        stored = {dtype_name(tensor.dtype) for tensor in state.values() if tensor.is_floating_point()}
+        if table.get("dtype", table.get("torch_dtype")) not in stored:  # in which transformers loads it
+            table.pop("torch_dtype", None)
+            table["dtype"] = dtype_name(dtype or model.dtype)  # type: ignore[arg-type]
         (made / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
@@ -191,17 +193,10 @@ def shrunk_without_weights(path: Path, name: str, facts: Facts, shapes: Sequence
 
 def _config_table(model: nn.Module, facts: Facts, uniform: Uniform, copied: Path | None) -> dict[str, Any]:
     """The contents of ``config.json``: those of the source, or of the model, and the new sizes."""
-    original = original_config(model, facts)
-    if copied is not None:
-        table = read_config(copied)
-        for key in ("quantization_config", _MARK):
-            table.pop(key, None)
-    else:
-        table = json.loads(original.to_json_string(use_diff=True))
     if uniform.config is None:
-        made = type(original).from_dict(copy.deepcopy(table)).to_dict()
-        _add(table, _differing(made, original.to_dict()))
-        return {**table, "quantization_config": settings_for(model, facts)}
+        return {**config_before(model, facts, copied), "quantization_config": settings_for(model, facts)}
+    original = original_config(model, facts)
+    table = _table(original, copied)
     _add(table, uniform.changes)
     # A setting that is not in the file may follow from one that has just changed.
     made = type(original).from_dict(copy.deepcopy(table)).to_dict()
@@ -216,6 +211,31 @@ def _config_table(model: nn.Module, facts: Facts, uniform: Uniform, copied: Path
             "Save the model without source=, from the config that it has in memory."
         )
     return {**table, _MARK: {"method": "secateur"}}
+
+
+def config_before(model: nn.Module, facts: Facts, copied: Path | None) -> dict[str, Any]:
+    """Return the contents of ``config.json`` of the model as it was before it was shrunk.
+
+    Args:
+        model: of transformers, shrunk.
+        facts: how it differs from the original.
+        copied: a directory with a config that is kept as far as it is right; None if there is none.
+    """
+    original = original_config(model, facts)
+    table = _table(original, copied)
+    made = type(original).from_dict(copy.deepcopy(table)).to_dict()
+    _add(table, _differing(made, original.to_dict()))
+    return table
+
+
+def _table(original: Any, copied: Path | None) -> dict[str, Any]:
+    if copied is None:
+        found: dict[str, Any] = json.loads(original.to_json_string(use_diff=True))
+        return found
+    table = read_config(copied)
+    for key in ("quantization_config", _MARK):
+        table.pop(key, None)
+    return table
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -55,6 +55,7 @@ from secateur.shrinking._units import Dimension, Graph
 from secateur.shrinking._zero_units import zero_units
 
 _UNITS = ("ffn", "heads", "channels", "experts")  # what goes to reach a target: kinds that keep the function exact
+_ROOM = 1 << 28  # numbers in the Gram matrices of all layers together
 _ALIGNED = 8  # neurons of experts in a stack
 _PROVED = 4  # batches on which the smaller model is compared
 
@@ -214,7 +215,9 @@ class Shrinking:
     def _zero(self) -> tuple[Units, Mapping[str, Tensor]]:
         """The units that are zero already, and what they add to inputs."""
         with quiet(self._model):
-            found = zero_units(self._model, self._graph, self._consumers, self._gathered({"gram", "input_mean"}, ()))
+            found = zero_units(
+                self._model, self._graph, self._consumers, self._gathered({"gram", "input_mean"}, (), "looking at")
+            )
         self._notes += found.notes
         if not found.units:
             self._notes.append("no unit was zero")
@@ -316,7 +319,7 @@ class Shrinking:
         return [(dimension, numbers) for dimension, numbers in found if dimension.kind in ("layers", "experts")]
 
     def _gathered(
-        self, needs: Iterable[Need], gone: tuple[str, ...], what: str = ""
+        self, needs: Iterable[Need], gone: tuple[str, ...], what: str, *, changes: bool = False
     ) -> Iterator[tuple[str, LayerStatistics | None]]:
         """The statistics of the layers that read units, without those in blocks that go."""
         model, inputs, needs = self._model, self._inputs, frozenset(needs)
@@ -330,7 +333,9 @@ class Shrinking:
                 gradients = found.get(layer.name)
                 yield layer.name, None if gradients is None else LayerStatistics(0, input_gradients=gradients)
         elif layers:
-            source = replayed(model, inputs.batches, layers, inputs.forward)
+            # A model that does not change is run once. Its statistics are kept together, if there is room for them.
+            room = sum(layer.matrix().shape[1] ** 2 for layer in layers)
+            source = replayed(model, inputs.batches, layers, inputs.forward, changes or room > _ROOM)
             yield from by_stage(source, needs, self._observed, inputs.fresh(), self._settings.tell(what))
 
     def _take_over(
@@ -354,9 +359,8 @@ class Shrinking:
             with without(model, gone):
                 fold_(self._consumers, constants)
                 if inner:
-                    gathered = self._gathered({"gram", "input_mean"}, self._prefixes(units), "fitting")
-                    known = iter(()) if constants or (not fits and not self._scores) else gathered
-                    errors = mask_and_fit_(self._consumers, inner, known, refit=fits)
+                    gathered = self._gathered({"gram", "input_mean"}, self._prefixes(units), "fitting", changes=True)
+                    errors = mask_and_fit_(self._consumers, inner, gathered if fits else ())
             for name, numbers in inner.items():
                 zero_(model, self._graph[name], numbers, saved)
         return blocks, errors
@@ -384,7 +388,7 @@ class Shrinking:
             before=self._before,
             after=model_size(model, inputs.batches[0], inputs.forward),
             asked=asked,
-            method=str(settings.method) if scored or (settings.method.refit and errors) else "",
+            method=str(settings.method) if "zeros" not in asked and (scored or settings.method.refit) else "",
             allocation=settings.allocation if scored else "",
             round_to=settings.round_to,
             uniform=not uneven,
