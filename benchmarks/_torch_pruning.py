@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib
 import io
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 IMPORTANCES = ("magnitude", "taylor", "hessian")
+LIMIT = 120  # seconds, after which it is said to hang
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,22 @@ def missing() -> str:
     return ""
 
 
+@contextlib.contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError after some seconds: on language models it compares all pairs of a very large group."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def shrink(
     model: nn.Module,
     example: Any,
@@ -78,7 +96,7 @@ def shrink(
     }
     importance = importances[wishes.importance]()
     heads = {modules[name]: count for name, count in (wishes.heads or {}).items()}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
+    with limited(LIMIT), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
         warnings.simplefilter("ignore")
         pruner = tp.pruner.BasePruner(
             model,
@@ -103,6 +121,9 @@ def shrink(
                     importance.accumulate_grad(model)
                 else:
                     value.backward()  # type: ignore[no-untyped-call]
+            for parameter in model.parameters():  # what the loss does not reach
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         left: dict[str, list[int]] = {}
         gone: dict[str, list[int]] = {}
         for group in pruner.step(interactive=True):

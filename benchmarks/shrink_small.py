@@ -57,6 +57,7 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
     images, labels = digits()["train"]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:512].split(128)
     batches = [images[part] for part in order]
+    torch.set_num_threads(1)  # as in benchmarks/training.py
     steps = EPOCHS * math.ceil(len(labels) / BATCH)
     found: defaultdict[tuple[str, float], list[tuple[float, float, float]]] = defaultdict(list)
     dense_accuracy: list[float] = []
