@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from shrink_cases import CASES, outputs
+from shrink_families import FAMILIES
 from torch import nn
 
 import secateur
 from secateur.shrinking import Removal, analyze
-from shrink_cases import CASES, outputs
-from shrink_families import FAMILIES
 
 ALL = {case.name: case for case in (*CASES, *FAMILIES)}
 # One of each kind of structure; the others are traced and cut in their own files.
