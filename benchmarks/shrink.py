@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import secateur
 from secateur.calibration import call_model
-from secateur.shrinking import find_blocks, find_experts, find_units
+from secateur.graph import find_blocks, find_experts, find_units
 
 ROOT = Path(__file__).parents[1]
 SCORES = ("obs", "flap", "wanda", "magnitude", "taylor", "fisher")

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration import call_model
-from secateur.shrinking import Dimension, Graph
+from secateur.graph import Dimension, Graph
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ FAMILIES = (
         ),
         tokens(decoder_input_ids=True),
         # The self-attention of each stack shares a table of biases; its cross-attention, a tensor of zeros.
-        {"heads": (4, 4, 4, 4), "ffn": (32, 32, 32, 32), "layers": (2, 2)},
+        {"heads": (4, 4, 4), "ffn": (32, 32, 32, 32), "layers": (2, 2)},
         fixed=("shared.weight 0", "shared.weight 1"),
         plain=False,
     ),

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from secateur.shrinking import Dimension, Graph, Place, Removal, find_blocks, find_experts
+from secateur.graph import Dimension, Graph, Place, Removal, find_blocks, find_experts
 
 HIDDEN, HEAD, HEADS, FFN, VOCAB = 32, 8, 4, 24, 50
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from secateur.shrinking import Facts, resize_, structure_hash
+from secateur.shapes import Facts, resize_, structure_hash
 
 
 def by_hand(

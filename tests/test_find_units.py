@@ -4,7 +4,7 @@ import pytest
 from shrink_cases import CASES, differences, distance, disturbed, double, half, masked, outputs, sliced
 from shrink_families import FAMILIES
 
-from secateur.shrinking import find_blocks, find_experts, find_units
+from secateur.graph import find_blocks, find_experts, find_units
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from secateur import FormatError, RecipeError
-from secateur.shrinking import Dimension, Graph, Removal, check_units, model_size, structure_hash
+from secateur.graph import Dimension, Graph, Removal, check_units
+from secateur.shapes import structure_hash
+from secateur.shrinking import model_size
 
 MODEL = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 GRAPH = Graph((Dimension("0.ffn", "ffn", 6), Dimension("blocks", "layers", 4), Dimension("h", "query_heads", 8, (), 4)))

@@ -9,7 +9,8 @@ from shrink_families import FAMILIES
 from torch import nn
 
 import secateur
-from secateur.shrinking import Removal, analyze
+from secateur.graph import Removal
+from secateur.shrinking import analyze
 
 ALL = {case.name: case for case in (*CASES, *FAMILIES)}
 # One of each kind of structure; the others are traced and cut in their own files.

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from secateur.shrinking import Graph, Removal, find_blocks, find_experts, prove, remove_
+from secateur.graph import Graph, Removal, find_blocks, find_experts
+from secateur.surgery import prove, remove_
 
 
 class Residual(nn.Module):

@@ -9,8 +9,9 @@ from tiny import with_tokenizer
 from typer.testing import CliRunner
 
 from secateur.cli import app
+from secateur.graph import Removal
 from secateur.reports import ShrinkReport, stages_from_json
-from secateur.shrinking import Removal, check_request, pruned_before
+from secateur.shrinking import check_request, pruned_before
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,22 +21,11 @@ from torch.utils._pytree import tree_map
 
 from secateur import RecipeError, SolverError
 from secateur.calibration import call_model
-from secateur.shrinking import (
-    Dimension,
-    Facts,
-    Graph,
-    Place,
-    Removal,
-    Undo,
-    analyze,
-    find_blocks,
-    find_experts,
-    find_units,
-    prove,
-    remove_,
-    resize_,
-)
-from secateur.shrinking._calls import Looks, difference
+from secateur.graph import Dimension, Graph, Place, Removal, find_blocks, find_experts, find_units
+from secateur.shapes import Facts, resize_
+from secateur.shrinking import analyze
+from secateur.surgery import Undo, prove, remove_
+from secateur.surgery._calls import Looks, difference
 
 # Heads of all kinds together, and everything at once.
 KINDS = ("layers", "heads", "query_heads", "ffn", "channels", "experts", "all")

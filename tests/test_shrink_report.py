@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.graph import Boundary, Dimension, Graph, Place
 from secateur.reports import (
     BlockedDimension,
     Evaluation,
@@ -18,7 +19,7 @@ from secateur.reports import (
     ShrunkDimension,
 )
 from secateur.reports._shrink_rows import blocked_table
-from secateur.shrinking import Boundary, Dimension, Graph, Place, describe
+from secateur.shrinking import describe
 
 REPORT = ShrinkReport(
     dimensions=(

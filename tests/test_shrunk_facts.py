@@ -10,7 +10,7 @@ from shrunk_cases import by_hand
 from torch import nn
 
 from secateur import FormatError
-from secateur.shrinking import (
+from secateur.shapes import (
     Facts,
     facts_of,
     forget_facts,

@@ -18,7 +18,7 @@ import secateur
 from secateur import FormatError, RecipeError
 from secateur.packing import FILE, export_directory, pack_directory
 from secateur.pruning import prune_directory
-from secateur.shrinking import Facts, facts_of, find_uniform, load_shrunk, remember_facts, save_shrunk
+from secateur.shapes import Facts, facts_of, find_uniform, load_shrunk, remember_facts, save_shrunk
 
 SHRUNK = "model.shrunk.safetensors"
 EXPRESSIBLE = [name for name, case in CASES.items() if case.expressible]

@@ -74,8 +74,9 @@ def shrink(
     """Remove whole layers, heads, neurons and experts. The output is a smaller model."""
     with user_errors():
         from secateur.files import check_file
+        from secateur.graph import Removal
         from secateur.huggingface import CalibrationText
-        from secateur.shrinking import Removal, analyze_directory, shrink_directory
+        from secateur.shrinking import analyze_directory, shrink_directory
 
         fractions, share, blocks = _fractions(keep), _target(target), _blocks(remove_layers)
         named = {"--keep": keep, "--target": target, "--remove-layers": remove_layers, "--zeros": zeros}

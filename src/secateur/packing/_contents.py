@@ -18,7 +18,7 @@ from secateur.packing._file import PackedFile
 from secateur.packing._history import History, patterns_in, patterns_of
 from secateur.packing._measure import machine
 from secateur.patterns import SparsityPattern
-from secateur.shrinking import Facts
+from secateur.shapes import Facts
 
 # The dtypes of dense weights, and of other tensors that a dtype can be asked for.
 DENSE_DTYPES = frozenset({*UNSCALED_DTYPES, torch.float64})

@@ -26,7 +26,8 @@ from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
 from secateur.packing._settings import PackSettings
 from secateur.reports import PackReport
-from secateur.shrinking import pruned_before, save_shrunk, stages_in
+from secateur.shapes import save_shrunk
+from secateur.shrinking import pruned_before, stages_in
 
 REPORT = "secateur.pack.json"
 

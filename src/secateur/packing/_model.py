@@ -29,7 +29,7 @@ from secateur.packing._contents import Contents, take_apart
 from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
 from secateur.packing._fill import fill_
 from secateur.packing._history import History, reports_in
-from secateur.shrinking import (
+from secateur.shapes import (
     config_before,
     has_sizes,
     is_saved_shrunk,

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from secateur.calibration import Forward, call_model
+from secateur.graph import Boundary, Dimension, Graph
 from secateur.reports import BlockedDimension, RemovableDimension, ShrinkAnalysis
-from secateur.shrinking._resize import structure_hash
+from secateur.shapes import structure_hash
 from secateur.shrinking._size import model_size
-from secateur.shrinking._units import Boundary, Dimension, Graph
 
 
 def describe(model: nn.Module, graph: Graph, batch: Any = None, forward: Forward = call_model) -> ShrinkAnalysis:

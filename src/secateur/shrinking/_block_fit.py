@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration import Forward
+from secateur.graph import Dimension, stream_out, without
 from secateur.layers import Layer, select_layers
-from secateur.shrinking._reference import stream_out, without
-from secateur.shrinking._units import Dimension
 
 _DAMPING = 0.01
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from secateur._errors import StatisticsError
 from secateur.calibration import Forward
-from secateur.shrinking._calls import outputs_of
-from secateur.shrinking._reference import stream_in, stream_out, without
-from secateur.shrinking._units import Dimension
+from secateur.graph import Dimension, stream_in, stream_out, without
 from secateur.solvers import influence
+from secateur.surgery import outputs_of
 
 _BATCHES = 4  # whose outputs are compared: each block that goes costs a forward pass of each for every block left
 _ROUNDS = 8  # at most as many times are the blocks that are left compared again

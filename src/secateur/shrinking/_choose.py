@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from secateur._errors import RecipeError
-from secateur.shrinking._units import Dimension, Graph
+from secateur.graph import Dimension, Graph
 
 Scores = Mapping[str, NDArray[np.float64]]
 

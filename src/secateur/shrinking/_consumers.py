@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur._errors import RecipeError
+from secateur.graph import Dimension, Graph
 from secateur.layers import Layer, Observed, select_layers
-from secateur.shrinking._units import Dimension, Graph
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from secateur._types import Progress
 from secateur.calibration import batched, read_text
 from secateur.evaluation import DenseQuality
 from secateur.files import ModelDirectory, check_output
+from secateur.graph import Removal
 from secateur.huggingface import (
     CalibrationText,
     TextReader,
@@ -25,16 +26,12 @@ from secateur.huggingface import (
     transformers_library,
 )
 from secateur.reports import PRUNING_REPORT, ShrinkAnalysis, ShrinkReport, stages_to_json
+from secateur.shapes import convert_, facts_of, find_uniform, round_, save_shrunk, stored_bytes, stored_dtypes
 from secateur.shrinking._analysis import describe
 from secateur.shrinking._history import pruned_before, stages_in
 from secateur.shrinking._latency import compare_latency
-from secateur.shrinking._removal import Removal
 from secateur.shrinking._request import check_request
-from secateur.shrinking._resize import facts_of
 from secateur.shrinking._shrink import analyze, shrink_
-from secateur.shrinking._shrunk_directory import save_shrunk
-from secateur.shrinking._stored_dtypes import convert_, round_, stored_bytes, stored_dtypes
-from secateur.shrinking._uniform import find_uniform
 
 METHOD = "obs+refit"  # where there is text
 METHOD_WITHOUT_TEXT = "magnitude"

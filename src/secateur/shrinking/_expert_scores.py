@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration import Forward
-from secateur.shrinking._units import Dimension
+from secateur.graph import Dimension
 
 
 @torch.no_grad()

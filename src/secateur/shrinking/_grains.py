@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.graph import Graph
 from secateur.layers import Layer
 from secateur.patterns import NM, Block, SparsityPattern, satisfied
 from secateur.reports import Report
 from secateur.shrinking._consumers import Consumers
-from secateur.shrinking._units import Graph
 
 
 def grains_of(

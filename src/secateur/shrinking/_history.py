@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur._errors import FormatError
 from secateur.reports import PRUNING_REPORT, LayerReport, Report, ShrinkReport, Stage, stages_from_json
-from secateur.shrinking._facts import Facts
+from secateur.shapes import Facts
 
 
 def stages_in(path: Path) -> tuple[Stage, ...]:

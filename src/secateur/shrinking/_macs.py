@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.calibration import Forward, quiet
+from secateur.graph import Graph
 from secateur.reports import ModelSize
-from secateur.shrinking._units import Graph
 
 
 def macs_left(

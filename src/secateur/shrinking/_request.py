@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from secateur._checks import flag, integer, known_keys, number, one_of
 from secateur._errors import RecipeError
-from secateur.shrinking._removal import Removal
-from secateur.shrinking._units import KINDS
+from secateur.graph import KINDS, Removal
 
 TARGETS = ("params", "macs")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from secateur._errors import naming
 from secateur.calibration import LayerStatistics, Need, Padding, StageSource, gather
+from secateur.graph import Dimension
 from secateur.layers import Observed
 from secateur.shrinking._consumers import Consumer, Consumers
-from secateur.shrinking._units import Dimension
 from secateur.solvers import Reader, UnitImportance, UnitOBS, remove_units
 
 _Scores = NDArray[np.float64]

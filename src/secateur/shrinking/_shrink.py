@@ -14,20 +14,15 @@ from secateur._checks import globs, one_of
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import Forward, PaddingSource, call_model
+from secateur.graph import Dimension, Graph, Removal, find_blocks, find_experts, find_units
 from secateur.layers import check_model
 from secateur.nn import SparseLayer, packed_layers
 from secateur.reports import Report, ShrinkReport
-from secateur.shrinking._blocks import find_blocks
-from secateur.shrinking._experts import find_experts
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._find import find_units
+from secateur.shapes import Facts, remember_facts
 from secateur.shrinking._method import Method
-from secateur.shrinking._removal import Removal
 from secateur.shrinking._request import check_request
-from secateur.shrinking._resize import remember_facts
-from secateur.shrinking._try import tried
-from secateur.shrinking._units import Dimension, Graph
 from secateur.shrinking._work import Inputs, Settings, Shrinking, load_inputs
+from secateur.surgery import tried
 
 ALLOCATIONS = ("uniform", "global")
 
@@ -59,7 +54,7 @@ def analyze(
 
     Example:
         >>> import torch
-        >>> from secateur.shrinking import analyze
+        >>> from secateur.shrinking._shrink import analyze
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> graph = analyze(model, [torch.randn(2, 8)])
         >>> [(found.name, found.kind, found.size) for found in graph.dimensions]

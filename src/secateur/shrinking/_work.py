@@ -31,8 +31,10 @@ from secateur.calibration import (
     quiet,
     replayed,
 )
+from secateur.graph import Dimension, Graph, Removal, check_units, without
 from secateur.layers import select_layers
 from secateur.reports import Report, ShrinkProof, ShrinkReport, ShrunkDimension, versions
+from secateur.shapes import structure_hash
 from secateur.shrinking._analysis import blocked
 from secateur.shrinking._block_fit import BlockFit, fit_blocks_
 from secateur.shrinking._block_scores import rank_blocks
@@ -43,17 +45,10 @@ from secateur.shrinking._expert_scores import score_experts
 from secateur.shrinking._grains import grains_of
 from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
-from secateur.shrinking._proof import Proof, prove
-from secateur.shrinking._reference import without
-from secateur.shrinking._removal import Removal, check_units
-from secateur.shrinking._remove import Undo, remove_
-from secateur.shrinking._resize import structure_hash
-from secateur.shrinking._saved import Saved
 from secateur.shrinking._score import by_stage, score_units
 from secateur.shrinking._size import model_size
-from secateur.shrinking._try import zero_
-from secateur.shrinking._units import Dimension, Graph
 from secateur.shrinking._zero_units import zero_units
+from secateur.surgery import Proof, Saved, Undo, prove, remove_, zero_
 
 _UNITS = ("ffn", "heads", "channels", "experts")  # what goes to reach a target: kinds that keep the function exact
 _ROOM = 1 << 28  # numbers in the Gram matrices of all layers together

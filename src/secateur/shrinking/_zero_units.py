@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration import LayerStatistics
+from secateur.graph import Dimension, Graph
 from secateur.shrinking._consumers import Consumer, Consumers
-from secateur.shrinking._units import Dimension, Graph
 
 
 @dataclass

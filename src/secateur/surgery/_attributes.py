@@ -20,9 +20,9 @@ from torch import nn
 
 from secateur._errors import RecipeError, SparsityError
 from secateur.calibration import quiet
-from secateur.shrinking._calls import Call, Looks, difference
-from secateur.shrinking._journal import Journal
-from secateur.shrinking._units import Kind
+from secateur.graph import Kind
+from secateur.surgery._calls import Call, Looks, difference
+from secateur.surgery._journal import Journal
 
 How: TypeAlias = Literal["scaled", "cut", "kept"]
 Key: TypeAlias = tuple[str, str, int]  # class of a module, name of an attribute, index in it or -1

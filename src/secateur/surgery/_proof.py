@@ -13,10 +13,9 @@ from torch import nn
 
 from secateur._errors import SolverError, SparsityError
 from secateur.calibration import Forward, call_model, quiet
-from secateur.shrinking._calls import HALF, Call, Difference, difference, tolerance_for, whole_call
-from secateur.shrinking._removal import Removal
-from secateur.shrinking._remove import Undo, remove_
-from secateur.shrinking._units import Dimension
+from secateur.graph import Dimension, Removal
+from secateur.surgery._calls import HALF, Call, Difference, difference, tolerance_for, whole_call
+from secateur.surgery._remove import Undo, remove_
 
 # How far the output of a whole model may be from its reference when all of its parts are proved to be right.
 _ROUNDING = 0.1
@@ -64,7 +63,9 @@ def prove(undo: Undo, batches: Iterable[Any], forward: Forward = call_model) -> 
         >>> import numpy as np
         >>> import torch
         >>> from torch import nn
-        >>> from secateur.shrinking import Dimension, Graph, Place, Removal, prove, remove_
+        >>> from secateur.graph import Dimension, Graph, Place, Removal
+        >>> from secateur.surgery._proof import prove
+        >>> from secateur.surgery._remove import remove_
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> _ = model[2].weight.data[:, 1].zero_()
         >>> each = np.arange(3)[:, None]

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.shrinking._labels import Labels, Layer, Ledger
-from secateur.shrinking._moves import MOVES
-from secateur.shrinking._products import PRODUCTS
-from secateur.shrinking._rules import Call, pointwise, unknown
+from secateur.graph._labels import Labels, Layer, Ledger
+from secateur.graph._moves import MOVES
+from secateur.graph._products import PRODUCTS
+from secateur.graph._rules import Call, pointwise, unknown
 
 _RULES = MOVES | PRODUCTS
 NOT_FOLLOWED = "what it does to channels could not be followed"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from secateur.shrinking._labels import Labels, Layer
-from secateur.shrinking._rules import (
+from secateur.graph._labels import Labels, Layer
+from secateur.graph._rules import (
     Call,
     Rule,
     Tracing,

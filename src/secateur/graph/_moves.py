@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.shrinking._labels import Labels, Layer, compressed, reshaped
-from secateur.shrinking._rules import Call, Rule, Tracing, each_layer, fused, stopped, unknown
+from secateur.graph._labels import Labels, Layer, compressed, reshaped
+from secateur.graph._rules import Call, Rule, Tracing, each_layer, fused, stopped, unknown
 
 
 def _same(trace: Tracing, call: Call) -> None:

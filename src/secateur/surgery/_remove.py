@@ -14,18 +14,16 @@ from torch import nn
 
 from secateur._errors import RecipeError, naming
 from secateur.calibration import Forward, call_model, quiet
+from secateur.graph import Dimension, Graph, Removal, without
 from secateur.layers import check_model
-from secateur.shrinking._attributes import Change, Decisions, candidates_in, decide, plausible, sizes_of_units
-from secateur.shrinking._calls import Looks, first_call, tolerance_for
-from secateur.shrinking._depth import drop_blocks, drop_modules
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._journal import Journal
-from secateur.shrinking._layer_sizes import update_layer_sizes
-from secateur.shrinking._record import recorded
-from secateur.shrinking._reference import without
-from secateur.shrinking._removal import Removal
-from secateur.shrinking._slices import Cut, Tensors
-from secateur.shrinking._units import Dimension, Graph
+from secateur.shapes import Facts
+from secateur.surgery._attributes import Change, Decisions, candidates_in, decide, plausible, sizes_of_units
+from secateur.surgery._calls import Looks, first_call, tolerance_for
+from secateur.surgery._depth import drop_blocks, drop_modules
+from secateur.surgery._journal import Journal
+from secateur.surgery._layer_sizes import update_layer_sizes
+from secateur.surgery._record import recorded
+from secateur.surgery._slices import Cut, Tensors
 
 # Key/value heads go before query heads, and blocks last, because the others have the names of the whole model.
 _ORDER = ("channels", "ffn", "heads", "query_heads", "experts", "hidden", "layers")
@@ -106,7 +104,8 @@ def remove_(model: nn.Module, graph: Graph, removal: Removal, batch: Any, forwar
         >>> import numpy as np
         >>> import torch
         >>> from torch import nn
-        >>> from secateur.shrinking import Dimension, Graph, Place, Removal, remove_
+        >>> from secateur.graph import Dimension, Graph, Place, Removal
+        >>> from secateur.surgery._remove import remove_
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> each = np.arange(3)[:, None]
         >>> places = Place("0.weight", 0, each), Place("0.bias", 0, each), Place("2.weight", 1, each, is_input=True)

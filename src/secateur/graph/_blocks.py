@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration import Forward, call_model, quiet
-from secateur.shrinking._reference import stream_in, stream_out
-from secateur.shrinking._units import Dimension
+from secateur.graph._reference import stream_in, stream_out
+from secateur.graph._units import Dimension
 
 _RESIZED = "what it returns has another shape than what it is given"
 _ADDITIONS = frozenset({"aten::add", "aten::add_", "aten::addcmul", "aten::addcmul_", "aten::sub", "aten::rsub"})
@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module, batch: Any, forward: Forward = call_model) -> 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from secateur.shrinking import find_blocks
+        >>> from secateur.graph._blocks import find_blocks
         >>> class Block(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

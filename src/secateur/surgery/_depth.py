@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from secateur.shrinking._journal import Journal
-from secateur.shrinking._resize import left_children
-from secateur.shrinking._units import Dimension
+from secateur.graph import Dimension
+from secateur.shapes import left_children
+from secateur.surgery._journal import Journal
 
 # How a number of blocks is called, and what a number of them that means something else is called, such as
 # `global_attn_every_n_layers`.

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor, nn
 
+from secateur.graph._units import Dimension, Place
 from secateur.layers import expert_blocks
-from secateur.shrinking._units import Dimension, Place
 
 _TOP_K = re.compile(r"(moe_)?top_?k|(num|n)_(experts|selected)(_per_tok(en)?|_experts)|experts_per_tok(en)?")
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
@@ -31,7 +31,7 @@ def find_experts(model: nn.Module) -> list[Dimension]:
 
     Example:
         >>> from torch import nn
-        >>> from secateur.shrinking import find_experts
+        >>> from secateur.graph._experts import find_experts
         >>> class Mixture(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from secateur.shrinking._units import Dimension
+from secateur.graph._units import Dimension
 
 # Functions that multiply a matrix with its inputs. Whatever else is done to a router's matrix gives the matrix itself.
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "bmm", "baddbmm", "einsum"})

@@ -11,8 +11,8 @@ from torch import nn
 from secateur._errors import FormatError, naming
 from secateur.files import SHRUNK_METHOD
 from secateur.huggingface import change_skeletons
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._resize import remember_facts, resize_, structure_hash
+from secateur.shapes._facts import Facts
+from secateur.shapes._resize import remember_facts, resize_, structure_hash
 
 
 def settings_for(model: nn.Module, facts: Facts) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch import nn
 from secateur._checks import one_of
 from secateur._errors import FormatError, RecipeError, naming
 from secateur.files import is_there, parse_json, write_text
-from secateur.shrinking._resize import structure_hash
-from secateur.shrinking._units import Dimension, Graph
+from secateur.graph._units import Dimension, Graph
+from secateur.shapes import structure_hash
 
 _FORMAT, _VERSION = "secateur removal", 1
 
@@ -30,7 +30,7 @@ class Removal:
         model_name: the class of that model, for messages.
 
     Example:
-        >>> from secateur.shrinking import Removal
+        >>> from secateur.graph._removal import Removal
         >>> removal = Removal({"encoder.layer": (2, 3)})
         >>> Removal.from_json(removal.to_json()) == removal
         True

@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from secateur._errors import RecipeError
 from secateur.layers import transposed_linear
-from secateur.shrinking._journal import Journal
-from secateur.shrinking._slices import Cut
+from secateur.surgery._journal import Journal
+from secateur.surgery._slices import Cut
 
 
 def update_layer_sizes(module: nn.Module, cuts: Iterable[tuple[str, Cut]], journal: Journal) -> bool:

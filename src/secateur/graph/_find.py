@@ -17,9 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from secateur._errors import RecipeError
 from secateur.calibration import Forward, call_model, quiet
-from secateur.shrinking._labels import Event
-from secateur.shrinking._trace import Trace
-from secateur.shrinking._units import Boundary, Dimension, Graph, Kind, Place
+from secateur.graph._labels import Event
+from secateur.graph._trace import Trace
+from secateur.graph._units import Boundary, Dimension, Graph, Kind, Place
 
 
 def find_units(model: nn.Module, batch: Any, forward: Forward = call_model, *, with_hidden: bool = False) -> Graph:

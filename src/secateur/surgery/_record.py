@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._journal import Journal
-from secateur.shrinking._resize import structure_hash
-from secateur.shrinking._slices import Tensors
+from secateur.shapes import Facts, structure_hash
+from secateur.surgery._journal import Journal
+from secateur.surgery._slices import Tensors
 
 
 def recorded(model: nn.Module, before: Mapping[str, nn.Module], journal: Journal, tensors: Tensors) -> Facts:

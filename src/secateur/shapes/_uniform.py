@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from secateur.huggingface import skeleton
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._resize import settings_of
+from secateur.shapes._facts import Facts
+from secateur.shapes._resize import settings_of
 
 Path: TypeAlias = tuple[str | int, ...]
 Changes: TypeAlias = Mapping[Path, Any]

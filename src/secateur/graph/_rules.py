@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from secateur.shrinking._labels import Labels, Layer, Ledger, aligned
+from secateur.graph._labels import Labels, Layer, Ledger, aligned
 
 
 class Tracing(Protocol):

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur._errors import FormatError
 from secateur.reports import ShrinkReport
-from secateur.shrinking._facts import Facts, Setting
+from secateur.shapes._facts import Facts, Setting
 
 _ADVICE = "Give a model like the one that was shrunk, as it was before."
 _facts: WeakKeyDictionary[nn.Module, Facts] = WeakKeyDictionary()
@@ -87,7 +87,8 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
 
     Example:
         >>> import torch
-        >>> from secateur.shrinking import Facts, resize_
+        >>> from secateur.shapes._facts import Facts
+        >>> from secateur.shapes._resize import resize_
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> facts = Facts({"0.weight": (3, 8)}, {"0.weight": (4, 8)}, attributes={"0": {"out_features": 3}})
         >>> undo = resize_(model, facts)

@@ -28,9 +28,9 @@ from secateur.files import (
     whole_directory,
 )
 from secateur.huggingface import check_counts, load_model, model_class, open_model, skeleton, transformers_library
-from secateur.shrinking._claim import settings_for
-from secateur.shrinking._facts import Facts
-from secateur.shrinking._uniform import Uniform, find_uniform, original_config
+from secateur.shapes._claim import settings_for
+from secateur.shapes._facts import Facts
+from secateur.shapes._uniform import Uniform, find_uniform, original_config
 
 _MARK = "shrunk"  # of an ordinary config.json of ours
 _WHOLE = "1000TB"  # of a file: all weights in one

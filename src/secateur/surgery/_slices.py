@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur._errors import RecipeError
+from secateur.graph import Place
 from secateur.layers import computed_by
-from secateur.shrinking._journal import Journal
-from secateur.shrinking._units import Place
+from secateur.surgery._journal import Journal
 
 
 @dataclass(frozen=True)

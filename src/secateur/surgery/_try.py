@@ -13,12 +13,11 @@ from torch import nn
 
 from secateur._errors import SparsityError
 from secateur.calibration import Forward
+from secateur.graph import Boundary, Dimension, Graph, Removal
 from secateur.layers import kind_of
-from secateur.shrinking._proof import prove
-from secateur.shrinking._removal import Removal
-from secateur.shrinking._remove import remove_
-from secateur.shrinking._saved import Saved
-from secateur.shrinking._units import Boundary, Dimension, Graph
+from secateur.surgery._proof import prove
+from secateur.surgery._remove import remove_
+from secateur.surgery._saved import Saved
 
 _MANY = 8
 
