@@ -207,8 +207,8 @@ FAMILIES = (
             relative_attention_num_buckets=8,
         ),
         tokens(decoder_input_ids=True),
-        # The self-attention of each stack shares a table of biases; its cross-attention, a tensor of zeros.
-        {"heads": (4, 4, 4, 4), "ffn": (32, 32, 32, 32), "layers": (2, 2)},
+        # The self-attention of each stack shares a table of biases; cross-attention of all layers, a tensor of zeros.
+        {"heads": (4, 4, 4), "ffn": (32, 32, 32, 32), "layers": (2, 2)},
         fixed=("shared.weight 0", "shared.weight 1"),
         plain=False,
     ),
