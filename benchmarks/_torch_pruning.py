@@ -117,10 +117,10 @@ def shrink(
             for value in loss(model):
                 if wishes.importance == "hessian":
                     model.zero_grad()
-                    value.backward()  # type: ignore[no-untyped-call]
+                    value.backward()
                     importance.accumulate_grad(model)
                 else:
-                    value.backward()  # type: ignore[no-untyped-call]
+                    value.backward()
             for parameter in model.parameters():  # what the loss does not reach
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)

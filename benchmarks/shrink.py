@@ -55,8 +55,8 @@ def parameters(model: nn.Module) -> int:
 def check_cases() -> list[dict[str, Any]]:
     """Half of the units of each kind go from each model of the tests, in float64: what was found, and the proof."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from shrink_cases import CASES, double
-    from shrink_families import FAMILIES
+    from shrink_cases import CASES, double  # type: ignore[import-not-found]
+    from shrink_families import FAMILIES  # type: ignore[import-not-found]
 
     print("| model | removable units | cannot go | s | parameters left with half of a kind | proof | Torch-Pruning |")
     print("|---|---|---:|---:|---|---:|---|")
@@ -135,10 +135,10 @@ def _their_case(case: Any) -> str:
     if parameters(small) == before:
         return "removes nothing"
     try:
-        error = distance(outputs(other.masked(model, gone), batch), outputs(small, batch))
+        found = distance(outputs(other.masked(model, gone), batch), outputs(small, batch))
     except Exception as error:
         return f"{left}, but the model no longer runs: {type(error).__name__}"
-    return f"{left}, {'the same function' if error < 1e-5 else f'another function: {error:.0e}'}"
+    return f"{left}, {'the same function' if found < 1e-5 else f'another function: {found:.0e}'}"
 
 
 def _all_outputs(output: Any) -> list[Tensor]:
@@ -265,7 +265,10 @@ def demo() -> Subject:
     def after(version: nn.Module) -> None:
         for module in version.modules():
             if hasattr(module, "num_key_value_groups"):
-                module.num_key_value_groups = module.q_proj.out_features // module.k_proj.out_features
+                query, key = module.q_proj, module.k_proj
+                assert isinstance(query, nn.Linear)
+                assert isinstance(key, nn.Linear)
+                module.num_key_value_groups = query.out_features // key.out_features
 
     return Subject(
         "demo",

@@ -95,15 +95,15 @@ def cnn(methods: Sequence[str]) -> list[dict[str, Any]]:
         for (name, fraction), values in found.items():
             if fraction != keep:
                 continue
-            left, at_once, after = (list(column) for column in zip(*values, strict=True))
+            shares, firsts, lasts = (list(column) for column in zip(*values, strict=True))
             row = {
                 "kept": keep,
                 "method": name,
-                "left": statistics.mean(left),
-                "at_once": statistics.mean(at_once),
-                "at_once_error": statistics.stdev(at_once) / math.sqrt(SEEDS),
-                "after": statistics.mean(after),
-                "after_error": statistics.stdev(after) / math.sqrt(SEEDS),
+                "left": statistics.mean(shares),
+                "at_once": statistics.mean(firsts),
+                "at_once_error": statistics.stdev(firsts) / math.sqrt(SEEDS),
+                "after": statistics.mean(lasts),
+                "after_error": statistics.stdev(lasts) / math.sqrt(SEEDS),
             }
             rows.append(row)
             print(
