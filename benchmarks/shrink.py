@@ -268,7 +268,7 @@ def demo() -> Subject:
                 query, key = module.q_proj, module.k_proj
                 assert isinstance(query, nn.Linear)
                 assert isinstance(key, nn.Linear)
-                module.num_key_value_groups = query.out_features // key.out_features
+                vars(module)["num_key_value_groups"] = query.out_features // key.out_features
 
     return Subject(
         "demo",
