@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.graph import Boundary, Dimension, Graph, Place
+from secateur.graph import Dimension, Graph, Place
 from secateur.reports import (
-    BlockedDimension,
+    Boundary,
     Evaluation,
     Latency,
     ModelSize,
@@ -30,10 +30,10 @@ REPORT = ShrinkReport(
     ),
     boundaries=(
         *(
-            BlockedDimension(f"encoder.layer.{block}.norm.weight", 0, 16, "aten.native_layer_norm", "it mixes channels")
+            Boundary(f"encoder.layer.{block}.norm.weight", 0, 16, "aten.native_layer_norm", "it mixes channels")
             for block in range(3)
         ),
-        BlockedDimension("pooler.weight", 0, 16, "", "it is an output of the model"),
+        Boundary("pooler.weight", 0, 16, "", "it is an output of the model"),
     ),
     before=ModelSize(1000, 4000, 500, (1, 16), ("aten.gru",)),
     after=ModelSize(600, 2400, 250, (1, 16), ("aten.gru",)),
@@ -156,7 +156,7 @@ def test_an_analysis_has_a_row_for_what_is_alike_in_all_blocks():
 
 
 def test_names_that_differ_in_numbers_become_one():
-    rows = blocked_table([BlockedDimension(f"a.{i}.b.3.c", 1, 8 * i, "", "r") for i in range(1, 5)]).rows
+    rows = blocked_table([Boundary(f"a.{i}.b.3.c", 1, 8 * i, "", "r") for i in range(1, 5)]).rows
     assert rows == (("a.*.b.3.c[1]", "4", "8, 16 and 2 more", "", "r"),)
 
 

@@ -9,8 +9,8 @@ from secateur.graph._reference import without as without
 from secateur.graph._removal import Removal as Removal
 from secateur.graph._removal import check_units as check_units
 from secateur.graph._units import KINDS as KINDS
-from secateur.graph._units import Boundary as Boundary
 from secateur.graph._units import Dimension as Dimension
 from secateur.graph._units import Graph as Graph
 from secateur.graph._units import Kind as Kind
 from secateur.graph._units import Place as Place
+from secateur.reports import Boundary as Boundary

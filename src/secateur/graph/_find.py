@@ -19,7 +19,8 @@ from secateur._errors import RecipeError
 from secateur.calibration import Forward, call_model, quiet
 from secateur.graph._labels import Event
 from secateur.graph._trace import Trace
-from secateur.graph._units import Boundary, Dimension, Graph, Kind, Place
+from secateur.graph._units import Dimension, Graph, Kind, Place
+from secateur.reports import Boundary
 
 
 def find_units(model: nn.Module, batch: Any, forward: Forward = call_model, *, with_hidden: bool = False) -> Graph:

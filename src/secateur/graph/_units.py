@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.reports import Boundary
+
 # `heads`: a key/value head with all query heads that read it. `query_heads`: the same number of query heads of each
 # key/value head. `hidden`: channels of the residual stream. `layers`: blocks of a list.
 Kind: TypeAlias = Literal["layers", "heads", "query_heads", "ffn", "channels", "experts", "hidden"]
@@ -86,25 +88,6 @@ class Dimension:
     def inputs(self) -> Iterator[Place]:
         """The places that read the units."""
         return (place for place in self.places if place.is_input)
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """A dimension of a tensor that cannot be made smaller, and why.
-
-    Args:
-        tensor: qualified name of the parameter.
-        dim: of the tensor.
-        size: of that dimension.
-        operation: the ATen operation that blocks it, such as ``"aten.native_layer_norm"``, or ``""``.
-        reason: in words.
-    """
-
-    tensor: str
-    dim: int
-    size: int
-    operation: str
-    reason: str
 
 
 @dataclass(frozen=True)

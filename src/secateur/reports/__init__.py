@@ -29,7 +29,7 @@ from secateur.reports._rows import packed_table as packed_table
 from secateur.reports._rows import pruned_table as pruned_table
 from secateur.reports._rows import skipped_table as skipped_table
 from secateur.reports._shrink_analysis import ShrinkAnalysis as ShrinkAnalysis
-from secateur.reports._shrink_records import BlockedDimension as BlockedDimension
+from secateur.reports._shrink_records import Boundary as Boundary
 from secateur.reports._shrink_records import Latency as Latency
 from secateur.reports._shrink_records import ModelSize as ModelSize
 from secateur.reports._shrink_records import RemovableDimension as RemovableDimension

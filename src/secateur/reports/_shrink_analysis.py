@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from secateur.reports._html import Fact, tables_page
-from secateur.reports._shrink_records import BlockedDimension, ModelSize, RemovableDimension
+from secateur.reports._shrink_records import Boundary, ModelSize, RemovableDimension
 from secateur.reports._shrink_rows import blocked_table, removable_table
 from secateur.reports._tables import Table, sentence
 
@@ -27,7 +27,7 @@ class ShrinkAnalysis:
     model_name: str
     model_hash: str
     dimensions: tuple[RemovableDimension, ...]
-    boundaries: tuple[BlockedDimension, ...]
+    boundaries: tuple[Boundary, ...]
     size: ModelSize
     seconds: float
 

@@ -42,7 +42,7 @@ class ShrunkDimension:
 
 
 @dataclass(frozen=True)
-class BlockedDimension:
+class Boundary:
     """A dimension of a tensor that cannot be made smaller, and why.
 
     Args:

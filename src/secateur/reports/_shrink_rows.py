@@ -9,7 +9,7 @@ from itertools import groupby
 
 from secateur.reports._rows import block_of
 from secateur.reports._shrink_records import (
-    BlockedDimension,
+    Boundary,
     Latency,
     ModelSize,
     RemovableDimension,
@@ -121,9 +121,9 @@ def size_table(before: ModelSize, after: ModelSize, latency: Latency | None) -> 
     return Table("Size and speed", columns, tuple(rows), () if before.macs is None else (note,))
 
 
-def blocked_table(boundaries: Sequence[BlockedDimension]) -> Table:
+def blocked_table(boundaries: Sequence[Boundary]) -> Table:
     """Return a table of what cannot be made smaller: a row for each operation and reason."""
-    groups: dict[tuple[str, str], list[BlockedDimension]] = {}
+    groups: dict[tuple[str, str], list[Boundary]] = {}
     for boundary in boundaries:
         groups.setdefault((boundary.operation, boundary.reason), []).append(boundary)
     rows = []

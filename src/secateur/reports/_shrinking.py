@@ -10,7 +10,7 @@ from typing import Any
 from secateur.reports._records import Evaluation
 from secateur.reports._rows import evaluation_table
 from secateur.reports._shrink_page import shrink_page
-from secateur.reports._shrink_records import BlockedDimension, Latency, ModelSize, ShrinkProof, ShrunkDimension
+from secateur.reports._shrink_records import Boundary, Latency, ModelSize, ShrinkProof, ShrunkDimension
 from secateur.reports._shrink_rows import blocked_table, shrunk_table, size_table
 from secateur.reports._tables import Table, markdown_text, sentence
 
@@ -58,7 +58,7 @@ class ShrinkReport:
     """
 
     dimensions: tuple[ShrunkDimension, ...]
-    boundaries: tuple[BlockedDimension, ...]
+    boundaries: tuple[Boundary, ...]
     before: ModelSize
     after: ModelSize
     asked: Mapping[str, Any]
@@ -150,7 +150,7 @@ class ShrinkReport:
                     **rest,
                     **optional,
                     "dimensions": tuple(_dimension(**entry) for entry in rest["dimensions"]),
-                    "boundaries": tuple(BlockedDimension(**entry) for entry in rest["boundaries"]),
+                    "boundaries": tuple(Boundary(**entry) for entry in rest["boundaries"]),
                     "before": _size(**rest["before"]),
                     "after": _size(**rest["after"]),
                     "kept_blocks": {name: tuple(kept) for name, kept in rest.get("kept_blocks", {}).items()},

@@ -1,7 +1,6 @@
 """Which units go, and what makes up for them?"""
 
 from secateur.graph import Removal as Removal
-from secateur.shrinking._analysis import blocked as blocked
 from secateur.shrinking._analysis import describe as describe
 from secateur.shrinking._directory import METHOD as METHOD
 from secateur.shrinking._directory import analyze_directory as analyze_directory

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from secateur.calibration import Forward, call_model
-from secateur.graph import Boundary, Dimension, Graph
-from secateur.reports import BlockedDimension, RemovableDimension, ShrinkAnalysis
+from secateur.graph import Dimension, Graph
+from secateur.reports import RemovableDimension, ShrinkAnalysis
 from secateur.shapes import structure_hash
 from secateur.shrinking._size import model_size
 
@@ -34,15 +33,10 @@ def describe(model: nn.Module, graph: Graph, batch: Any = None, forward: Forward
             )
             for found in graph.dimensions
         ),
-        boundaries=blocked(graph.boundaries),
+        boundaries=graph.boundaries,
         size=model_size(model, batch, forward),
         seconds=graph.seconds,
     )
-
-
-def blocked(boundaries: tuple[Boundary, ...]) -> tuple[BlockedDimension, ...]:
-    """Return boundaries as the records of a report."""
-    return tuple(BlockedDimension(**asdict(boundary)) for boundary in boundaries)
 
 
 def _parameters(found: Dimension, sizes: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> int:

@@ -35,7 +35,6 @@ from secateur.graph import Dimension, Graph, Removal, check_units, without
 from secateur.layers import select_layers
 from secateur.reports import Report, ShrinkProof, ShrinkReport, ShrunkDimension, versions
 from secateur.shapes import structure_hash
-from secateur.shrinking._analysis import blocked
 from secateur.shrinking._block_fit import BlockFit, fit_blocks_
 from secateur.shrinking._block_scores import rank_blocks
 from secateur.shrinking._choose import fraction_for, keep_fractions, kept_count, lowest, parameters_left
@@ -380,7 +379,7 @@ class Shrinking:
         scored = bool(self._scores)
         return ShrinkReport(
             dimensions=dimensions,
-            boundaries=blocked(self._graph.boundaries),
+            boundaries=self._graph.boundaries,
             before=self._before,
             after=model_size(model, inputs.batches[0], inputs.forward),
             asked=asked,

@@ -13,8 +13,9 @@ from torch import nn
 
 from secateur._errors import SparsityError
 from secateur.calibration import Forward
-from secateur.graph import Boundary, Dimension, Graph, Removal
+from secateur.graph import Dimension, Graph, Removal
 from secateur.layers import kind_of
+from secateur.reports import Boundary
 from secateur.surgery._proof import prove
 from secateur.surgery._remove import remove_
 from secateur.surgery._saved import Saved
