@@ -13,6 +13,7 @@ from secateur.layers import expert_blocks
 
 _TOP_K = re.compile(r"(moe_)?top_?k|(num|n)_(experts|selected)(_per_tok(en)?|_experts)|experts_per_tok(en)?")
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
+_BIAS = re.compile("bias|correction")
 _CHOSEN_GROUPS = re.compile(r"top_?k_groups?")
 
 
@@ -98,11 +99,11 @@ def _rows(router: nn.Module, names: dict[int, str], count: int) -> Iterator[Plac
 
 def _biases(block: nn.Module, others: list[nn.Module], names: dict[int, str], count: int) -> Iterator[Place]:
     """A correction of the choice that lies outside of the router."""
-    inside = {id(module) for other in others for module in other.modules()}
+    inside = {id(module) for module in others} | {id(module) for module in others[0].modules()}
     for module in block.modules():
         if id(module) not in inside:
             for name, tensor in _tensors(module):
-                if tensor.shape[-1:] == (count,) and tensor.numel() == count and "correction" in name:
+                if tensor.shape[-1:] == (count,) and tensor.numel() == count and _BIAS.search(name):
                     yield _each(f"{names[id(module)]}.{name}".lstrip("."), tensor.ndim - 1, count)
 
 

@@ -83,6 +83,7 @@ class _Found:
     events: tuple[Event, ...]
     fixed: frozenset[int]
     cut: Mapping[int, Event]
+    rearranged: frozenset[int]
 
     @classmethod
     def of(cls, model: nn.Module, trace: Trace) -> _Found:
@@ -105,6 +106,7 @@ class _Found:
             tuple(trace.ledger.events),
             trace.ledger.fixed_roots(roots),
             trace.ledger.cut_roots(roots),
+            trace.ledger.rearranged_roots(roots),
         )
 
     def dimensions(self) -> list[Dimension]:
@@ -155,7 +157,9 @@ class _Found:
         where = _common(owners)
         first = next(owner for owner, (*_, is_input) in zip(owners, signature, strict=True) if not is_input)
         cut = next((self.cut[root] for root in roots if root in self.cut), None)
-        return Dimension(where, kind, len(units), places, cut=f"{cut.operation}: {cut.reason}" if cut else ""), first
+        is_doubtful = cut is not None or kind == "heads" or any(root in self.rearranged for root in roots)
+        why = f"{cut.operation}: {cut.reason}" if cut else ""
+        return Dimension(where, kind, len(units), places, cut=why, is_doubtful=is_doubtful), first
 
     def _kind(self, signature: tuple[Any, ...], roots: list[int]) -> Kind:
         if any(self.attended[root] for root in roots):

@@ -65,6 +65,7 @@ class Ledger:
         self._fixed: list[Layer] = []
         self._inputs: list[Layer] = []
         self._attended: list[Layer] = []
+        self._rearranged: list[Layer] = []
         self._cuts: list[_Cut] = []
         self._grids: list[Layer] = []
 
@@ -118,6 +119,10 @@ class Ledger:
     def reads(self, layer: Layer) -> None:
         """Say that these atoms of a parameter are its input side: it multiplies what others give, and sums over it."""
         self._inputs.append(np.unique(layer))
+
+    def rearranged(self, layer: Layer) -> None:
+        """Say that a dimension with these atoms was split or joined with others, to sizes that somebody may keep."""
+        self._rearranged.append(np.unique(layer))
 
     def attends(self, layer: Layer) -> None:
         """Say that two computed tensors are multiplied along these atoms, as attention does."""
@@ -192,6 +197,11 @@ class Ledger:
         for layer in self._attended:
             attended[roots[layer]] = True
         return inputs, attended
+
+    def rearranged_roots(self, roots: NDArray[np.int64]) -> frozenset[int]:
+        """Return by root which atoms lie along a dimension that was split or joined with others."""
+        found = [roots[layer] for layer in self._rearranged]
+        return frozenset(np.unique(np.concatenate(found)).tolist()) if found else frozenset()
 
     def fixed_roots(self, roots: NDArray[np.int64]) -> frozenset[int]:
         """Return by root which atoms cannot go."""

@@ -37,6 +37,8 @@ def _view(trace: Tracing, call: Call) -> None:
 
     def change(layer: Layer) -> Layer:
         moved, splits = reshaped(layer, old, new)
+        if moved.shape != layer.shape and sum(size > 1 for size in new) != sum(size > 1 for size in old):
+            trace.ledger.rearranged(layer)
         for axes in splits:
             if sum(moved.shape[axis] > 1 for axis in axes) > 1:
                 trace.ledger.grid(moved)
@@ -140,36 +142,30 @@ def _cat(trace: Tracing, call: Call) -> None:
     if is_new:
         labels = [each_layer(side, lambda layer: np.expand_dims(layer, dim)) for side in labels]
     widths = [1 if is_new else tensor.shape[dim] for tensor in tensors]
-    # All dimensions but that one: as an elementwise operation, whose operands are as wide as the first.
-    across: list[Layer] = []
-    along: list[Layer] = []
     plain = [axis for axis in range(ndim) if axis != dim]
-    for side in labels:
-        for layer in side.layers:
-            if layer.shape[dim] > 1 or any(layer.shape[axis] > 1 for axis in plain):
-                (along if layer.shape[dim] > 1 else across).append(layer)
-    left: list[Layer] = []
-    for layer in across:
-        lacking = any(
-            not side.uniform and not any(_meet(layer, other, plain) for other in side.layers) for side in labels
-        )
-        kept = layer
-        if lacking:
-            reason = "it is joined with values of fixed size"
-            kept = trace.ledger.hold(layer, plain, call.operation, reason)
-        left.append(kept)
-    merged = list(trace.ledger.merged(left))
-    if along:
-        axes = {axis for layer in along for axis in range(ndim) if layer.shape[axis] > 1}
-        core = tuple(shape[axis] if axis in axes else 1 for axis in range(ndim))
-        parts = []
-        for side, width in zip(labels, widths, strict=True):
-            wanted = tuple(width if axis == dim else core[axis] for axis in range(ndim))
-            own = [layer for layer in side.layers if layer.shape[dim] > 1]
-            parts.append(np.broadcast_to(own[0], wanted) if own else np.zeros(wanted, np.int64))
-        merged.append(np.concatenate(parts, axis=dim))
+    along = [layer for side in labels for layer in side.layers if layer.shape[dim] > 1]
+    axes = {axis for layer in along for axis in range(ndim) if layer.shape[axis] > 1}
+    core = tuple(shape[axis] if axis in axes else 1 for axis in range(ndim))
+    parts: list[Layer] = []
+    placed: set[int] = set()
+    for side, width in zip(labels, widths, strict=True):
+        wanted = tuple(width if axis == dim else core[axis] for axis in range(ndim))
+        own = [layer for layer in side.layers if layer.shape[dim] > 1]
+        # A part that goes as a whole along that dimension has the same label there, if it has one at all.
+        own += [layer for layer in side.layers if any(layer.shape[axis] > 1 for axis in axes)]
+        fits = [layer for layer in own if all(n in (1, w) for n, w in zip(layer.shape, wanted, strict=True))]
+        placed |= {id(layer) for layer in fits[:1]}
+        parts.append(np.broadcast_to(fits[0], wanted) if fits else np.zeros(wanted, np.int64))
+    # All other dimensions are as in an elementwise operation.
+    left: list[Layer] = [np.concatenate(parts, axis=dim)] if along else []
+    reason = "it is joined with values of fixed size"
+    for layer in (layer for side in labels for layer in side.layers if layer.shape[dim] == 1):
+        lacks = any(not side.uniform and not any(_meet(layer, x, plain) for x in side.layers) for side in labels)
+        kept = trace.ledger.hold(layer, plain, call.operation, reason) if lacks else layer
+        left += [] if id(layer) in placed and not lacks else [kept]
     weak = all(side.weak for side in labels if side.layers)
-    trace.set(call.result, Labels(parametric=all(side.parametric for side in labels), weak=weak).moved(merged))
+    parametric = all(side.parametric for side in labels)
+    trace.set(call.result, Labels(parametric=parametric, weak=weak).moved(trace.ledger.merged(left)))
 
 
 def _meet(a: Layer, b: Layer, axes: list[int]) -> bool:

@@ -44,6 +44,9 @@ def _product(
     summed = [[layer for layer in side if layer.shape[_SUM] > 1] for side in sides]
     rest = [[layer for layer in side if layer.shape[_SUM] == 1] for side in sides]
     by_batch = all(any(layer.shape[_BATCH] > 1 for layer in side) for side in sides)
+    if by_batch and not (a.parametric or b.parametric):  # a product for each head, as of queries and keys
+        for layer in (*sides[0], *sides[1]):
+            ledger.attends(layer)
     if all(summed):
         is_weight = (a.parametric or b.parametric) and not (
             by_batch and any(layer.shape[_BATCH] > 1 for layer in (*summed[0], *summed[1]))
@@ -57,8 +60,6 @@ def _product(
         else:
             reason = "two computed tensors are multiplied along it"
             left_over = [[ledger.fuse(layer, [_SUM], call.operation, reason) for layer in side] for side in summed]
-            for layer in (*summed[0], *summed[1]):
-                ledger.attends(layer)
             for first in left_over[0]:
                 for second in left_over[1]:
                     if any(x > 1 and y > 1 for x, y in zip(first.shape, second.shape, strict=True)):
@@ -315,6 +316,21 @@ def _in_space(trace: Tracing, call: Call) -> None:
         trace.set(output, labels)
 
 
+def _glu(trace: Tracing, call: Call) -> None:
+    """One half of the channels gates the other."""
+    dim = int(call.given["dim"]) % call.input.ndim
+    size = call.input.shape[dim] // 2
+
+    def change(layer: Layer) -> Layer:
+        if layer.shape[dim] == 1:
+            return layer
+        first, second = layer.take(range(size), dim), layer.take(range(size, 2 * size), dim)
+        trace.ledger.unite(first, second)
+        return first
+
+    trace.set(call.result, each_layer(trace.of(call.input), change))
+
+
 def _copy(trace: Tracing, call: Call) -> None:
     target, source = call.tensors[:2]
     if call.name != "copy":
@@ -376,6 +392,8 @@ def _put(trace: Tracing, call: Call, target: Tensor, source: Tensor) -> None:
 
 
 _NAMES: dict[Rule, str] = {
+    pointwise: "hardswish hardsigmoid hardtanh log_sigmoid_forward mish softplus elu celu selu",  # not all are tagged
+    _glu: "glu",
     _matmul: "mm bmm _int_mm",
     _added: "addmm baddbmm addbmm",
     _vectors: "mv dot vdot",

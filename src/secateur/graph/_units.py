@@ -69,8 +69,9 @@ class Dimension:
         fixed: units that cannot go.
         least: how many units must stay.
         notes: what a user should know.
-        cut: an operation that cuts a range out of these units, or empty. Whether the range follows when units go is
-            only known from trying.
+        cut: an operation that cuts a range out of these units, or empty.
+        is_doubtful: whether code may keep their number, as where a range is cut out or a dimension is split. Whether it
+            follows when units go is only known from trying.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Dimension:
     least: int = 1
     notes: tuple[str, ...] = ()
     cut: str = ""
+    is_doubtful: bool = False
 
     @property
     def inputs(self) -> Iterator[Place]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from secateur.calibration import Forward, call_model, quiet
 from secateur.reports import ModelSize
@@ -22,8 +22,8 @@ _PRODUCT = re.compile(r"(mm|mv|dot|matmul|linear|lstm|gru|rnn|cdist|einsum)(_|$)
 def model_size(model: nn.Module, batch: Any = None, forward: Forward = call_model) -> ModelSize:
     """Return the parameters, bytes and multiply-adds of a model.
 
-    Multiply-adds are half of the operations that PyTorch's ``FlopCounterMode`` counts in one forward pass: of matrix
-    products, convolutions, attention, and of experts and LSTMs on a CPU, which it lacks. Norms, activations, softmax,
+    Multiply-adds are half of the operations that PyTorch's formulas for flops count in one forward pass: of matrix
+    products, convolutions, attention, and of experts and LSTMs on a CPU, which they lack. Norms, activations, softmax,
     sums and gathers are not counted. Operations that multiply matrices and have no formula are named in ``uncounted``.
     Of a model whose work depends on data, such as one with experts, what this batch took is counted.
 
@@ -44,12 +44,10 @@ def model_size(model: nn.Module, batch: Any = None, forward: Forward = call_mode
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if batch is None:
         return ModelSize(parameters, nbytes)
-    watch = _Watch()
-    counter = FlopCounterMode(display=False, custom_mapping=dict(_FORMULAS))
-    with quiet(model), watch, counter:
+    count = _Count()
+    with quiet(model), count:
         forward(model, batch)
-    uncounted = tuple(sorted(name for name, packet in watch.seen.items() if packet not in counter.flop_registry))
-    return ModelSize(parameters, nbytes, counter.get_total_flops() // 2, first_shape(batch), uncounted)
+    return ModelSize(parameters, nbytes, count.operations // 2, first_shape(batch), tuple(sorted(count.unknown)))
 
 
 def first_shape(batch: Any) -> tuple[int, ...]:
@@ -57,20 +55,26 @@ def first_shape(batch: Any) -> tuple[int, ...]:
     return next((tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), ())
 
 
-class _Watch(TorchDispatchMode):
-    """Keeps the operations that multiply matrices, by name."""
+class _Count(TorchDispatchMode):
+    """Counts operations of products, and keeps the names of those that have no formula."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: dict[str, Any] = {}
+        self.operations = 0
+        self.unknown: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         packet = func.overloadpacket
-        if _PRODUCT.search(str(packet)):
-            self.seen[str(packet)] = packet
-        return func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.operations += int(formula(*args, **kwargs, out_val=result))
+        elif _PRODUCT.search(str(packet)):
+            self.unknown.add(str(packet))
+        return result
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -89,7 +93,7 @@ def _recurrent(steps: Any, inputs: Any, states: Any, *args: Any, **kwargs: Any) 
 
 
 _FORMULAS: Mapping[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._grouped_mm: _grouped,
-    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+    torch.ops.aten._grouped_mm: shape_wrapper(_grouped),
+    torch.ops.aten.mkldnn_rnn_layer: shape_wrapper(_recurrent),
 }

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from secateur._checks import one_of
-from secateur._errors import RecipeError
+from secateur._errors import RecipeError, SolverError, SparsityError
 from secateur._types import Progress, dtype_name
 from secateur.calibration import (
     Forward,
@@ -159,7 +159,7 @@ class Shrinking:
         zeros: bool,
     ) -> ShrinkReport:
         """Choose, take over, cut and prove."""
-        model, inputs = self._model, self._inputs
+        inputs = self._inputs
         saved = Saved()
         constants: Mapping[str, Tensor] = {}
         undo: Undo | None = None
@@ -176,7 +176,7 @@ class Shrinking:
             units = {name: tuple(sorted(gone)) for name, gone in units.items() if len(gone)}
             fits = self._settings.method.refit and not zeros
             blocks, errors = self._take_over(saved, units, constants, fits=fits)
-            undo = remove_(model, self._graph, Removal(units, self._hash), inputs.batches[0], inputs.forward)
+            undo = self._cut(units)
             self._settings.progress("proving", 0, 1)
             proof = prove(undo, inputs.batches[:_PROVED], inputs.forward) if units else None
             removed = units if remove is not None else None
@@ -188,6 +188,19 @@ class Shrinking:
                 undo.restore()
             saved.restore()
             raise
+
+    def _cut(self, units: Units) -> Undo:
+        """Take units out. What the code of the model makes of its smaller parts meanwhile is its own."""
+        inputs, removal = self._inputs, Removal(units, self._hash)
+        try:
+            return remove_(self._model, self._graph, removal, inputs.batches[0], inputs.forward)
+        except SparsityError:
+            raise
+        except Exception as error:
+            raise SolverError(
+                f"{', '.join(units)}: the model does not work without these units: {type(error).__name__}: {error}\n"
+                "The model is as it was before. Remove others."
+            ) from error
 
     def _named(self, remove: Mapping[str, Sequence[int]] | Removal) -> Units:
         """The units that a user names, by dimension."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from secateur._errors import SolverError, SparsityError
@@ -44,36 +45,37 @@ class Proof:
 def prove(undo: Undo, batches: Iterable[Any], forward: Forward = call_model) -> Proof:
     """Prove that a model computes the same as before units were removed, and put it back if it does not.
 
-    The reference is the model before, in which zero columns read the removed units, removed blocks are skipped and
-    removed experts never chosen. A model of half precision is compared in float32, part by part: a part is the
-    smallest module around all places of the units, and gets the inputs that it has in the model.
+        The reference is the model before, in which zero columns read the removed units, removed blocks are skipped and
+        removed experts never chosen. A model of half precision is compared in float32, part by part: a part is the
+        smallest module around all places of the units, and gets the inputs that it has in the model.
 
-    Args:
-        undo: what :func:`remove_` returned.
-        batches: inputs of the model.
-        forward: how to call the model on one of them.
+        Args:
+            undo: what :func:`remove_` returned.
+            batches: inputs of the model.
+            forward: how to call the model on one of them.
 
-    Returns:
-        How large the difference was. At most 1e-10 is allowed for float64, else 1e-5.
+        Returns:
+            How large the difference was. At most 1e-10 is allowed for float64, else 1e-5.
 
-    Raises:
-        SolverError: the model is another function. It names the units with which that begins.
+        Raises:
+            SolverError: the model is another function. It names the units with which that begins.
 
-    Example:
-        >>> import numpy as np
-        >>> import torch
-        >>> from torch import nn
-        >>> from secateur.graph import Dimension, Graph, Place, Removal
-        >>> from secateur.surgery._proof import prove
-        >>> from secateur.surgery._remove import remove_
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> _ = model[2].weight.data[:, 1].zero_()
-        >>> each = np.arange(3)[:, None]
-        >>> places = Place("0.weight", 0, each), Place("0.bias", 0, each), Place("2.weight", 1, each, is_input=True)
-        >>> graph = Graph((Dimension("ffn", "ffn", 3, places),))
-        >>> undo = remove_(model, graph, Removal({"ffn": (1,)}), torch.ones(1, 4))
-        >>> prove(undo, [torch.ones(1, 4)]).error < 1e-6
-        True
+        Example:
+            >>> import numpy as np
+            >>> import torch
+            >>> import torch
+    from torch import nn
+            >>> from secateur.graph import Dimension, Graph, Place, Removal
+            >>> from secateur.surgery._proof import prove
+            >>> from secateur.surgery._remove import remove_
+            >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+            >>> _ = model[2].weight.data[:, 1].zero_()
+            >>> each = np.arange(3)[:, None]
+            >>> places = Place("0.weight", 0, each), Place("0.bias", 0, each), Place("2.weight", 1, each, is_input=True)
+            >>> graph = Graph((Dimension("ffn", "ffn", 3, places),))
+            >>> undo = remove_(model, graph, Removal({"ffn": (1,)}), torch.ones(1, 4))
+            >>> prove(undo, [torch.ones(1, 4)]).error < 1e-6
+            True
     """
     worst = Proof(0.0, tolerance_for(undo.model.parameters()), by_blocks=False, compared=0)
     try:
@@ -149,10 +151,10 @@ def _whole(
     undo: Undo, reference: Callable[[], AbstractContextManager[None]], batch: Any, forward: Forward
 ) -> Difference:
     """Compare the output of the whole model with that of a reference."""
-    with reference(), quiet(undo.model):
+    with reference(), quiet(undo.model), _same_chance():
         expected = forward(undo.model, copy.deepcopy(batch))
     try:
-        with quiet(undo.model):
+        with quiet(undo.model), _same_chance():
             found = forward(undo.model, copy.deepcopy(batch))
     except Exception as error:  # code that needs the units fails in any way
         return _not_run(error)
@@ -161,6 +163,14 @@ def _whole(
 
 def _not_run(error: Exception) -> Difference:
     return Difference(math.inf, f"it fails with {type(error).__name__}: {error}".splitlines()[0][:300])
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """Let a model that draws random numbers, such as one that masks patches, draw the same ones each time."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
 
 
 def _parts(undo: Undo, batch: Any, forward: Forward) -> _Found:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from secateur._errors import SparsityError
 from secateur.calibration import Forward
 from secateur.graph import Dimension, Graph, Removal
-from secateur.layers import kind_of
 from secateur.reports import Boundary
 from secateur.surgery._proof import prove
 from secateur.surgery._remove import remove_
@@ -45,7 +45,7 @@ def tried(model: nn.Module, graph: Graph, batch: Any, forward: Forward) -> Graph
                 results[key] = _problem(model, graph, dimension, batch, forward)
             problem = results[key]
         if not problem:
-            dimensions.append(replace(dimension, cut=""))
+            dimensions.append(replace(dimension, cut="", is_doubtful=False))
             continue
         operation, _, reason = dimension.cut.partition(": ")
         for place in dimension.places:
@@ -56,13 +56,11 @@ def tried(model: nn.Module, graph: Graph, batch: Any, forward: Forward) -> Graph
 
 
 def _is_doubtful(model: nn.Module, dimension: Dimension) -> bool:
-    if dimension.kind in ("layers", "experts", "hidden"):
+    """Whether code may count units. Between convolutions, whose sizes differ from block to block, it seldom does."""
+    if dimension.kind in ("layers", "hidden") or dimension.size <= max(dimension.least, 1):
         return False
-    if dimension.cut or dimension.kind in ("heads", "query_heads"):
-        return True
     owners = {place.tensor.rpartition(".")[0] for place in dimension.places}
-    modules = [model.get_submodule(owner) for owner in owners]
-    return any(kind_of(module) is None and "norm" not in type(module).__name__.lower() for module in modules)
+    return dimension.is_doubtful or not any(isinstance(model.get_submodule(owner), _ConvNd) for owner in owners)
 
 
 def _looks(model: nn.Module, dimension: Dimension) -> object:
@@ -77,7 +75,7 @@ def _looks(model: nn.Module, dimension: Dimension) -> object:
         )
         for place in dimension.places
     )
-    return dimension.kind, dimension.size, bool(dimension.cut), places
+    return dimension.kind, dimension.size, places
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:
@@ -91,7 +89,7 @@ def _problem(model: nn.Module, graph: Graph, dimension: Dimension, batch: Any, f
     """Why a unit cannot go, or ``""``."""
     step = dimension.group_size
     # Some kernels take sizes that are multiples of 8 only, so that as many go of what has many.
-    fewest = 1 if dimension.size < 2 * _MANY or dimension.kind == "heads" else _MANY
+    fewest = 1 if dimension.size < 2 * _MANY or dimension.kind in ("heads", "experts") else _MANY
     units = tuple(range(step - 1, dimension.size, step) if step else range(dimension.size - fewest, dimension.size))
     with _unread(model, dimension, units):
         try:
