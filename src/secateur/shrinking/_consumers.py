@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from secateur._errors import RecipeError
+from secateur._errors import PatternError, RecipeError
 from secateur.graph import Dimension, Graph
 from secateur.layers import Layer, Observed, select_layers
+from secateur.solvers import columns_of
 
 
 @dataclass(frozen=True)
@@ -85,31 +86,13 @@ def find_consumers(model: nn.Module, graph: Graph, observed: Observed) -> Consum
             if tensor not in by_parameter:
                 unknown.setdefault(dimension.name, []).append(place.tensor)
             for layer in by_parameter.get(tensor, ()):
-                columns = _columns(layer, place.dim, place.indices)
-                if columns is None:
-                    unknown.setdefault(dimension.name, []).append(place.tensor)
-                else:
+                try:
+                    columns = columns_of(layer, place.dim, place.indices).numpy()
                     found.setdefault(layer.name, []).append(Consumer(dimension, layer, columns))
+                except PatternError:  # rows of it, such as of a matrix that is also read the other way
+                    unknown.setdefault(dimension.name, []).append(place.tensor)
     ordered = {name: tuple(found[name]) for name in sorted(found, key=lambda name: order[name])}
     return Consumers(ordered, {name: tuple(tensors) for name, tensors in unknown.items()})
-
-
-def _columns(layer: Layer, dim: int, indices: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """The columns of a layer's matrix that are some indices along a dimension of its parameter; None if rows are."""
-    shape = layer.parameter.shape
-    marks = torch.arange(shape[dim], dtype=torch.float64)
-    marks = marks.view([-1 if axis == dim else 1 for axis in range(len(shape))]).expand(shape)
-    matrix = layer.to_matrix(marks)
-    if not (matrix == matrix[:1]).all():
-        return None
-    first = matrix[0].long().numpy()
-    order = np.argsort(first, kind="stable")
-    begins = np.searchsorted(first[order], np.arange(shape[dim] + 1))
-    width = int(begins[1] - begins[0])
-    if (np.diff(begins) != width).any():
-        return None
-    per_index = order.reshape(-1, width)
-    return per_index[indices].reshape(len(indices), -1)
 
 
 def removed_columns(consumers: Sequence[Consumer], units: Mapping[str, Iterable[int]]) -> Tensor:
