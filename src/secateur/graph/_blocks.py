@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module, batch: Any, forward: Forward = call_model) -> 
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from secateur.graph._blocks import find_blocks
+        >>> from secateur.graph import find_blocks
         >>> class Block(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

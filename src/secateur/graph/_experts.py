@@ -32,7 +32,7 @@ def find_experts(model: nn.Module) -> list[Dimension]:
 
     Example:
         >>> from torch import nn
-        >>> from secateur.graph._experts import find_experts
+        >>> from secateur.graph import find_experts
         >>> class Mixture(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()

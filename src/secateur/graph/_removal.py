@@ -30,7 +30,7 @@ class Removal:
         model_name: the class of that model, for messages.
 
     Example:
-        >>> from secateur.graph._removal import Removal
+        >>> from secateur.graph import Removal
         >>> removal = Removal({"encoder.layer": (2, 3)})
         >>> Removal.from_json(removal.to_json()) == removal
         True

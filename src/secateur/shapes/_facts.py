@@ -46,7 +46,7 @@ class Facts:
         model_hash: :func:`structure_hash` of the original model; empty to not compare it.
 
     Example:
-        >>> from secateur.shapes._facts import Facts
+        >>> from secateur.shapes import Facts
         >>> facts = Facts(
         ...     shapes={"0.weight": (3, 8)}, original_shapes={"0.weight": (4, 8)}, attributes={"0": {"out_features": 3}}
         ... )

@@ -87,8 +87,8 @@ def resize_(model: nn.Module, facts: Facts) -> Callable[[], None]:
 
     Example:
         >>> import torch
-        >>> from secateur.shapes._facts import Facts
-        >>> from secateur.shapes._resize import resize_
+        >>> from secateur.shapes import Facts
+        >>> from secateur.shapes import resize_
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
         >>> facts = Facts({"0.weight": (3, 8)}, {"0.weight": (4, 8)}, attributes={"0": {"out_features": 3}})
         >>> undo = resize_(model, facts)

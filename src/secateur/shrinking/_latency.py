@@ -28,7 +28,7 @@ def compare_latency(before: nn.Module, after: nn.Module, batch: Any, forward: Fo
 
     Example:
         >>> import torch
-        >>> from secateur.shrinking._latency import compare_latency
+        >>> from secateur.shrinking import compare_latency
         >>> latency = compare_latency(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8), torch.randn(4, 64))
         >>> latency.shape, latency.after > 0
         ((4, 64), True)

@@ -54,7 +54,7 @@ def analyze(
 
     Example:
         >>> import torch
-        >>> from secateur.shrinking._shrink import analyze
+        >>> from secateur.shrinking import analyze
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> graph = analyze(model, [torch.randn(2, 8)])
         >>> [(found.name, found.kind, found.size) for found in graph.dimensions]

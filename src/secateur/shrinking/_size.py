@@ -34,7 +34,7 @@ def model_size(model: nn.Module, batch: Any = None, forward: Forward = call_mode
 
     Example:
         >>> import torch
-        >>> from secateur.shrinking._size import model_size
+        >>> from secateur.shrinking import model_size
         >>> size = model_size(torch.nn.Linear(8, 4), torch.randn(2, 8))
         >>> size.parameters, size.nbytes, size.macs, size.shape
         (36, 144, 64, (2, 8))

@@ -63,11 +63,9 @@ def prove(undo: Undo, batches: Iterable[Any], forward: Forward = call_model) -> 
         Example:
             >>> import numpy as np
             >>> import torch
-            >>> import torch
-    from torch import nn
+            >>> from torch import nn
             >>> from secateur.graph import Dimension, Graph, Place, Removal
-            >>> from secateur.surgery._proof import prove
-            >>> from secateur.surgery._remove import remove_
+            >>> from secateur.surgery import prove, remove_
             >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
             >>> _ = model[2].weight.data[:, 1].zero_()
             >>> each = np.arange(3)[:, None]

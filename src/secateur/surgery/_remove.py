@@ -105,7 +105,7 @@ def remove_(model: nn.Module, graph: Graph, removal: Removal, batch: Any, forwar
         >>> import torch
         >>> from torch import nn
         >>> from secateur.graph import Dimension, Graph, Place, Removal
-        >>> from secateur.surgery._remove import remove_
+        >>> from secateur.surgery import remove_
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> each = np.arange(3)[:, None]
         >>> places = Place("0.weight", 0, each), Place("0.bias", 0, each), Place("2.weight", 1, each, is_input=True)
