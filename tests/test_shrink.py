@@ -360,3 +360,61 @@ def test_training_goes_on():
     model(data()[0]).square().mean().backward()
     optimizer.step()
     assert model[0].weight.grad.shape == (8, 8)
+
+
+def test_a_model_that_draws_random_numbers_is_proved():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x * (torch.rand(x.shape) > 0.5))
+
+    report = secateur.shrink_(Noisy().eval(), data(), keep={"channels": 0.5})
+    assert report.proof.error <= 1e-5
+
+
+@pytest.mark.parametrize("activation", [nn.GLU(), nn.Hardswish(), nn.LogSigmoid(), nn.Softplus(), nn.PReLU(16)])
+def test_activations_keep_or_halve_channels(activation):
+    inner = 8 if isinstance(activation, nn.GLU) else 16
+    model = nn.Sequential(nn.Linear(8, 16), activation, nn.Linear(inner, 4)).eval()
+    report = secateur.shrink_(model, data(), keep={"channels": 0.5}, method="magnitude")
+    assert model[2].in_features == inner // 2
+    assert report.proof.error <= 1e-5
+
+
+def test_code_that_keeps_a_number_of_channels_is_a_boundary_and_no_error():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.last = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.last(self.down(self.up(x).view(-1, 4, 4).flatten(1)).relu())
+
+    model = Fixed().eval()
+    report = secateur.shrink_(model, data(), keep={"channels": 0.5})
+    assert model.up.out_features == 16
+    assert model.down.out_features == 6
+    assert any(boundary.tensor == "up.weight" and boundary.dim == 0 for boundary in report.boundaries)
+
+
+def test_heads_of_attention_with_capped_scores_are_heads():
+    class Capped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = 4
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            q, k, v = (
+                part(x).view(*x.shape[:2], self.num_heads, -1).transpose(1, 2) for part in (self.q, self.k, self.v)
+            )
+            scores = torch.tanh(q @ k.transpose(2, 3) / 10) * 10
+            return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    model = Capped().eval()
+    secateur.shrink_(model, [torch.randn(2, 5, 8)], keep={"heads": 0.5})
+    assert model.num_heads == 2
+    assert model.o.in_features == 4

@@ -45,35 +45,35 @@ class Proof:
 def prove(undo: Undo, batches: Iterable[Any], forward: Forward = call_model) -> Proof:
     """Prove that a model computes the same as before units were removed, and put it back if it does not.
 
-        The reference is the model before, in which zero columns read the removed units, removed blocks are skipped and
-        removed experts never chosen. A model of half precision is compared in float32, part by part: a part is the
-        smallest module around all places of the units, and gets the inputs that it has in the model.
+    The reference is the model before, in which zero columns read the removed units, removed blocks are skipped and
+    removed experts never chosen. A model of half precision is compared in float32, part by part: a part is the
+    smallest module around all places of the units, and gets the inputs that it has in the model.
 
-        Args:
-            undo: what :func:`remove_` returned.
-            batches: inputs of the model.
-            forward: how to call the model on one of them.
+    Args:
+        undo: what :func:`remove_` returned.
+        batches: inputs of the model.
+        forward: how to call the model on one of them.
 
-        Returns:
-            How large the difference was. At most 1e-10 is allowed for float64, else 1e-5.
+    Returns:
+        How large the difference was. At most 1e-10 is allowed for float64, else 1e-5.
 
-        Raises:
-            SolverError: the model is another function. It names the units with which that begins.
+    Raises:
+        SolverError: the model is another function. It names the units with which that begins.
 
-        Example:
-            >>> import numpy as np
-            >>> import torch
-            >>> from torch import nn
-            >>> from secateur.graph import Dimension, Graph, Place, Removal
-            >>> from secateur.surgery import prove, remove_
-            >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-            >>> _ = model[2].weight.data[:, 1].zero_()
-            >>> each = np.arange(3)[:, None]
-            >>> places = Place("0.weight", 0, each), Place("0.bias", 0, each), Place("2.weight", 1, each, is_input=True)
-            >>> graph = Graph((Dimension("ffn", "ffn", 3, places),))
-            >>> undo = remove_(model, graph, Removal({"ffn": (1,)}), torch.ones(1, 4))
-            >>> prove(undo, [torch.ones(1, 4)]).error < 1e-6
-            True
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from torch import nn
+        >>> from secateur.graph import Dimension, Graph, Place, Removal
+        >>> from secateur.surgery import prove, remove_
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = model[2].weight.data[:, 1].zero_()
+        >>> each = np.arange(3)[:, None]
+        >>> places = Place("0.weight", 0, each), Place("0.bias", 0, each), Place("2.weight", 1, each, is_input=True)
+        >>> graph = Graph((Dimension("ffn", "ffn", 3, places),))
+        >>> undo = remove_(model, graph, Removal({"ffn": (1,)}), torch.ones(1, 4))
+        >>> prove(undo, [torch.ones(1, 4)]).error < 1e-6
+        True
     """
     worst = Proof(0.0, tolerance_for(undo.model.parameters()), by_blocks=False, compared=0)
     try:
