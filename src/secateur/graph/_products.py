@@ -392,7 +392,8 @@ def _put(trace: Tracing, call: Call, target: Tensor, source: Tensor) -> None:
 
 
 _NAMES: dict[Rule, str] = {
-    pointwise: "hardswish hardsigmoid hardtanh log_sigmoid_forward mish softplus elu celu selu _prelu_kernel",  # not all are tagged
+    # Not all of them have the tag that tells pointwise operations.
+    pointwise: "hardswish hardsigmoid hardtanh log_sigmoid_forward mish softplus elu celu selu _prelu_kernel",
     _glu: "glu",
     _matmul: "mm bmm _int_mm",
     _added: "addmm baddbmm addbmm",
