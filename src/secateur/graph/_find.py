@@ -48,6 +48,8 @@ def find_units(model: nn.Module, batch: Any, forward: Forward = call_model, *, w
                 note = "not exact: norms are computed over fewer channels"
                 name = dimension.name.removesuffix(dimension.kind).rstrip(".")
                 renamed = f"{name}.hidden".lstrip(".")
+                taken = sum(found.name.startswith(renamed) for found in dimensions if found.kind == "hidden")
+                renamed += f"_{taken + 1}" * (taken > 0)
                 dimensions.append(replace(dimension, name=renamed, kind="hidden", notes=(note,)))
         hidden = {(p.tensor, p.dim) for d in dimensions if d.kind == "hidden" for p in d.places}
         boundaries = [entry for entry in boundaries if (entry.tensor, entry.dim) not in hidden]

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from secateur.graph import Graph
 from secateur.layers import Layer
 from secateur.patterns import NM, Block, SparsityPattern, satisfied
-from secateur.reports import Report
+from secateur.reports import Report, ShrinkReport
 from secateur.shrinking._consumers import Consumers
 
 
 def grains_of(
-    graph: Graph, layers: Iterable[Layer], consumers: Consumers, history: Iterable[Report]
+    graph: Graph, layers: Iterable[Layer], consumers: Consumers, history: Iterable[Report | ShrinkReport]
 ) -> tuple[Graph, dict[str, int]]:
     """Return by dimension how many units in a row go together, and the graph without what patterns do not let go.
 
@@ -28,7 +28,12 @@ def grains_of(
         consumers: of the model.
         history: reports of pruning, which say the pattern of each layer. Without one, the zeros of a layer say it.
     """
-    recorded = {entry.name: SparsityPattern.parse(entry.pattern) for report in history for entry in report.layers}
+    recorded = {
+        entry.name: SparsityPattern.parse(entry.pattern)
+        for report in history
+        if isinstance(report, Report)
+        for entry in report.layers
+    }
     patterns = {layer.name: found for layer in layers if (found := _pattern(layer, recorded)) is not None}
     by_tensor = {layer.parameter_name: (layer, patterns[layer.name]) for layer in layers if layer.name in patterns}
     if not patterns:

@@ -103,7 +103,7 @@ def shrink_(
     round_to: int = 1,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
-    history: Report | Sequence[Report] | None = None,
+    history: Report | ShrinkReport | Sequence[Report | ShrinkReport] | None = None,
     forward: Forward | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     padding: PaddingSource | None = None,
@@ -175,7 +175,7 @@ def shrink_(
     hidden = bool(keep and "hidden" in keep) or _asks_hidden(remove)
     given = globs("include", include or ()), globs("exclude", exclude or ())
     graph = _analyze(model, inputs.batches[0], inputs.forward, given, hidden)
-    past = (history,) if isinstance(history, Report) else tuple(history or ())
+    past = (history,) if isinstance(history, Report | ShrinkReport) else tuple(history or ())
     tell = progress or (lambda description, done, total: None)
     settings = Settings(chosen, allocation, round_to, loss, past, tell)
     report = Shrinking(model, graph, inputs, settings).run(keep, target, remove, zeros)

@@ -115,7 +115,7 @@ class Settings:
     allocation: str
     round_to: int
     loss: Callable[[Any, Any], Tensor] | None
-    history: tuple[Report, ...]
+    history: tuple[Report | ShrinkReport, ...]
     progress: Progress
 
     def tell(self, description: str) -> Callable[[str], None]:
@@ -389,6 +389,10 @@ class Shrinking:
         dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         uneven = _uneven(dimensions)
         note = "each part on the same inputs, in float32" if proof is not None and proof.by_blocks else ""
+        if proof is not None and not proof.is_exact:
+            note = (
+                "without channels of the residual stream a model is another function: the error is shown, not limited"
+            )
         scored = bool(self._scores)
         return ShrinkReport(
             dimensions=dimensions,
