@@ -28,8 +28,9 @@ def score_units(
 ) -> dict[str, _Scores]:
     """Return by dimension a score for each unit: higher stays.
 
-    Scores are errors of the layers that read the units, as a part of what those layers give out. With OBS, units are
-    removed one after the other, and a unit's score is the error that is left when it and all before it are gone.
+    Scores are squared errors of what the layers that read the units give out, over all tokens, so that units of
+    different blocks, which add to one residual stream, can be compared. With OBS, units are removed one after the
+    other, and a unit's score is the error that is left when it and all before it are gone.
 
     Args:
         dimensions: whose units are scored.
@@ -104,7 +105,7 @@ def _scores(
     for consumer, weight, statistics in found:
         units = torch.from_numpy(consumer.columns)
         total += importance.scores(weight, statistics, units).cpu().numpy()
-    return total / _energy(found)
+    return total
 
 
 def _by_removal(
@@ -121,28 +122,8 @@ def _by_removal(
     keep = groups if grain == 1 else 1
     order, costs = remove_units(readers, keep, damping=damping, group_size=dimension.group_size if grain == 1 else 0)
     scores = np.full(whole, np.inf)
-    relative = (costs.cpu().numpy() if len(costs) else np.zeros(0)) / _energy(found)
-    scores[order.cpu().numpy()] = np.maximum.accumulate(relative) if len(relative) else relative
+    scores[order.cpu().numpy()] = np.maximum.accumulate(costs.cpu().numpy()) if len(costs) else 0.0
     if grain == 1:
         return scores
     spread = np.repeat(scores / grain, grain)
     return np.concatenate([spread, np.full(dimension.size - len(spread), np.inf)])
-
-
-def _energy(found: Sequence[tuple[Consumer, Tensor, LayerStatistics | None]]) -> float:
-    """Squared outputs of all readers of a dimension, to make errors of different dimensions comparable."""
-    total = 0.0
-    for _, weight, statistics in found:
-        if statistics is None:
-            total += float(weight.double().square().sum())
-        elif statistics.gram is not None:
-            gram = statistics.require("gram").double()
-            part = weight.detach().double().unflatten(0, (len(gram), -1))
-            total += float(((part @ gram) * part).sum())
-        elif statistics.input_norm is not None:
-            norm = statistics.require("input_norm").double()
-            part = weight.detach().double().unflatten(0, (len(norm), -1))
-            total += float((part.square().sum(1) * norm.square()).sum())
-        else:
-            return 1.0
-    return total or 1.0
