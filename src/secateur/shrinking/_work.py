@@ -320,6 +320,11 @@ class Shrinking:
             if plain:
                 gathered = self._gathered(importance.needs, self._prefixes(blocks), "scoring")
                 self._scores |= score_units(plain, self._consumers, importance, gathered, self._grains)
+        for dimension in dimensions:
+            if not self._scores[dimension.name].any():
+                self._notes.append(
+                    f"{dimension.name}: nothing is known of what its units give, so that the last ones go"
+                )
 
     def _gone(self, units: Mapping[str, Sequence[int]]) -> list[tuple[Dimension, tuple[int, ...]]]:
         """Blocks and experts that go: zeros do not take them out of the model."""
