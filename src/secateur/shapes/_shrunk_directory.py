@@ -30,7 +30,7 @@ from secateur.files import (
 from secateur.huggingface import check_counts, load_model, model_class, open_model, skeleton, transformers_library
 from secateur.shapes._claim import settings_for
 from secateur.shapes._facts import Facts
-from secateur.shapes._uniform import Uniform, find_uniform, original_config
+from secateur.shapes._uniform import Uniform, difference, find_uniform, original_config
 
 _MARK = "shrunk"  # of an ordinary config.json of ours
 _WHOLE = "1000TB"  # of a file: all weights in one
@@ -202,7 +202,7 @@ def _config_table(model: nn.Module, facts: Facts, uniform: Uniform, copied: Path
     _add(table, uniform.changes)
     # A setting that is not in the file may follow from one that has just changed.
     made = type(original).from_dict(copy.deepcopy(table)).to_dict()
-    _add(table, _differing(made, uniform.config.to_dict()))
+    _add(table, difference(made, uniform.config.to_dict(), _FREE))
     found, wanted = (
         _shapes(skeleton(type(model), c)) for c in (type(original).from_dict(copy.deepcopy(table)), uniform.config)
     )
@@ -226,7 +226,7 @@ def config_before(model: nn.Module, facts: Facts, copied: Path | None) -> dict[s
     original = original_config(model, facts)
     table = _table(original, copied)
     made = type(original).from_dict(copy.deepcopy(table)).to_dict()
-    _add(table, _differing(made, original.to_dict()))
+    _add(table, difference(made, original.to_dict(), _FREE))
     return table
 
 
@@ -247,20 +247,6 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 _FREE = frozenset(
     {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config", _MARK}
 )
-
-
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config that another one has otherwise."""
-    made: dict[str, Any] = {}
-    for key, value in wanted.items():
-        if key in _FREE:
-            continue
-        if isinstance(value, Mapping) and isinstance(found.get(key), Mapping):
-            if inner := _differing(found[key], value):
-                made[key] = inner
-        elif key not in found or found[key] != value:
-            made[key] = value
-    return made
 
 
 def _add(table: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
@@ -104,7 +104,7 @@ class _Search:
         config = self._made(changes)
         if reason := self._other_settings(skeleton(type(self._model), config)):
             return Uniform(reason=reason)
-        return Uniform(config, _difference(self._table, config.to_dict()))
+        return Uniform(config, difference(self._table, config.to_dict()))
 
     def _better(self, changes: dict[Path, Any], distance: int) -> tuple[dict[Path, Any], int] | None:
         """The first changes that bring the config's model nearer to the shrunk one."""
@@ -291,11 +291,14 @@ def _put(table: Any, path: Path, value: Any) -> None:
     _at(table, path[:-1])[path[-1]] = value
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], but: Container[str] = ()) -> dict[str, Any]:
+    """Return the entries of a config that another one has otherwise, but for some keys, in its parts too."""
     found: dict[str, Any] = {}
     for key, value in new.items():
+        if key in but:
+            continue
         if isinstance(value, Mapping) and isinstance(old.get(key), Mapping):
-            if inner := _difference(old[key], value):
+            if inner := difference(old[key], value, but):
                 found[key] = inner
         elif key not in old or old[key] != value:
             found[key] = value
