@@ -1,0 +1,1 @@
+"""Which stages make a model, and which models are good enough?"""

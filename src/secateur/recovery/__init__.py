@@ -1,0 +1,1 @@
+"""How does a pruned or shrunk model get its accuracy back?"""
