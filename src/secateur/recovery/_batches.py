@@ -45,7 +45,7 @@ class Batches:
         """
         cpu = torch.device("cpu")
         limited: Iterable[Any] = batches
-        if settings.steps is not None and not isinstance(batches, Sequence) and hasattr(batches, "__next__"):
+        if settings.steps is not None and not _is_sized(batches):
             needed = settings.steps * settings.accumulate * world()[1]
             limited = islice(batches, int(needed / (1 - settings.held_out)) + 2)
         loaded = load_batches(limited, cpu)
@@ -70,3 +70,12 @@ class Batches:
     def rows(self, numbers: Sequence[int]) -> int:
         """Return how many rows some batches have."""
         return sum(rows_of(self.all[number]) for number in numbers)
+
+
+def _is_sized(batches: object) -> bool:
+    """Whether it says how many there are. A loader of an endless data set has a method for that, which fails."""
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True

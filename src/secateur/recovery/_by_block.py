@@ -9,6 +9,7 @@ Reference:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +20,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.calibration import RouteChanged, forward_as, replayed
+from secateur._errors import RecipeError
+from secateur.calibration import RouteChanged, forward_as, parameter_names, replayed
 from secateur.graph import stream_out
 from secateur.layers import select_layers
 from secateur.recovery._budget import Budget, Clock, Steps, WorkingTime
 from secateur.recovery._checkpoint import Checkpoint
 from secateur.recovery._processes import total, world
-from secateur.recovery._runs import Runner, rows_of
+from secateur.recovery._runs import Runner, copied, rows_of
 from secateur.recovery._seen import Seen
 from secateur.recovery._settings import Settings
 from secateur.recovery._teacher import TeacherOutputs
 from secateur.recovery._terms import relative_error
-from secateur.recovery._train import Loop, Progress, computing
-from secateur.recovery._trained import OwnWeights, Trained
-from secateur.recovery._zeros import no_new_zeros, widened
+from secateur.recovery._train import INTERRUPTED, Loop, Progress, computing
+from secateur.recovery._trained import OwnWeights, Trained, free
+from secateur.recovery._zeros import no_new_zeros, to_the_end, widened
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+Done = tuple[str, Progress, int]  # name of a block, what happened, and how many weights could move
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class _Block:
     Args:
         trained: its weights.
         module: the block.
-        calls: what it is called with for each batch.
+        calls: what it is called with for each batch; None where it does not run.
         seen: a forward pass of each batch, without an output, for its padding.
         targets: by the number of a batch, what it should return.
         train: numbers of training batches.
@@ -54,7 +57,7 @@ class _Block:
 
     trained: Trained
     module: nn.Module
-    calls: Sequence[_Call]
+    calls: Sequence[_Call | None]
     seen: Sequence[Seen]
     targets: Callable[[int], Tensor]
     train: Sequence[int]
@@ -81,11 +84,17 @@ class _Block:
         return summed / count
 
     def _error(self, number: int) -> Tensor:
-        args, kwargs = self.calls[number]
+        call = self.calls[number]
+        if call is None:
+            raise RecipeError(
+                f"method='blocks' needs every block to run for every batch, and batch {number} does not reach one of "
+                "them. Use method='full', or leave this batch out."
+            )
+        args, kwargs = copied(call)  # blocks may write to their inputs
         with computing(self.autocast, next(self.module.parameters()).device):
             stream = stream_out(self.module(*args, **kwargs))
         assert stream is not None
-        return relative_error(stream, self.targets(number), self.seen[number].real(stream))
+        return relative_error(self.seen[number].rows(stream), self.targets(number))
 
 
 def train_blocks_(
@@ -101,7 +110,8 @@ def train_blocks_(
     folder: Path,
     tell: Callable[[str, float], None],
     reserve: float,
-) -> tuple[list[tuple[str, Progress]], int]:
+    done: list[Done],
+) -> None:
     """Train each block of a model in turn.
 
     Args:
@@ -117,16 +127,14 @@ def train_blocks_(
         folder: for the values that the blocks had before.
         tell: called with a description and the part of the budget that is used.
         reserve: seconds that are needed after the last block.
-
-    Returns:
-        For each block its name and what happened, and how many weights could move.
+        done: gets what was done, block by block, so that it is known after an interrupt. Blocks that are frozen, or
+            that cannot be run on their own, are not in it.
     """
     model = student.model
     layers, _ = select_layers(model)
     source = replayed(model, list(batches), layers, student.forward)
     wanted = {id(model.get_submodule(name)): name for name in names}
-    done: list[tuple[str, Progress]] = []
-    weights = 0
+    passed = 0
     for index, stage in enumerate(source.stages):
         name = wanted.get(id(stage.module)) if stage.once else None
         calls, seen = _calls(source, index, stage.module, len(batches), student, batches)
@@ -134,41 +142,42 @@ def train_blocks_(
             continue
         place = names.index(name)
         module = stage.module
-        parameters = [p for p in module.parameters() if p.is_floating_point() and p.requires_grad]
-        save_file({k: v.contiguous() for k, v in _own(module).items()}, folder / f"before.{place}.safetensors")
-        with no_new_zeros(parameters), widened(parameters):
-            wide = [_as_float(call) for call in calls]
-            trained = OwnWeights(parameters)
-            weights += trained.weights
+        passed += 1
+        parameters = free(module)
+        if not parameters:
+            continue
+        save_file(_own(module), folder / f"before.{place}.safetensors")
+        with no_new_zeros(parameters), widened([*module.parameters(), *module.buffers()]) as before:
+            wide = [None if call is None else _as_float(call) for call in calls]
+            trained = OwnWeights(parameters, before)
 
             def target(number: int, place: int = place) -> Tensor:
                 return targets[number * len(names) + place]["state"]
 
             problem = _Block(trained, module, wide, seen, target, train, measure, settings.autocast)
-            left, finished = len(names) - len(done), len(done)
+            finished = passed - 1
             loop = Loop(
                 settings,
                 clock,
                 student.device,
                 lambda description, part, finished=finished: tell(description, (finished + part) / len(names)),  # type: ignore[misc]
             )
-            progress = loop.run(
-                problem, _share(settings, clock, left, len(names), reserve), make_checkpoint(name), part=name
-            )
-        done.append((name, progress))
-        if progress.stopped == "interrupted":
+            share = _share(settings, clock, finished, len(names), reserve)
+            progress = loop.run(problem, share, make_checkpoint(name), part=name)
+        done.append((name, progress, trained.weights))
+        if progress.stopped == INTERRUPTED:
             break
-    return done, weights
 
 
 def _share(
-    settings: Settings, clock: Clock, left: int, blocks: int, reserve: float
+    settings: Settings, clock: Clock, passed: int, blocks: int, reserve: float
 ) -> Callable[[float, float], Budget]:
     """The budget of the next block: an equal part of what is left."""
+    left = blocks - passed
 
     def make(now: float, measuring: float) -> Budget:
-        if settings.steps is not None:
-            return Steps(max(1, settings.steps // blocks))
+        if settings.steps is not None:  # the parts add up to all of the steps
+            return Steps(settings.steps * (passed + 1) // blocks - settings.steps * passed // blocks)
         assert settings.minutes is not None
         end = 60 * settings.minutes - reserve
         return WorkingTime(clock, now, now + max(0.0, (end - now) / left - measuring))
@@ -177,19 +186,26 @@ def _share(
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a block, each once."""
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    """The parameters of a block, each once, as a file can hold them."""
+    return {
+        name: parameter.detach().clone(memory_format=torch.contiguous_format)
+        for name, parameter in module.named_parameters()
+    }
 
 
 @torch.no_grad()
 def undo_(model: nn.Module, names: Sequence[str], folder: Path) -> None:
     """Give blocks the values that they had before."""
-    for place, name in enumerate(names):
-        path = folder / f"before.{place}.safetensors"
-        if path.exists():
-            own = dict(model.get_submodule(name).named_parameters())
-            for key, value in load_file(path).items():
-                own[key].copy_(value)
+
+    def put_back_() -> None:
+        for place, name in enumerate(names):
+            path = folder / f"before.{place}.safetensors"
+            if path.exists():
+                own = dict(model.get_submodule(name).named_parameters())
+                for key, value in load_file(path).items():
+                    own[key].copy_(value)
+
+    to_the_end(put_back_)
 
 
 def _as_float(call: _Call) -> _Call:
@@ -205,21 +221,22 @@ def _as_float(call: _Call) -> _Call:
 
 def _calls(
     source: Any, index: int, module: nn.Module, count: int, student: Runner, batches: Sequence[Any]
-) -> tuple[list[_Call], list[Seen]]:
+) -> tuple[list[_Call | None], list[Seen]]:
     """What a stage is called with, for each batch; a model that changes its way is run again."""
-    calls: list[_Call] = []
+    calls: list[_Call | None] = []
     run = module.forward
+    names = parameter_names(student.model)
     for number in range(count):
         found: list[_Call] = []
 
         def note(*args: Any, found: list[_Call] = found, **kwargs: Any) -> object:
-            found.append((args, kwargs))
+            found.append(copy.deepcopy((args, kwargs)))
             return run(*args, **kwargs)
 
         with forward_as(module, note):
             run_stage(source, index, number)
-        calls.append(found[-1] if found else ((), {}))
-    seen = [Seen(None, batch, (), student.padding, ()) for batch in batches]
+        calls.append(found[-1] if found else None)
+    seen = [Seen(None, batch, (), student.padding, names) for batch in batches]
     return calls, seen
 
 

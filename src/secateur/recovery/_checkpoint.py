@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur._errors import FormatError, RecipeError
 from secateur.files import open_safetensors, parse_json, write_safetensors
 
 _KEY = "secateur.recovery"
+_SHORT = 40  # letters of a value that a message can name
 _PATIENCE = 20  # writing may take this part of the time between two checkpoints
 
 
@@ -34,6 +35,15 @@ class Checkpoint:
         self._path = None if folder is None else folder / f"{name}.safetensors"
         self._identity, self._writes = dict(identity), writes
         self._cost, self._last = 0.0, -float("inf")
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None if nothing is kept."""
+        return self._path
+
+    def identify(self, more: Mapping[str, str]) -> None:
+        """Add to what the run is."""
+        self._identity.update(more)
 
     def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], always: bool = False) -> None:
         """Write the state, unless the last time was so short ago that this would take long beside the work."""
@@ -56,19 +66,50 @@ class Checkpoint:
         if self._path is None or not self._path.exists():
             return None
         with open_safetensors(self._path) as file:
-            text = (file.metadata() or {}).get(_KEY, "")
+            table = _table_of(self._path, file)
+            _check_same_run(self._path, table.pop("identity"), self._identity)
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        table = parse_json(text) if text else None
-        if not isinstance(table, dict) or not isinstance(table.get("identity"), dict):
-            raise FormatError(f"{self._path} is not the state of a recovery. Remove it to begin anew.")
-        before = table.pop("identity")
-        changed = [name for name in self._identity if before.get(name) != self._identity[name]]
-        if changed:
-            raise RecipeError(
-                f"{self._path} is the state of another run: {', '.join(changed)} differ.\nGive another folder as "
-                "checkpoint=, or remove the file to begin anew."
-            )
         return tensors, table
+
+
+def check_folder(folder: Path, identity: Mapping[str, str]) -> None:
+    """Raise if a folder has the state of another run, be it of another method, under another name.
+
+    Raises:
+        FormatError: a file is not a state of a recovery.
+        RecipeError: it is of another run: it names what differs.
+    """
+    for path in sorted([*folder.glob("recovery.safetensors"), *folder.glob("block.*.safetensors")]):
+        with open_safetensors(path) as file:
+            before = _table_of(path, file)["identity"]
+        _check_same_run(path, {name: before.get(name) for name in identity}, identity)
+
+
+def _table_of(path: Path, file: Any) -> dict[str, Any]:
+    try:
+        table = parse_json((file.metadata() or {}).get(_KEY, ""))
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or not isinstance(table.get("identity"), dict):
+        raise FormatError(f"{path} is not the state of a recovery. Remove it to begin anew.")
+    return table
+
+
+def _check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, str]) -> None:
+    changed = [_difference(name, before.get(name), now.get(name)) for name in {**now, **before}]
+    found = [text for text in changed if text]
+    if found:
+        raise RecipeError(
+            f"{path} is the state of another run; what differs: {', '.join(found)}.\nGive another folder as "
+            "checkpoint=, or remove the file to begin anew."
+        )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if before == now:
+        return ""
+    short = all(isinstance(value, str) and len(value) < _SHORT for value in (before, now))
+    return f"{name} ({before}, now {now})" if short else name
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,7 +147,7 @@ def restore_optimizer_(
 
 
 @torch.no_grad()
-def copy_into_(leaves: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
-    """Give parameters other values."""
-    for leaf, tensor in zip(leaves, tensors, strict=True):
-        leaf.copy_(tensor)
+def copy_into_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Give tensors other values."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -23,12 +23,14 @@ class Correspondence:
         blocks: of the model, in order.
         teachers: of the teacher, in order.
         how: it was found out, in words; why there is none, where it is empty.
+        listed: whether both models have lists of repeated blocks under the same name.
     """
 
     names: Mapping[str, str]
     blocks: tuple[nn.Module, ...]
     teachers: tuple[nn.Module, ...]
     how: str
+    listed: bool = True
 
 
 def block_lists(model: nn.Module, least: int = 2) -> dict[str, list[nn.Module]]:
@@ -47,6 +49,11 @@ def block_lists(model: nn.Module, least: int = 2) -> dict[str, list[nn.Module]]:
         if alike and all(any(p.ndim > 1 for p in child.parameters()) and list(child.children()) for child in children):
             found[name] = children
     return found
+
+
+def repeated_blocks(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Return all repeated blocks of a model."""
+    return tuple(block for blocks in block_lists(model).values() for block in blocks)
 
 
 def _inside(name: str, outer: str) -> bool:
@@ -81,6 +88,7 @@ def correspondence(model: nn.Module, teacher: nn.Module, history: Iterable[objec
         tuple(model.get_submodule(own) for own in pairs),
         tuple(teacher.get_submodule(theirs) for theirs in pairs.values()),
         "; ".join(how) if how else "no repeated blocks were found in both models",
+        bool(how),
     )
 
 

@@ -41,7 +41,9 @@ class Criterion:
         for number, term in enumerate(self.terms):
             for name, tensor in term.keep(seen).items():
                 half = name not in term.exact and tensor.is_floating_point()
-                kept[f"{number}.{name}"] = (_in_half(tensor) if half else tensor).detach().cpu().contiguous()
+                held = (_in_half(tensor) if half else tensor).detach()
+                # A copy: a part of a larger tensor would keep all of it in memory.
+                kept[f"{number}.{name}"] = held.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return kept
 
     def loss(self, seen: Seen, kept: Kept) -> Tensor:
@@ -57,7 +59,7 @@ class Criterion:
 def _in_half(tensor: Tensor) -> Tensor:
     """A tensor in float16, or in bfloat16 where numbers are too large for that."""
     half = tensor.to(torch.float16)
-    return half if bool(half.isfinite().all()) else tensor.to(torch.bfloat16)
+    return half if torch.equal(half.isfinite(), tensor.isfinite()) else tensor.to(torch.bfloat16)
 
 
 def choose_loss(ours: Seen, theirs: Seen, settings: Settings, pool: Pool | None) -> Criterion:
@@ -113,16 +115,21 @@ def _by_logits(ours: Seen, theirs: Seen, settings: Settings) -> Criterion:
 
 def _compare_states(ours: Seen, theirs: Seen, notes: list[str]) -> bool:
     """Whether the streams behind blocks can be compared; why not is added to the notes."""
-    if not ours.states:
-        return False
     for own, other in zip(ours.states, theirs.states, strict=True):
+        if own is None or other is None:
+            continue  # it did not run for this batch
         if own.shape != other.shape:
             notes.append(
                 f"states behind blocks are not compared, because their sizes differ ({own.shape[-1]} channels, and "
                 f"{other.shape[-1]} in the teacher)"
             )
             return False
-    return all(state.ndim == 3 for state in ours.states)
+    found = [
+        own for own, other in zip(ours.states, theirs.states, strict=True) if own is not None and other is not None
+    ]
+    if ours.states and not found:
+        notes.append("states behind blocks are not compared, because the blocks return no tensors")
+    return bool(found) and all(state.ndim == 3 for state in found)
 
 
 def _by_embeddings(ours: Seen, theirs: Seen, pool: Pool | None) -> Criterion:
@@ -179,8 +186,8 @@ class _Embedding:
         real = seen.real(states)
         if self.pool is not None:
             return self.pool(states, real)
-        weights = real.to(states.dtype).unsqueeze(-1)
-        return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+        summed = states.float().masked_fill(~real.unsqueeze(-1), 0).sum(1)
+        return summed / real.sum(1, keepdim=True).clamp_min(1)
 
 
 def _entry(output: Any, *names: str) -> Tensor | None:

@@ -18,11 +18,16 @@ def world() -> tuple[int, int]:
 
 
 def mean_gradients_(parameters: Sequence[nn.Parameter]) -> None:
-    """Give every process the mean of all gradients. A parameter without a gradient counts as zero."""
+    """Give every process the mean of all gradients. One that is missing in a process is zero there."""
     _, size = world()
-    if size == 1:
+    if size == 1 or not parameters:
         return
-    for parameter in parameters:
+    device = _device(parameters[0].device)
+    some = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.float32, device=device)
+    distributed.all_reduce(some)
+    for parameter, count in zip(parameters, some.tolist(), strict=True):
+        if not count:
+            continue  # as in one process, an optimizer must not decay what has no gradient
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         distributed.all_reduce(parameter.grad)
@@ -47,8 +52,13 @@ def agreed(value: float, device: torch.device) -> float:
     return float(shared[0])
 
 
-def check_same(digest: str, device: torch.device) -> None:
-    """Raise unless all processes have the same batches.
+def check_same(what: str, digest: str, device: torch.device) -> None:
+    """Raise unless all processes have the same.
+
+    Args:
+        what: it is, such as batches.
+        digest: of it, in hexadecimal digits.
+        device: of the model.
 
     Raises:
         RecipeError: they differ.
@@ -62,8 +72,9 @@ def check_same(digest: str, device: torch.device) -> None:
     different = total([float(not torch.equal(own, first))], device)[0]
     if different:
         raise RecipeError(
-            f"{int(different)} of {size} processes have other batches than the first (this is process {rank}).\nGive "
-            "all of them the same batches: each runs its own part of them. A DistributedSampler is not needed."
+            f"{int(different)} of {size} processes have other {what} than the first (this is process {rank}).\nGive "
+            "all of them the same model, teacher and batches: each runs its own part of the batches. A "
+            "DistributedSampler is not needed."
         )
 
 

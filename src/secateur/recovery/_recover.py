@@ -16,7 +16,7 @@ from secateur.calibration import Forward, PaddingSource, call_model, quiet
 from secateur.nn import check_dense
 from secateur.recovery._batches import Batches
 from secateur.recovery._budget import Clock
-from secateur.recovery._correspond import correspondence
+from secateur.recovery._correspond import correspondence, repeated_blocks
 from secateur.recovery._run import Recovery
 from secateur.recovery._runs import Runner
 from secateur.recovery._settings import Loss, MakeOptimizer, Settings
@@ -82,7 +82,7 @@ def recover_(
         learning_rate: the highest; by default by method. It rises over the first 5 % of the budget and falls to zero.
         weight_decay: of AdamW.
         optimizer: a function of parameters, in place of AdamW: ``lambda parameters: torch.optim.SGD(parameters, 0.1)``.
-            Its learning rates are the highest.
+            Its learning rates are the highest; ``learning_rate`` and ``weight_decay`` are not given then.
         accumulate: batches of a step.
         clip: the largest norm of all gradients together.
         temperature: of ``"logits"``.
@@ -105,7 +105,8 @@ def recover_(
 
     Returns:
         The report: held-out loss before and after, its curve, and what was trained. After Ctrl-C the model is in the
-        best state so far, and the report says so.
+        best state so far, and the report says so; before the first held-out loss is known the interrupt is raised.
+        After an error the model is in no worse state than the one that it came in.
 
     Raises:
         RecipeError: settings that contradict each other; a model and a teacher that do not correspond; a packed model;
@@ -160,7 +161,7 @@ def recover_(
     pair = correspondence(student, dense, past)
     run = forward or call_model
     recovery = Recovery(
-        student=Runner(student, pair.blocks, run, padding, settings.autocast),
+        student=Runner(student, pair.blocks, run, padding, settings.autocast, repeated_blocks(student)),
         teacher=Runner(dense, pair.teachers, run, padding),
         batches=read,
         pair=pair,
@@ -177,6 +178,12 @@ def recover_(
 def _plain(model: object, name: str) -> nn.Module:
     """The model itself, without the wrapper of another library."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if name == "model" and any(p.is_floating_point() and p.element_size() == 2 for p in model.parameters()):
+            # DistributedDataParallel would no longer see the gradients of parameters that were in float32 meanwhile.
+            raise RecipeError(
+                f"the model has weights of 16 bits inside {type(model).__name__}. Give model.module, and wrap it anew "
+                "afterwards."
+            )
         model = model.module
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {type(model).__name__}")
@@ -186,6 +193,8 @@ def _plain(model: object, name: str) -> nn.Module:
             f"the {name} is sharded over processes (fully_shard), which recover_ does not do. Give every process the "
             "whole model; batches are shared out among them."
         )
+    if any(tensor.is_meta for tensor in checked.parameters()):
+        raise RecipeError(f"the {name} has parameters on the meta device, without values. Load its weights first.")
     quantized = [entry for entry, p in checked.named_parameters() if not p.is_floating_point() or p.element_size() < 2]
     if quantized:
         raise RecipeError(

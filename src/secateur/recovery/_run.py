@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import RecipeError
+from secateur._errors import RecipeError, StatisticsError
 from secateur._types import Progress
 from secateur.files import scratch_folder
 from secateur.recovery._batches import Batches
 from secateur.recovery._batchnorm import reestimate_
 from secateur.recovery._budget import Budget, Clock, Steps, WorkingTime
-from secateur.recovery._by_block import train_blocks_, undo_
-from secateur.recovery._checkpoint import Checkpoint
+from secateur.recovery._by_block import Done, train_blocks_, undo_
+from secateur.recovery._checkpoint import Checkpoint, check_folder, copy_into_
 from secateur.recovery._correspond import Correspondence
 from secateur.recovery._losses import Criterion, choose_loss
 from secateur.recovery._processes import check_same, world
@@ -25,9 +27,9 @@ from secateur.recovery._runs import Runner, WholeModel, kept_of, to_device
 from secateur.recovery._settings import Settings
 from secateur.recovery._teacher import TeacherOutputs
 from secateur.recovery._terms import Pool, States
-from secateur.recovery._train import INTERRUPTED, NOT_FINITE, NOTHING_GAINED, USED, Loop
-from secateur.recovery._trained import trained_by
-from secateur.recovery._zeros import no_new_zeros, widened, zeros_of
+from secateur.recovery._train import INTERRUPTED, NOT_FINITE, NOTHING_GAINED, USED, Loop, check_finite
+from secateur.recovery._trained import free, only, own_gradients, recurrent_in_training, trained_by
+from secateur.recovery._zeros import no_new_zeros, stored, to_the_end, widened, zeros_of
 from secateur.reports import CurvePoint, RecoveryReport, versions
 
 _NORM_BATCHES = 32  # for a first estimate of batch norms before and after training
@@ -88,19 +90,29 @@ class Recovery:
         """Train the model, in the state that :func:`secateur.calibration.quiet` establishes for it and its teacher."""
         model, settings = self.student.model, self.settings
         digest = self.batches.digest
-        check_same(digest, self.student.device)
+        check_same("batches", digest, self.student.device)
+        if world()[1] > 1:
+            check_same("weights", _hash_model(model), self.student.device)
         identity = self._identity(digest)
+        if self.folder is not None:
+            check_folder(self.folder, identity)
         by_block = settings.method == "blocks"
         if by_block:
             self._check_blocks()
-        parameters = [p for p in model.parameters() if p.is_floating_point() and p.requires_grad]
+        parameters = free(model)
         zeros = zeros_of(model)
-        narrow = [] if by_block else parameters
-        with scratch_folder(self.folder) as scratch, no_new_zeros(parameters), widened(narrow):
+        held = [] if by_block else [*model.parameters(), *model.buffers()]
+        with ExitStack() as stack:
+            scratch = stack.enter_context(scratch_folder(self.folder))
+            stack.enter_context(own_gradients(model))
+            stack.enter_context(recurrent_in_training(model))
+            if not by_block:
+                stack.enter_context(no_new_zeros(parameters))
+            before = stack.enter_context(widened(held))
             criterion = self._criterion()
             outputs = self._outputs(kept_of(self.teacher, self.batches.all, criterion), scratch)
             problem = WholeModel(
-                trained_by(settings.method, model, settings.rank, settings.seed),
+                trained_by(settings.method, model, settings.rank, settings.seed, before),
                 self.student,
                 criterion,
                 self.batches.all,
@@ -109,12 +121,19 @@ class Recovery:
                 outputs,
                 settings.gradient_checkpointing,
             )
+            if settings.method not in ("blocks", "full"):
+                stack.enter_context(only(model, problem.trained.leaves()))
             start = problem.held_out()
-            made = self._train(problem, identity, scratch, start)
+            check_finite(start)
+            made = self._train(problem, identity, scratch, start, before)
         notes = [*criterion.notes, *outputs.notes, *made.notes]
         uses_blocks = criterion.needs_states or by_block
         if uses_blocks:
             notes.append(f"blocks correspond by their place: {self.pair.how}")
+        elif not self.pair.blocks and self.pair.listed and not callable(settings.loss):
+            notes.append(f"states behind blocks are not compared: {self.pair.how}")
+        if settings.gradient_checkpointing and not self.student.repeated:
+            notes.append("gradient checkpointing did nothing, because the model has no repeated blocks")
         if self.batches.ignored:
             notes.append(f"left out of the batches: {self.batches.ignored}")
         return RecoveryReport(
@@ -143,11 +162,18 @@ class Recovery:
             notes=tuple(notes),
         )
 
-    def _train(self, problem: WholeModel, identity: dict[str, str], scratch: Path, start: float) -> _Made:
+    def _train(
+        self,
+        problem: WholeModel,
+        identity: dict[str, str],
+        scratch: Path,
+        start: float,
+        before: Mapping[int, Tensor],
+    ) -> _Made:
         """Estimate batch norms, train, and estimate them again; each is undone where it does not help."""
         first = CurvePoint(0, self.clock.seconds, None, start)
         norms = _norms_of(self.student.model)
-        after, notes = self._norms(problem, norms, start) if norms else (start, [])
+        after, notes = self._norms(problem, norms, start, before) if norms else (start, [])
         if self.settings.method == "batchnorm":
             if not norms:
                 raise RecipeError(
@@ -159,23 +185,28 @@ class Recovery:
         if self.settings.method == "blocks":
             made = self._by_blocks(problem, identity, scratch, after)
         else:
-            made = self._whole(problem, identity)
-        if norms:
-            best, more = self._norms(problem, norms, made.best)
+            made = self._whole(problem, identity, after)
+        if norms and made.stopped != INTERRUPTED:
+            try:
+                best, more = self._norms(problem, norms, made.best, before)
+            except KeyboardInterrupt as interrupt:
+                if type(interrupt) is not KeyboardInterrupt:
+                    raise
+                return replace(made, curve=(first, *made.curve), stopped=INTERRUPTED, notes=(*notes, *made.notes))
             made = replace(
                 made, best=best, curve=(first, *made.curve, CurvePoint(made.steps, self.clock.seconds, None, best))
             )
             notes += more
         return replace(made, notes=(*notes, *made.notes))
 
-    def _whole(self, problem: WholeModel, identity: dict[str, str]) -> _Made:
+    def _whole(self, problem: WholeModel, identity: dict[str, str], start: float) -> _Made:
         rank, _ = world()
         checkpoint = Checkpoint(self.folder, identity, writes=rank == 0)
         progress = self._loop().run(problem, self._budget, checkpoint)
-        problem.trained.finish_()
+        to_the_end(problem.trained.finish_)
         return _Made(
             progress.step,
-            progress.best,
+            progress.best if progress.curve else start,
             progress.best_step,
             progress.stopped,
             tuple(progress.curve),
@@ -195,39 +226,87 @@ class Recovery:
         targets = self._outputs(self._streams(len(names)), scratch)
         here = [to_device(batch, self.student.device) for batch in self.batches.all]
         points = [CurvePoint(0, self.clock.seconds, None, start)]
-        with torch.no_grad():
-            done, weights = train_blocks_(
-                self.student,
-                names,
-                targets,
-                here,
-                self.batches.train,
-                self.batches.measure,
-                self.settings,
-                self.clock,
-                checkpoint,
-                scratch,
-                self._tell,
-                reserve,
-            )
-        steps = sum(progress.step for _, progress in done)
-        for _, progress in done:
+        done: list[Done] = []
+        best, interrupted = math.inf, False
+        model = self.student.model
+        try:
+            try:
+                train_blocks_(
+                    self.student,
+                    names,
+                    targets,
+                    here,
+                    self.batches.train,
+                    self.batches.measure,
+                    self.settings,
+                    self.clock,
+                    checkpoint,
+                    scratch,
+                    self._tell,
+                    reserve,
+                    done,
+                )
+            except KeyboardInterrupt as interrupt:
+                if type(interrupt) is not KeyboardInterrupt:
+                    raise
+                interrupted = True
+            best = problem.held_out()
+        except BaseException as error:  # it is not known whether the blocks are better together
+            undo_(model, names, scratch)
+            if type(error) is not KeyboardInterrupt:
+                raise
+            interrupted = True
+        interrupted |= any(progress.stopped == INTERRUPTED for _, progress, _ in done)
+        notes = [*targets.notes, *self._left_out(names, done, interrupted)]
+        steps = sum(progress.step for _, progress, _ in done)
+        for _, progress, _ in done:
             points += progress.curve
-        best = problem.held_out()
-        points.append(CurvePoint(steps, self.clock.seconds, None, best))
-        stopped = next(
-            (progress.stopped for _, progress in done if progress.stopped in (INTERRUPTED, NOT_FINITE)), USED
-        )
-        notes: tuple[str, ...] = targets.notes
-        if without := [name for name, progress in done if not progress.step]:
-            notes = (*notes, f"the budget had no step for {len(without)} of {len(names)} blocks: {', '.join(without)}")
+        if math.isfinite(best):
+            points.append(CurvePoint(steps, self.clock.seconds, None, best))
+        stopped = NOT_FINITE if any(progress.stopped == NOT_FINITE for _, progress, _ in done) else USED
         if not best < start:
-            undo_(self.student.model, names, scratch)
-            notes = (*notes, f"all blocks were put back: together they gave a held-out loss of {best:.4g}")
-            best, stopped = start, stopped if stopped != USED else NOTHING_GAINED
+            undo_(model, names, scratch)
+            notes.append("all blocks were put back: together they did not lower the held-out loss")
+            best, steps_kept, stopped = start, 0, stopped if stopped != USED else NOTHING_GAINED
+        else:
+            steps_kept = steps
         return _Made(
-            steps, best, steps if best < start else 0, stopped, tuple(points), weights, max(1, len(done)), notes
+            steps,
+            best,
+            steps_kept,
+            INTERRUPTED if interrupted else stopped,
+            tuple(points),
+            sum(weights for _, _, weights in done),
+            max(1, len(done)),
+            tuple(notes),
         )
+
+    def _left_out(self, names: Sequence[str], done: Sequence[Done], interrupted: bool) -> list[str]:
+        """Say which blocks were not trained.
+
+        Raises:
+            RecipeError: none could be.
+        """
+        notes = []
+        reached = {name for name, _, _ in done}
+        missing = [] if interrupted else [name for name in names if name not in reached]
+        frozen = [name for name in missing if not free(self.student.model.get_submodule(name))]
+        alone = [name for name in missing if name not in frozen]
+        if missing and not done:
+            raise RecipeError(
+                f"method='blocks' found no block that it can train: {len(frozen)} are frozen, and {len(alone)} do not "
+                "run once for each batch.\nUse method='full'."
+            )
+        if frozen:
+            notes.append(f"{len(frozen)} of {len(names)} blocks are frozen and stay as they are: {', '.join(frozen)}")
+        if alone:
+            notes.append(
+                f"{len(alone)} of {len(names)} blocks do not run once for each batch, and stay as they are: "
+                f"{', '.join(alone)}"
+            )
+        if without := [name for name, progress, _ in done if progress.curve and not progress.step]:
+            notes.append(f"the budget had no step for {len(without)} of {len(names)} blocks: {', '.join(without)}")
+        return notes
 
     def _streams(self, blocks: int) -> Callable[[int], dict[int, dict[str, Tensor]]]:
         """Run the teacher on a batch, and return what its blocks gave, each under a number of its own."""
@@ -288,23 +367,33 @@ class Recovery:
                 f"the budget of {steps} steps is too small for one step of each of {len(self.pair.blocks)} blocks."
             )
 
-    @torch.no_grad()
-    def _norms(self, problem: WholeModel, norms: list[nn.Module], before: float) -> tuple[float, list[str]]:
+    def _norms(
+        self, problem: WholeModel, norms: list[nn.Module], loss: float, before: Mapping[int, Tensor]
+    ) -> tuple[float, list[str]]:
         """Estimate the statistics of batch norms again; undo it unless the held-out loss falls."""
-        model = self.student.model
-        old = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        old = [buffer.clone() for buffer in buffers]
+        after = math.inf
         exact = self.settings.method == "batchnorm"
         numbers = self.batches.train if exact else self.batches.train[:_NORM_BATCHES]
-        here = [to_device(self.batches.all[number], self.student.device) for number in numbers]
-        found = reestimate_(model, here, self.student.forward, padding=self.student.padding, exact=exact)
-        after = problem.held_out()
-        if after < before:
-            left = [f"batch norm {name} keeps its statistics: {why}" for name, why in found.left.items()]
-            return after, [f"the statistics of {len(found.norms)} batch norms were estimated again", *left]
-        for norm, buffers in zip(norms, old, strict=True):
-            for name, buffer in norm.named_buffers(recurse=False):
-                buffer.copy_(buffers[name])
-        return before, []
+        here = [to_device(self.batches.all[number], self.student.device, self.student.dtype) for number in numbers]
+        try:
+            found = reestimate_(
+                self.student.model, here, self.student.forward, padding=self.student.padding, exact=exact
+            )
+            with stored(buffers, before):
+                after = problem.held_out()
+        except StatisticsError as error:
+            if exact:
+                raise
+            return loss, [f"the statistics of batch norms stay: {error}"]
+        finally:
+            if not after < loss:
+                to_the_end(lambda: copy_into_(buffers, old))
+        if not after < loss:
+            return loss, []
+        left = [f"batch norm {name} keeps its statistics: {why}" for name, why in found.left.items()]
+        return after, [f"the statistics of {len(found.norms)} batch norms were estimated again", *left]
 
     def _identity(self, batches: str) -> dict[str, str]:
         """What the state of a run on disk belongs to, as named hashes. Hashing a large model takes a while."""
@@ -314,7 +403,9 @@ class Recovery:
             "batches": batches,
             "model": _hash_model(self.student.model),
             "teacher": _hash_model(self.teacher.model),
-            "settings": repr(sorted(self.settings.to_dict().items(), key=lambda entry: entry[0])),
+            "processes": str(world()[1]),
+            "blocks": ", ".join(f"{own} as {other}" for own, other in self.pair.names.items()),
+            **{name: str(value) for name, value in self.settings.to_dict().items()},
         }
 
 
@@ -327,6 +418,9 @@ def _norms_of(model: nn.Module) -> list[nn.Module]:
 def _hash_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # the extra state of a module
+            digest.update(f"{name} {tensor!r}".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

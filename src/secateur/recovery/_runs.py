@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Runner:
     Args:
         model: the model, or its teacher.
         blocks: whose states are recorded.
+        repeated: blocks that can keep only their inputs for the backward pass.
         forward: how to call it on a batch.
         padding: which tokens are real, if the batches do not say so.
         autocast: half precision to compute in; None for the model's own.
@@ -38,34 +40,53 @@ class Runner:
     forward: Forward
     padding: PaddingSource | None = None
     autocast: torch.dtype | None = None
+    repeated: Sequence[nn.Module] = ()
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return next(chain(self.model.parameters(), self.model.buffers()), torch.empty(0)).device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision of all weights; None if there are several."""
+        found = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return found.pop() if len(found) == 1 else None
 
     def run(self, batch: Any, *, states: bool = False, again: bool = False) -> Seen:
         """Return a forward pass on one batch.
 
         Args:
-            batch: on any device; it is not changed.
+            batch: on any device and in any precision; it is not changed, though models may write to their inputs.
             states: record what the blocks return.
             again: keep only the inputs of the blocks for the backward pass.
         """
-        here = to_device(batch, self.device)
+        here = to_device(batch, self.device, self.dtype)
         with ExitStack() as stack:
             stack.enter_context(computing(self.autocast, self.device))
             if again:
-                stack.enter_context(checkpointed(self.blocks))
+                stack.enter_context(checkpointed(self.repeated))
             seen = stack.enter_context(recording(self.blocks)) if states else tuple
-            output = self.forward(self.model, copy.copy(here))
+            output = self.forward(self.model, copied(here))
             names = parameter_names(self.model)
             return Seen(output, here, tuple(seen()), self.padding, names)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Return a batch with its tensors on a device, and those of 16 or 32 floating-point bits in a dtype."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        fits = dtype is None or not leaf.is_floating_point() or leaf.element_size() not in (2, 4)
+        return leaf.to(device) if fits else leaf.to(device, dtype)
+
+    return tree_map(moved, batch)
+
+
+def copied(values: Any) -> Any:
+    """Return a copy of a batch or of arguments."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else copy.copy(leaf), values)
 
 
 def kept_of(teacher: Runner, batches: Sequence[Any], criterion: Criterion) -> Callable[[int], dict[int, Any]]:

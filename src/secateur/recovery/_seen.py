@@ -22,14 +22,15 @@ class Seen:
     Args:
         output: of the model.
         batch: that it was called with.
-        states: the residual stream behind each of some blocks, ``[batch, length, hidden]`` each.
+        states: the residual stream behind each of some blocks, ``[batch, length, hidden]`` each; None where a block
+            did not run, or returned no tensor.
         padding: which tokens are real, as the caller said.
         names: of the model's positional arguments.
     """
 
     output: Any
     batch: Any
-    states: tuple[Tensor, ...] = ()
+    states: tuple[Tensor | None, ...] = ()
     padding: PaddingSource | None = None
     names: tuple[str, ...] = ()
 
@@ -39,14 +40,29 @@ class Seen:
         Raises:
             StatisticsError: some are padding, and it is not known which.
         """
-        found = Padding.of(self.batch, self.names, self.padding).kept("", tensor.detach())
+        found = self._real(tensor)
         if found is None:
             return torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
-        return found.to(tensor.device).expand(tensor.shape[:-1])
+        return found
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return the real tokens of a tensor ``[..., features]``, as ``[tokens, features]``.
+
+        What padding holds, be it NaN, is not computed with.
+
+        Raises:
+            StatisticsError: some are padding, and it is not known which.
+        """
+        found = self._real(tensor)
+        return tensor.flatten(0, -2) if found is None else tensor[found]
+
+    def _real(self, tensor: Tensor) -> Tensor | None:
+        found = Padding.of(self.batch, self.names, self.padding).kept("", tensor.detach())
+        return None if found is None else found.to(tensor.device).expand(tensor.shape[:-1])
 
 
 @contextmanager
-def recording(blocks: Sequence[nn.Module]) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
+def recording(blocks: Sequence[nn.Module]) -> Iterator[Callable[[], tuple[Tensor | None, ...]]]:
     """Yield a function that returns what each block returned last: its residual stream. No hook stays behind."""
     found: dict[int, Tensor] = {}
 
@@ -60,7 +76,7 @@ def recording(blocks: Sequence[nn.Module]) -> Iterator[Callable[[], tuple[Tensor
 
     hooks = [block.register_forward_hook(hook(place)) for place, block in enumerate(blocks)]
     try:
-        yield lambda: tuple(found[place] for place in range(len(blocks)))
+        yield lambda: tuple(found.get(place) for place in range(len(blocks)))
     finally:
         for handle in hooks:
             handle.remove()

@@ -65,11 +65,11 @@ class Settings:
             object.__setattr__(self, "minutes", MINUTES)
         else:
             object.__setattr__(self, "minutes", number("minutes", self.minutes, above=0.0, finite=True))
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", _RATES[self.method])
-        else:
+        if self.learning_rate is not None:
             number("learning_rate", self.learning_rate, above=0.0, finite=True)
         number("weight_decay", self.weight_decay, least=0.0, finite=True)
+        if self.optimizer is not None:
+            self._check_optimizer()
         number("clip", self.clip, above=0.0)
         number("temperature", self.temperature, above=0.0, finite=True)
         if not 0 < number("held_out", self.held_out) <= 0.5:
@@ -81,19 +81,26 @@ class Settings:
         integer("seed", self.seed, 0)
         flag("gradient_checkpointing", self.gradient_checkpointing)
         flag("keep_teacher_outputs", self.keep_teacher_outputs)
-        if self.optimizer is not None and not callable(self.optimizer):
-            raise TypeError(
-                "optimizer must be a function of parameters, such as torch.optim.SGD with its settings bound"
-            )
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise RecipeError(f"autocast must be torch.bfloat16, torch.float16 or None, got {self.autocast}.")
         object.__setattr__(self, "max_memory", size_in_bytes("max_memory", self.max_memory))
 
+    def _check_optimizer(self) -> None:
+        if not callable(self.optimizer):
+            raise TypeError(
+                "optimizer must be a function of parameters, such as torch.optim.SGD with its settings bound"
+            )
+        for name, given in (("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay or None)):
+            if given is not None:
+                raise RecipeError(
+                    f"{name}={given:g} is a setting of AdamW, but an optimizer of your own was given. Give it there: "
+                    f"optimizer=lambda parameters: ..."
+                )
+
     @property
     def rate(self) -> float:
-        """The highest learning rate."""
-        assert self.learning_rate is not None
-        return self.learning_rate
+        """The highest learning rate of AdamW."""
+        return _RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
     def budget(self) -> dict[str, float]:
@@ -106,8 +113,7 @@ class Settings:
             "method": self.method,
             "loss": self.loss if isinstance(self.loss, str) else _name(self.loss),
             **self.budget,
-            "learning_rate": self.rate,
-            "weight_decay": self.weight_decay,
+            **({"learning_rate": self.rate, "weight_decay": self.weight_decay} if self.optimizer is None else {}),
             "optimizer": "AdamW" if self.optimizer is None else _name(self.optimizer),
             "accumulate": self.accumulate,
             "clip": self.clip,

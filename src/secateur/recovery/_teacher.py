@@ -65,6 +65,7 @@ class TeacherOutputs:
                 save_file(kept, path)
             except (OSError, SafetensorError) as error:
                 self._full = str(error)
+                path.unlink(missing_ok=True)  # a part of it would fill the disk for others
                 return
             self._files[index] = path
             self._on_disk += size

@@ -21,6 +21,7 @@ Kept = Mapping[str, Tensor]
 Pool = Callable[[Tensor, Tensor], Tensor]  # states [batch, length, hidden] and real tokens to embeddings [batch, width]
 
 _SMALL = 1e-6
+_NEVER = -1e4  # log of the chance of an outcome that cannot be, such as of one whose logit is -inf
 
 
 class Term(Protocol):
@@ -41,13 +42,10 @@ class Term(Protocol):
         """Return how far the model is from it, one number in float32."""
 
 
-def relative_error(ours: Tensor, theirs: Tensor, real: Tensor | None = None) -> Tensor:
-    """Return ``|ours - theirs|^2 / |theirs|^2`` over real tokens, in float32."""
+def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return ``|ours - theirs|^2 / |theirs|^2``, in float32."""
     theirs = theirs.to(ours.device, torch.float32)
-    squares, sizes = (ours.float() - theirs).square().sum(-1), theirs.square().sum(-1)
-    if real is not None:
-        squares, sizes = squares * real, sizes * real
-    return squares.sum() / sizes.sum().clamp_min(_SMALL)
+    return (ours.float() - theirs).square().sum() / theirs.square().sum().clamp_min(_SMALL)
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ class Logits:
     exact: frozenset[str] = frozenset()
 
     def keep(self, seen: Seen) -> dict[str, Tensor]:
-        """Return the log-probabilities of the likeliest outcomes, and which these are."""
-        logs = torch.log_softmax(self.get(seen.output).float() / self.temperature, -1)
+        """Return the log-probabilities of the likeliest outcomes at each real token, and which these are."""
+        logs = torch.log_softmax(seen.rows(self.get(seen.output)).float() / self.temperature, -1).clamp_min(_NEVER)
         if logs.shape[-1] <= self.top_k:
             return {"logs": logs}
         top = logs.topk(self.top_k, dim=-1)
@@ -80,17 +78,17 @@ class Logits:
 
     def loss(self, seen: Seen, kept: Kept) -> Tensor:
         """Return the mean divergence over real tokens."""
-        logits = self.get(seen.output)
-        real = seen.real(logits)
-        # Only real tokens: for a large vocabulary the rest would cost as much memory as they do.
-        ours = torch.log_softmax(logits[real].float() / self.temperature, -1)
-        theirs = kept["logs"].to(ours.device, torch.float32)[real]
+        ours = torch.log_softmax(seen.rows(self.get(seen.output)).float() / self.temperature, -1)
+        theirs = kept["logs"].to(ours.device, torch.float32)
+        top = "indices" in kept
+        if top:
+            ours = ours.gather(-1, kept["indices"].to(ours.device, torch.long))
         chances = theirs.exp()
-        if "indices" not in kept:
-            return self.temperature**2 * nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        ours = ours.gather(-1, kept["indices"].to(ours.device, torch.long)[real])
-        rest, own = (1 - chances.sum(-1)).clamp_min(_SMALL), (1 - ours.exp().sum(-1)).clamp_min(_SMALL)
-        each = (chances * (theirs - ours)).sum(-1) + rest * (rest.log() - own.log())
+        # What cannot be adds nothing, also where the model gives it a logit of -inf.
+        each = torch.where(chances > 0, chances * (theirs - ours), 0).sum(-1)
+        if top:
+            rest, own = (1 - chances.sum(-1)).clamp_min(_SMALL), (1 - ours.exp().sum(-1)).clamp_min(_SMALL)
+            each = each + rest * (rest.log() - own.log())
         return self.temperature**2 * each.mean()
 
 
@@ -107,13 +105,17 @@ class States:
     exact: frozenset[str] = frozenset()
 
     def keep(self, seen: Seen) -> dict[str, Tensor]:
-        """Return the streams."""
-        return {str(place): state for place, state in enumerate(seen.states)}
+        """Return the streams at real tokens."""
+        return {str(place): seen.rows(state) for place, state in enumerate(seen.states) if state is not None}
 
     def loss(self, seen: Seen, kept: Kept) -> Tensor:
-        """Return the mean error."""
-        errors = [relative_error(state, kept[str(place)], seen.real(state)) for place, state in enumerate(seen.states)]
-        return torch.stack(errors).mean()
+        """Return the mean error over the blocks that ran in both models."""
+        errors = [
+            relative_error(seen.rows(state), kept[str(place)])
+            for place, state in enumerate(seen.states)
+            if state is not None and str(place) in kept
+        ]
+        return torch.stack(errors).mean() if errors else torch.zeros((), device=_device(seen.output))
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,12 @@ class TokenStates:
     exact: frozenset[str] = frozenset()
 
     def keep(self, seen: Seen) -> dict[str, Tensor]:
-        """Return the states."""
-        return {"states": self.get(seen.output)}
+        """Return the states of real tokens."""
+        return {"states": seen.rows(self.get(seen.output))}
 
     def loss(self, seen: Seen, kept: Kept) -> Tensor:
         """Return the error."""
-        states = self.get(seen.output)
-        return relative_error(states, kept["states"], seen.real(states))
+        return relative_error(seen.rows(self.get(seen.output)), kept["states"])
 
 
 @dataclass(frozen=True)
@@ -183,17 +184,16 @@ class Outputs:
     exact: frozenset[str] = frozenset()
 
     def keep(self, seen: Seen) -> dict[str, Tensor]:
-        """Return the tensors."""
-        return {str(place): tensor for place, tensor in enumerate(self.get(seen.output))}
+        """Return the tensors, of those with tokens the real ones."""
+        return {str(place): tensor for place, tensor in enumerate(self._tensors(seen))}
 
     def loss(self, seen: Seen, kept: Kept) -> Tensor:
         """Return the mean error."""
-        tensors = self.get(seen.output)
-        errors = []
-        for place, tensor in enumerate(tensors):
-            real = seen.real(tensor) if tensor.ndim == 3 else None
-            errors.append(relative_error(tensor, kept[str(place)], real))
+        errors = [relative_error(tensor, kept[str(place)]) for place, tensor in enumerate(self._tensors(seen))]
         return torch.stack(errors).mean()
+
+    def _tensors(self, seen: Seen) -> list[Tensor]:
+        return [seen.rows(tensor) if tensor.ndim == 3 else tensor for tensor in self.get(seen.output)]
 
 
 class Given:

@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from secateur._errors import RecipeError
+from secateur._errors import FormatError, RecipeError
 from secateur.recovery._budget import Budget, Clock, rate_at
 from secateur.recovery._checkpoint import Checkpoint, copy_into_, optimizer_state, restore_optimizer_
 from secateur.recovery._processes import agreed, mean_gradients_, total, world
 from secateur.recovery._settings import Settings
 from secateur.recovery._trained import Trained
+from secateur.recovery._zeros import to_the_end
 from secateur.reports import CurvePoint
 
 _POINTS = 16  # of the curve, beside the start
@@ -63,6 +64,7 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
+        # Once it has begun all numbers are finite: a point that is not is no point of the curve.
         return {**vars(self), "curve": [vars(point) for point in self.curve]}
 
     @classmethod
@@ -106,30 +108,23 @@ class Loop:
             more: what the checkpoint shall say beside the state.
 
         Returns:
-            What happened.
+            What happened; without a curve, if it was interrupted before the first held-out loss.
         """
         leaves = problem.trained.leaves()
         optimizer, rates = self._optimizer(leaves)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.autocast == torch.float16)
         best = [leaf.detach().clone() for leaf in leaves]
-        progress = self._resumed(checkpoint, leaves, best, optimizer)
-        began = self.clock.seconds
-        if not progress.curve:
-            progress.begin = began
-            with torch.enable_grad(), problem.trained.using():
-                progress.best = problem.held_out()
-            if not math.isfinite(progress.best):
-                raise RecipeError(
-                    f"the held-out loss is {progress.best} before the first step{f' of {part}' if part else ''}. The "
-                    "model, its teacher or a batch has numbers that are not finite; mend these first."
-                )
-            progress.curve.append(CurvePoint(0, self.clock.seconds, None, progress.best, 0.0, part))
-        measuring = progress.curve[0].seconds - progress.begin
-        limit = budget(progress.curve[0].seconds, measuring)
-        points = self._points(measuring, limit)
+        checkpoint.identify({"optimizer": _described_optimizer(optimizer, rates)})
+        progress = Progress()
         losses: list[float] = []
-        was_stopped = bool(progress.stopped)
         try:
+            self._resume_(progress, checkpoint, leaves, best, optimizer, scaler)
+            if not progress.curve:
+                self._begin_(progress, problem, part)
+            measuring = progress.curve[0].seconds - progress.begin
+            limit = budget(progress.curve[0].seconds, measuring)
+            points = self._points(measuring, limit)
+            was_stopped = bool(progress.stopped)
             while not progress.stopped:
                 used = agreed(limit.used(progress.step), self.device)
                 if used >= 1:
@@ -150,16 +145,26 @@ class Loop:
                     self._measure(problem, progress, leaves, best, losses, after, rates[0] * rate, part)
                     losses = []
                     if not progress.stopped:
-                        self._save(checkpoint, progress, leaves, best, optimizer, more or {})
+                        self._save(checkpoint, progress, leaves, best, optimizer, scaler, more or {})
             if not was_stopped:
-                self._save(checkpoint, progress, leaves, best, optimizer, more or {}, always=True)
+                self._save(checkpoint, progress, leaves, best, optimizer, scaler, more or {}, always=True)
         except KeyboardInterrupt as interrupt:
             progress.stopped = INTERRUPTED
             if type(interrupt) is not KeyboardInterrupt:
                 raise
         finally:
-            copy_into_(leaves, best)
+            optimizer.zero_grad(set_to_none=True)
+            to_the_end(lambda: copy_into_(leaves, best))
         return progress
+
+    def _begin_(self, progress: Progress, problem: Problem, part: str) -> None:
+        """Measure the held-out loss before the first step."""
+        progress.begin = self.clock.seconds
+        with problem.trained.using(stored=True):
+            loss = problem.held_out()
+        check_finite(loss, part)
+        progress.best = loss
+        progress.curve.append(CurvePoint(0, self.clock.seconds, None, loss, 0.0, part))
 
     def _described(self, progress: Progress, loss: float, part: str) -> str:
         """What the user sees of a step."""
@@ -233,16 +238,16 @@ class Loop:
         part: str,
     ) -> None:
         """Add a point to the curve, and keep the state if it is the best."""
-        with problem.trained.using():
+        with problem.trained.using(stored=True):
             held_out = problem.held_out()
+        if not math.isfinite(held_out):
+            progress.stopped = NOT_FINITE
+            return
         mean = sum(losses) / len(losses) if losses else None
         progress.curve.append(CurvePoint(progress.step, self.clock.seconds, mean, held_out, rate, part))
-        if held_out < progress.best:  # False for NaN
+        if held_out < progress.best:
             progress.best, progress.best_step, progress.best_used = held_out, progress.step, used
-            for kept, leaf in zip(best, leaves, strict=True):
-                kept.copy_(leaf.detach())
-        elif not math.isfinite(held_out):
-            progress.stopped = NOT_FINITE
+            to_the_end(lambda: copy_into_(best, leaves))
         elif used < 1 and used - progress.best_used > _PATIENCE:
             progress.stopped = NOTHING_GAINED
 
@@ -253,6 +258,7 @@ class Loop:
         leaves: Sequence[Tensor],
         best: Sequence[Tensor],
         optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
         more: Mapping[str, Any],
         always: bool = False,
     ) -> None:
@@ -260,29 +266,71 @@ class Loop:
         state = {f"leaf.{number}": leaf for number, leaf in enumerate(leaves)}
         state |= {f"best.{number}": kept for number, kept in enumerate(best)}
         state |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
-        table = {**more, "progress": progress.to_dict(), "optimizer": numbers, "seconds": self.clock.seconds}
+        table = {
+            **more,
+            "progress": progress.to_dict(),
+            "optimizer": numbers,
+            "scaler": scaler.state_dict(),
+            "seconds": self.clock.seconds,
+        }
         checkpoint.save(state, table, always)
 
-    def _resumed(
+    def _resume_(
         self,
+        progress: Progress,
         checkpoint: Checkpoint,
         leaves: list[nn.Parameter],
         best: list[Tensor],
         optimizer: torch.optim.Optimizer,
-    ) -> Progress:
-        """Return where an earlier run was, and put everything into its state; a new beginning without one."""
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """Put everything into the state in which an earlier run left it; do nothing without one."""
         found = checkpoint.load()
-        if found is None or "progress" not in found[1]:
-            return Progress()
+        if found is None:
+            return
         tensors, table = found
-        copy_into_(leaves, [tensors[f"leaf.{number}"] for number in range(len(leaves))])
-        for number, kept in enumerate(best):
-            kept.copy_(tensors[f"best.{number}"])
         start = "optimizer."
         own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        restore_optimizer_(optimizer, own, table["optimizer"])
-        self.clock.go_on_from(float(table["seconds"]))
-        return Progress.from_dict(table["progress"])
+        try:
+            states = [tensors[f"leaf.{number}"] for number in range(len(leaves))]
+            bests = [tensors[f"best.{number}"].to(leaf) for number, leaf in enumerate(leaves)]
+            for leaf, state, kept in zip(leaves, states, bests, strict=True):
+                if not leaf.shape == state.shape == kept.shape:
+                    raise ValueError(f"a tensor of shape {tuple(state.shape)} for one of shape {tuple(leaf.shape)}")
+            earlier = Progress.from_dict(table["progress"])
+            restore_optimizer_(optimizer, own, table["optimizer"])
+            if scaler.is_enabled():
+                scaler.load_state_dict(table["scaler"])
+            self.clock.go_on_from(float(table["seconds"]))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FormatError(
+                f"{checkpoint.path} is damaged: {type(error).__name__}: {error}.\nRemove it to begin anew."
+            ) from None
+        best[:] = bests
+        copy_into_(leaves, states)
+        vars(progress).update(vars(earlier))
+
+
+def check_finite(loss: float, part: str = "") -> None:
+    """Raise unless the held-out loss before the first step is finite.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise RecipeError(
+            f"the held-out loss is {loss} before the first step{f' of {part}' if part else ''}. The model, its teacher "
+            "or a batch has numbers that are not finite; mend these first."
+        )
+
+
+def _described_optimizer(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> str:
+    """What two optimizers have in common that go on from each other's state."""
+    groups = [
+        {name: repr(value) for name, value in sorted(group.items()) if name not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
+    return f"{type(optimizer).__name__} {list(rates)} {groups}"
 
 
 def batches_of(step: int, accumulate: int, count: int, seed: int) -> Iterator[int]:

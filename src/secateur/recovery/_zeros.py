@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -45,21 +45,53 @@ class HeldZeros:
 
 
 @contextmanager
-def widened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Hold parameters of 16 bits in float32 for a while.
+def widened(tensors: Iterable[Tensor]) -> Iterator[Mapping[int, Tensor]]:
+    """Hold parameters and buffers of 16 bits in float32 for a while.
 
     Then they get their own precision back. A weight that was not zero and would be rounded to zero keeps the value that
     it had before, so that the zeros stay the same.
+
+    Args:
+        tensors: of a model; also those that do not change, because layers do not compute with two precisions.
+
+    Yields:
+        The values before of those that are held so, by the id of the parameter or buffer: for :func:`stored`.
     """
-    narrow = [p for p in parameters if p.is_floating_point() and p.element_size() < 4]
-    before = [parameter.data for parameter in narrow]
+    narrow = {id(t): t for t in tensors if t.is_floating_point() and t.element_size() == 2}
+    before = {key: tensor.data for key, tensor in narrow.items()}
+
+    def narrow_() -> None:
+        for key, tensor in narrow.items():
+            tensor.data = rounded_like(tensor.data, before[key])
+
     try:
-        for parameter in narrow:
-            parameter.data = parameter.data.to(torch.float32)
+        for tensor in narrow.values():
+            tensor.data = tensor.data.to(torch.float32)
+        yield before
+    finally:
+        to_the_end(narrow_)
+
+
+@contextmanager
+def stored(tensors: Iterable[Tensor], before: Mapping[int, Tensor]) -> Iterator[None]:
+    """Give parameters that :func:`widened` holds in float32 the values for a while that they will end with."""
+    wide = [(tensor, tensor.data) for tensor in tensors if id(tensor) in before]
+    try:
+        for tensor, values in wide:
+            tensor.data = rounded_like(values, before[id(tensor)]).to(values.dtype)
         yield
     finally:
-        for parameter, old in zip(narrow, before, strict=True):
-            parameter.data = rounded_like(parameter.data, old)
+        for tensor, values in wide:
+            tensor.data = values
+
+
+def to_the_end(work: Callable[[], None]) -> None:
+    """Do something that may be done twice. Who interrupts it waits until it is done: half of it is no state to keep."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        work()
+        raise
 
 
 @contextmanager
