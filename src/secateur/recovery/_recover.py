@@ -161,7 +161,15 @@ def recover_(
     pair = correspondence(student, dense, past)
     run = forward or call_model
     recovery = Recovery(
-        student=Runner(student, pair.blocks, run, padding, settings.autocast, repeated_blocks(student)),
+        # With "blocks" the whole model is only measured, in its own precision.
+        student=Runner(
+            student,
+            pair.blocks,
+            run,
+            padding,
+            None if settings.method == "blocks" else settings.autocast,
+            repeated_blocks(student),
+        ),
         teacher=Runner(dense, pair.teachers, run, padding),
         batches=read,
         pair=pair,

@@ -83,6 +83,9 @@ class Logits:
         top = "indices" in kept
         if top:
             ours = ours.gather(-1, kept["indices"].to(ours.device, torch.long))
+        # Rounding made the sum of the chances more or less than one, and then the divergence could be below zero.
+        total = theirs.logsumexp(-1, keepdim=True)
+        theirs = theirs - (total.clamp_min(0) if top else total)
         chances = theirs.exp()
         # What cannot be adds nothing, also where the model gives it a logit of -inf.
         each = torch.where(chances > 0, chances * (theirs - ours), 0).sum(-1)

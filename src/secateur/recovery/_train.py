@@ -22,6 +22,7 @@ from secateur.reports import CurvePoint
 
 _POINTS = 16  # of the curve, beside the start
 _PATIENCE = 0.4  # of the budget, after which a run that has gained nothing more is stopped
+_FEWEST = 8  # steps before that: fewer do not show whether there is more to gain
 _MOST_MEASURING = 0.1  # of the working time
 
 USED, NOTHING_GAINED, NOT_FINITE, INTERRUPTED = (
@@ -130,7 +131,8 @@ class Loop:
                 if used >= 1:
                     progress.stopped = USED
                     break
-                rate = rate_at(used)
+                # That of the middle of the step: at its beginning that of the first one is zero.
+                rate = rate_at(agreed(min(1.0, limit.used(progress.step + 0.5)), self.device))
                 for group, highest in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = highest * rate
                 loss = self._step(problem, leaves, optimizer, scaler, progress.step)
@@ -248,7 +250,7 @@ class Loop:
         if held_out < progress.best:
             progress.best, progress.best_step, progress.best_used = held_out, progress.step, used
             to_the_end(lambda: copy_into_(best, leaves))
-        elif used < 1 and used - progress.best_used > _PATIENCE:
+        elif used < 1 and used - progress.best_used > _PATIENCE and progress.step - progress.best_step >= _FEWEST:
             progress.stopped = NOTHING_GAINED
 
     def _save(
