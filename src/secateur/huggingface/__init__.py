@@ -11,6 +11,8 @@ from secateur.huggingface._loading import open_model as open_model
 from secateur.huggingface._loading import skeleton as skeleton
 from secateur.huggingface._loading import transformers_library as transformers_library
 from secateur.huggingface._plausible import check_counts as check_counts
+from secateur.huggingface._pooling import pooling_of as pooling_of
+from secateur.huggingface._pooling import sentence_length as sentence_length
 from secateur.huggingface._skeletons import change_skeletons as change_skeletons
 from secateur.huggingface._stored import StoredWeights as StoredWeights
 from secateur.huggingface._text import CalibrationText as CalibrationText
