@@ -19,7 +19,7 @@ from secateur.huggingface import directory_figures, directory_without_weights, p
 from secateur.packing import pack_directory
 from secateur.pipeline import DirectoryEvaluation, _evaluate, evaluate_directory
 from secateur.pruning import Recipe, prune_directory
-from secateur.reports import stages_from_json
+from secateur.reports import evaluation_table, stages_from_json
 from secateur.shrinking import analyze_directory, shrink_directory
 
 transformers = pytest.importorskip("transformers")
@@ -109,6 +109,7 @@ def test_prune_and_shrink_measure_every_kind_of_file(bert, files, tmp_path, comm
     (figure,) = report.figures
     assert (figure.dense, figure.value) == pytest.approx((evaluation.before, evaluation.after), abs=1e-5)
     assert figure.count == evaluation.tokens
+    assert evaluation_table(evaluation).columns[1].heading == figure.unit
 
 
 def test_labels_change_no_name_of_a_pruned_layer(bert, files, tmp_path):
