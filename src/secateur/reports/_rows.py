@@ -9,7 +9,6 @@ from itertools import groupby
 from secateur.reports._records import Comparison, Evaluation, LayerReport, PackedLayer, SkippedLayer
 from secateur.reports._tables import Table, TableColumn, bars, figure, size
 
-
 _COUNTED = {"spearman": "pairs", "accuracy": "texts"}  # what other figures than those of running text are measured on
 
 
