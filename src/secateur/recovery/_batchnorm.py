@@ -110,7 +110,7 @@ def reestimate_(
                 if exact and number:
                     repeated = pooled[name].calls > len(batches)
                     pooled |= passes.run({name: norms[name]}, partial(tell, number), stops=not repeated)
-                with naming(name):
+                with naming(name or "(the model itself)"):
                     pooled[name].write_(norms[name])
     except BaseException:
         for name, statistics in before.items():
@@ -212,7 +212,7 @@ class _Passes:
 
         def watch(name: str, padding: Padding, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert isinstance(norm, BatchNorm)
-            with naming(name):
+            with naming(name or "(the model itself)"):
                 rows = _real_rows(name, args[0] if args else next(iter(kwargs.values())), padding)
                 found.setdefault(name, _Pooled()).add(rows)
                 if by_batch and len(rows):
