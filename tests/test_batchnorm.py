@@ -207,7 +207,9 @@ def test_after_an_error_all_is_as_before(batches, said):
 
 def test_statistics_beyond_the_range_of_the_norm_are_refused():
     norm = nn.BatchNorm1d(1).half()
-    with pytest.raises(StatisticsError, match=r"\(the model itself\): its statistics reach 2\.45e\+09, beyond the range of float16"):
+    with pytest.raises(
+        StatisticsError, match=r"\(the model itself\): its statistics reach 2\.45e\+09, beyond the range of float16"
+    ):
         reestimate_(norm, [torch.tensor([[-4e4], [3e4]]).half()])
 
 
