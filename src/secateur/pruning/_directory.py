@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
@@ -28,6 +28,7 @@ from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
+from secateur.pruning._rounds import Between
 from secateur.reports import PRUNING_REPORT, Report, ShrinkReport, stages_from_json, stages_to_json
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
@@ -43,6 +44,7 @@ def prune_directory(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    between: Between | None = None,
     progress: Progress = lambda description, done, total: None,
 ) -> Report:
     """Prune a Hugging Face model directory into another one that ``from_pretrained`` loads unchanged.
@@ -62,6 +64,7 @@ def prune_directory(
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
             precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
         overwrite: replace an existing output directory.
+        between: called between two rounds, as by :func:`secateur.prune_`. All parameters that it changes are written.
         progress: called with a description, and how much of how much is done.
 
     Raises:
@@ -86,7 +89,8 @@ def prune_directory(
             "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
             "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
         )
-    recipe, stored = _match_checkpoint(model, directory, recipe, missing)
+    recipe, stored = _match_checkpoint(model, directory, recipe, missing, everything=between is not None)
+    buffers = {} if between is None else _stored_buffers(model, directory)
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text or heldout else None
 
@@ -103,8 +107,10 @@ def prune_directory(
         windows = list(reader.windows(heldout, evaluate).all())
         quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
 
-    report = prune_(model, batches, recipe, progress=progress)
+    report = prune_(model, batches, recipe, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
+    now = dict(model.named_buffers())
+    _check_writable(directory, [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])])
     stored.round_()
 
     reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
@@ -148,8 +154,13 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
     return json.dumps({**without_claims(directory.config), "sparsity": sparsity}, indent=2) + "\n"
 
 
+def _stored_buffers(model: nn.Module, directory: ModelDirectory) -> dict[str, Tensor]:
+    """Copies of the buffers of a model that its directory stores, such as the statistics of batch norms."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if directory.find(name, buffer) is not None}
+
+
 def _match_checkpoint(
-    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
+    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str], everything: bool
 ) -> tuple[Recipe, StoredWeights]:
     """Find where the parameters to prune are stored, and leave out layers whose values are not in the checkpoint."""
     layers, _ = select_layers(model, recipe.include, recipe.exclude)
@@ -157,8 +168,12 @@ def _match_checkpoint(
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
     # Which weights are layers may turn out only while the model runs, so that all that may be one are looked for.
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name not in missing]
-    stored = StoredWeights(model, directory, matrices)
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if (everything or parameter.ndim > 1) and name not in missing
+    ]
+    stored = StoredWeights(model, directory, names)
     _check_writable(directory, set(stored.lost) & {layer.parameter_name for layer in layers})
     return recipe, stored
 
