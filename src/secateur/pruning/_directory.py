@@ -29,7 +29,7 @@ from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Between
-from secateur.reports import PRUNING_REPORT, Report, ShrinkReport, stages_from_json, stages_to_json
+from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -135,13 +135,13 @@ def prune_directory(
 
 
 def _stages(path: Path, report: Report) -> str:
-    """The report, after those of shrinking and what came before it, if the model was shrunk."""
+    """The report, after those of earlier stages, if there is one beside pruning: pruning again replaces pruning."""
     try:
         before = stages_from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # there is none, or another tool wrote it
         before = ()
-    was_shrunk = any(isinstance(stage, ShrinkReport) for stage in before)
-    return stages_to_json([*(before if was_shrunk else ()), report])
+    has_others = any(not isinstance(stage, Report) for stage in before)
+    return stages_to_json([*(before if has_others else ()), report])
 
 
 def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
