@@ -295,6 +295,8 @@ def test_recipe_and_report_say_it():
     report = prune_(model_of(), recipe=recipe)
     assert report.recipe["rounds"] == 3
     assert "; 3 rounds: 3" in str(report)
+    assert "<dt>Rounds</dt><dd>3</dd>" in report.to_html()
+    assert "<dt>Rounds</dt>" not in prune_(model_of(), sparsity=0.5, method="magnitude").to_html()
     again = Report.from_json(report.to_json())
     assert again == report
     table = json.loads(report.to_json())
@@ -397,3 +399,17 @@ def test_the_command_takes_rounds(encoder, tmp_path):
     result = CliRunner().invoke(app, [*map(str, arguments), "--overwrite", "--rounds", "0"])
     assert result.exit_code == 2
     assert "rounds" in result.stderr
+
+
+def test_a_recovery_in_between_keeps_all_zeros():
+    dense = model_of(rows=20)
+    model, batches, gained = copy.deepcopy(dense), inputs(), []
+
+    def between(changed, number):
+        gained.append(secateur.recover_(changed, dense, batches, steps=5, learning_rate=0.01).gain)
+
+    # A zero that moves would be a warning, and warnings are errors.
+    report = prune_(model, batches, sparsity=0.7, method="wanda", rounds=3, between=between)
+    assert len(gained) == 2
+    assert report.sparsity == 0.7
+    report.verify(model)
