@@ -60,9 +60,17 @@ def widened(tensors: Iterable[Tensor]) -> Iterator[Mapping[int, Tensor]]:
     narrow = {id(t): t for t in tensors if t.is_floating_point() and t.element_size() == 2}
     before = {key: tensor.data for key, tensor in narrow.items()}
 
+    rounded: dict[int, Tensor] = {}
+
+    @torch.no_grad()
     def narrow_() -> None:
         for key, tensor in narrow.items():
-            tensor.data = rounded_like(tensor.data, before[key])
+            if key not in rounded:
+                rounded[key] = rounded_like(tensor.data, before[key])
+            tensor.data = before[key]
+            if not torch.equal(rounded[key], before[key]):
+                tensor.copy_(rounded[key])  # PyTorch counts this change of the tensor, and others ask for it
+            rounded[key] = before[key]
 
     try:
         for tensor in narrow.values():
