@@ -45,11 +45,20 @@ class Checkpoint:
         """Add to what the run is."""
         self._identity.update(more)
 
-    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], always: bool = False) -> None:
-        """Write the state, unless the last time was so short ago that this would take long beside the work."""
+    def is_due(self, always: bool = False) -> bool:
+        """Whether to write: not if the last time was so short ago that it would take long beside the work.
+
+        Args:
+            always: write, however short ago that was.
+        """
+        if self._path is None or not self._writes:
+            return False
+        return always or time.perf_counter() - self._last >= _PATIENCE * self._cost
+
+    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Write the state."""
         began = time.perf_counter()
-        if self._path is None or not self._writes or (not always and began - self._last < _PATIENCE * self._cost):
-            return
+        assert self._path is not None
         table = json.dumps({"identity": self._identity, **numbers})
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_safetensors(self._path, held, {_KEY: table})
@@ -108,7 +117,7 @@ def _check_same_run(path: Path, before: Mapping[str, Any], now: Mapping[str, str
 def _difference(name: str, before: Any, now: Any) -> str:
     if before == now:
         return ""
-    short = all(isinstance(value, str) and len(value) < _SHORT for value in (before, now))
+    short = all(value is None or (isinstance(value, str) and len(value) < _SHORT) for value in (before, now))
     return f"{name} ({before}, now {now})" if short else name
 
 

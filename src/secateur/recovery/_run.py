@@ -110,7 +110,7 @@ class Recovery:
                 stack.enter_context(no_new_zeros(parameters))
             before = stack.enter_context(widened(held))
             criterion = self._criterion()
-            outputs = self._outputs(kept_of(self.teacher, self.batches.all, criterion), scratch)
+            outputs = self._outputs(kept_of(self.teacher, self.batches.all, criterion), scratch / "outputs")
             problem = WholeModel(
                 trained_by(settings.method, model, settings.rank, settings.seed, before),
                 self.student,
@@ -223,7 +223,7 @@ class Recovery:
         began = self.clock.seconds
         problem.held_out()  # the teacher's outputs are there now, so that this takes as long as at the end
         reserve = 1.2 * (self.clock.seconds - began)
-        targets = self._outputs(self._streams(len(names)), scratch)
+        targets = self._outputs(self._streams(len(names)), scratch / "targets")
         here = [to_device(batch, self.student.device) for batch in self.batches.all]
         points = [CurvePoint(0, self.clock.seconds, None, start)]
         done: list[Done] = []
@@ -317,6 +317,11 @@ class Recovery:
             with torch.no_grad():
                 seen = self.teacher.run(self.batches.all[batch], states=True)
                 kept = criterion.keep(seen)
+                if len(kept) < blocks:
+                    raise RecipeError(
+                        f"method='blocks' needs every block to run for every batch, and for batch {batch} the teacher "
+                        "leaves some out. Use method='full', or leave this batch out."
+                    )
             return {batch * blocks + place: {"state": kept[f"0.{place}"]} for place in range(blocks)}
 
         return compute

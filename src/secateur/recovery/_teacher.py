@@ -19,7 +19,7 @@ class TeacherOutputs:
         compute: runs the teacher for a number, and returns what is kept, for this number and maybe for others.
         budget: bytes to hold in memory.
         keep: False computes all of it again each time.
-        folder: for what is beyond the budget.
+        folder: for what is beyond the budget; made when it is needed, and for nothing else.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class TeacherOutputs:
         if index in self._held:
             return self._held[index]
         if index in self._files:
-            return load_file(self._files[index])
+            # A copy: what lies elsewhere in memory than a new tensor would is added up in another order.
+            return {name: tensor.clone() for name, tensor in load_file(self._files[index]).items()}
         made = self._compute(index)
         if self._keep:
             for number, kept in made.items():
@@ -62,6 +63,7 @@ class TeacherOutputs:
         elif not self._full:
             path = self._folder / f"{index}.safetensors"
             try:
+                self._folder.mkdir(exist_ok=True)
                 save_file(kept, path)
             except (OSError, SafetensorError) as error:
                 self._full = str(error)

@@ -115,7 +115,7 @@ class Loop:
         optimizer, rates = self._optimizer(leaves)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.autocast == torch.float16)
         best = [leaf.detach().clone() for leaf in leaves]
-        checkpoint.identify({"optimizer": _described_optimizer(optimizer, rates)})
+        checkpoint.identify({"optimizer settings": _described_optimizer(optimizer, rates)})
         progress = Progress()
         losses: list[float] = []
         try:
@@ -264,6 +264,8 @@ class Loop:
         more: Mapping[str, Any],
         always: bool = False,
     ) -> None:
+        if not checkpoint.is_due(always):
+            return
         tensors, numbers = optimizer_state(optimizer)
         state = {f"leaf.{number}": leaf for number, leaf in enumerate(leaves)}
         state |= {f"best.{number}": kept for number, kept in enumerate(best)}
@@ -275,7 +277,7 @@ class Loop:
             "scaler": scaler.state_dict(),
             "seconds": self.clock.seconds,
         }
-        checkpoint.save(state, table, always)
+        checkpoint.save(state, table)
 
     def _resume_(
         self,
