@@ -4,8 +4,10 @@ import copy
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 
 import pytest
+import recover_cases
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -311,3 +313,68 @@ def _train_fsdp(rank):
 @pytest.mark.slow
 def test_zeros_stay_zero_while_fsdp_trains(tmp_path):
     on_two_processes(_train_fsdp, tmp_path)
+
+
+RECOVERIES = {
+    **{method: {"method": method} for method in recover_cases.METHODS},
+    "sgd": {"optimizer": recover_cases.OPTIMIZERS["sgd"]},
+    "accumulate": {"accumulate": 2},
+    "unused": {},
+}
+
+
+class _Forgetful(recover_cases.Chain):
+    """One of its parameters is used for some batches only: its gradient is missing in one process."""
+
+    def __init__(self):
+        super().__init__()
+        self.sometimes = nn.Linear(8, 4)
+        self.never = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return super().forward(x) + (self.sometimes(x) if x[0, 0] > 0 else 0)
+
+
+def _recovered(name, wrap=lambda model: model, **more):
+    model, dense = recover_cases.pair(_Forgetful if name == "unused" else recover_cases.Chain)
+    keywords = RECOVERIES[name] | more
+    if "optimizer" not in keywords:
+        keywords = {"learning_rate": 0.003, "weight_decay": 0.1} | keywords
+    return model, secateur.recover_(wrap(model), dense, recover_cases.rows(7), steps=6, held_out=0.3, **keywords)
+
+
+def _recover(rank, folder):
+    for name in RECOVERIES:
+        model, report = _recovered(name, lambda model: DistributedDataParallel(model, find_unused_parameters=True))
+        assert_same_everywhere(model)
+        expected = torch.load(folder / f"{name}.pt")
+        assert report.best == pytest.approx(expected.pop("best"), rel=1e-5), name
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], msg=lambda text: f"{name} {key}: {text}")  # noqa: B023
+
+        def stop(text, done, total):
+            if done >= 3:
+                raise ValueError("stop")
+
+        with pytest.raises(ValueError, match="stop"):
+            _recovered(name, checkpoint=folder / "state" / name, progress=stop)
+        again, other = _recovered(name, checkpoint=folder / "state" / name)
+        assert other.best == report.best
+        for key, tensor in again.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[key]), (name, key)
+
+    model, dense = recover_cases.pair()
+    batches = recover_cases.rows(seed=rank)
+    with pytest.raises(RecipeError, match=r"(?s)1 of 2 processes have other batches than the first .*Give"):
+        secateur.recover_(model, dense, batches, steps=1)
+    model.head.bias.data += rank
+    with pytest.raises(RecipeError, match=r"(?s)1 of 2 processes have other weights than the first .*Give"):
+        secateur.recover_(model, dense, recover_cases.rows(), steps=1)
+
+
+@pytest.mark.slow
+def test_two_processes_recover_a_model_as_one_does_that_accumulates(tmp_path):
+    for name, keywords in RECOVERIES.items():
+        model, report = _recovered(name, accumulate=2 * keywords.get("accumulate", 1))
+        torch.save({**model.state_dict(), "best": report.best}, tmp_path / f"{name}.pt")
+    on_two_processes(partial(_recover, folder=tmp_path), tmp_path)

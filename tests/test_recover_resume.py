@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_is_how_a_run_ends_for_good(tmp_path):
         ("seed", {"seed": 2}, r"seed \(1, now 2\)"),
         ("rate", {"learning_rate": 0.002}, r"learning_rate \(0.003, now 0.002\)"),
         ("steps", {"steps": 5}, r"steps \(4, now 5\)"),
-        ("minutes", {"steps": None, "minutes": 3}, r"steps \(4, now None\)"),
+        ("minutes", {"steps": None, "minutes": 3}, r"minutes \(None, now 3.0\)"),
         ("method", {"method": "norms"}, r"method \(full, now norms\)"),
         ("other file", {"method": "blocks"}, r"method \(full, now blocks\)"),
         ("accumulate", {"accumulate": 2}, r"accumulate \(1, now 2\)"),

@@ -87,6 +87,11 @@ class Padding:
             return cls(whole="padding= says that nothing is padded")
         return cls(*find_inputs(batch, names, given.real))
 
+    @property
+    def disagrees(self) -> bool:
+        """Whether there are several masks, so that only following says which one counts where."""
+        return self._pads and len(_distinct([*self._masks, *(entry.mask for entry in self._inputs)])) > 1
+
     def fresh(self) -> Padding:
         """Return another one for the same batch, that has counted nothing yet."""
         return Padding(self._inputs, self._masks, self._named, self._whole)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur._errors import RecipeError
-from secateur.calibration import RouteChanged, forward_as, parameter_names, replayed
+from secateur.calibration import RouteChanged, forward_as, replayed
 from secateur.graph import stream_out
 from secateur.layers import select_layers
 from secateur.recovery._budget import Budget, Clock, Steps, WorkingTime
@@ -225,7 +225,6 @@ def _calls(
     """What a stage is called with, for each batch; a model that changes its way is run again."""
     calls: list[_Call | None] = []
     run = module.forward
-    names = parameter_names(student.model)
     for number in range(count):
         found: list[_Call] = []
 
@@ -236,7 +235,7 @@ def _calls(
         with forward_as(module, note):
             run_stage(source, index, number)
         calls.append(found[-1] if found else None)
-    seen = [Seen(None, batch, (), student.padding, names) for batch in batches]
+    seen = [Seen(None, batch, (), student.padding_of(batch)) for batch in batches]
     return calls, seen
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.calibration import Forward, PaddingSource, parameter_names
+from secateur.calibration import Forward, Padding, PaddingSource, parameter_names
 from secateur.recovery._losses import Criterion
 from secateur.recovery._processes import total, world
 from secateur.recovery._seen import Seen, checkpointed, recording
@@ -67,9 +67,16 @@ class Runner:
             if again:
                 stack.enter_context(checkpointed(self.repeated))
             seen = stack.enter_context(recording(self.blocks)) if states else tuple
-            output = self.forward(self.model, copied(here))
-            names = parameter_names(self.model)
-            return Seen(output, here, tuple(seen()), self.padding, names)
+            given = copied(here)
+            padding = self.padding_of(given)
+            if padding.disagrees:  # an encoder and a decoder, for example; following them costs time
+                stack.enter_context(padding.following())
+            output = self.forward(self.model, given)
+            return Seen(output, here, tuple(seen()), padding)
+
+    def padding_of(self, batch: Any) -> Padding:
+        """Return which tokens of a batch are padding."""
+        return Padding.of(batch, parameter_names(self.model), self.padding)
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

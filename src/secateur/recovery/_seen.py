@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from secateur.calibration import Padding, PaddingSource, forward_as
+from secateur.calibration import Padding, forward_as
 from secateur.graph import stream_out
 
 
@@ -24,15 +24,13 @@ class Seen:
         batch: that it was called with.
         states: the residual stream behind each of some blocks, ``[batch, length, hidden]`` each; None where a block
             did not run, or returned no tensor.
-        padding: which tokens are real, as the caller said.
-        names: of the model's positional arguments.
+        padding: which tokens are real; all of them, by default.
     """
 
     output: Any
     batch: Any
     states: tuple[Tensor | None, ...] = ()
-    padding: PaddingSource | None = None
-    names: tuple[str, ...] = ()
+    padding: Padding = field(default_factory=Padding)
 
     def real(self, tensor: Tensor) -> Tensor:
         """Return which positions of a tensor ``[..., features]`` are real tokens: bool, in its shape but the last.
@@ -57,7 +55,7 @@ class Seen:
         return tensor.flatten(0, -2) if found is None else tensor[found]
 
     def _real(self, tensor: Tensor) -> Tensor | None:
-        found = Padding.of(self.batch, self.names, self.padding).kept("", tensor.detach())
+        found = self.padding.kept("", tensor)
         return None if found is None else found.to(tensor.device).expand(tensor.shape[:-1])
 
 
