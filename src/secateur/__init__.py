@@ -41,6 +41,7 @@ from secateur.reports import LayerReport as LayerReport
 from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport
+from secateur.reports import PipelineReport as PipelineReport
 from secateur.reports import Report as Report
 from secateur.reports import ShrinkReport as ShrinkReport
 from secateur.reports import SkippedLayer as SkippedLayer

@@ -23,6 +23,9 @@ from secateur.reports._records import LayerReport as LayerReport
 from secateur.reports._records import ModelWeights as ModelWeights
 from secateur.reports._records import PackedLayer as PackedLayer
 from secateur.reports._records import SkippedLayer as SkippedLayer
+from secateur.reports._pipeline import GateResult as GateResult
+from secateur.reports._pipeline import PipelineReport as PipelineReport
+from secateur.reports._pipeline import PipelineStage as PipelineStage
 from secateur.reports._recovering import CurvePoint as CurvePoint
 from secateur.reports._recovering import RecoveryReport as RecoveryReport
 from secateur.reports._rows import comparison_table as comparison_table
