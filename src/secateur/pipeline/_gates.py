@@ -116,7 +116,8 @@ class _Reader:
             self._fail("expected nothing more")
         if of_dense and figure in WITHOUT_DENSE:
             raise RecipeError(
-                f"the gate {self._text!r} compares {figure} with that of the dense model, which has none.\nGive a number."
+                f"the gate {self._text!r} compares {figure} with that of the dense model, which has none.\n"
+                "Give a number."
             )
         return Gate(figure, op, factor, of_dense)
 
