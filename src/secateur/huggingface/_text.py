@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError, StatisticsError
-from secateur.calibration import Windows
+from secateur.calibration import Windows, padded
 from secateur.evaluation import outputs
 from secateur.files import ModelDirectory
 from secateur.huggingface._loading import is_causal, load_tokenizer
@@ -44,14 +45,17 @@ class TextReader:
     Args:
         model: that will read them.
         directory: with its tokenizer.
-        length: of the windows in tokens; None for the longest that the model takes, at most 2048.
+        length: of the windows in tokens; None for the longest that the model takes, at most ``most``.
+        most: tokens of a window where no length is asked for.
 
     Raises:
         RecipeError: the model takes no windows of that length.
         FormatError: there is no tokenizer, or the directory limits the length to what is no number of tokens.
     """
 
-    def __init__(self, model: nn.Module, directory: ModelDirectory, length: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, directory: ModelDirectory, length: int | None, most: int = MAX_SEQUENCE_LENGTH
+    ) -> None:
         self._model = model
         self._tokenizer = load_tokenizer(directory)
         self._special_tokens = not is_causal(directory)
@@ -60,13 +64,17 @@ class TextReader:
             _limit(directory, "model_max_length", self._tokenizer.model_max_length),
             _limit(directory, "max_position_embeddings", getattr(model.config, "max_position_embeddings", None)),
         )
-        self.length = length or longest
+        self.length = length or min(longest, most)
         if self.length > longest:
             raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
 
     def windows(self, text: str, source: Path) -> Windows:
         """Return a text as windows."""
         return Windows(self._tokenizer, text, self.length, self._special_tokens, source=str(source))
+
+    def padded(self, texts: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
+        """Return texts as padded batches of neighbours in length, from short to long. What is too long is cut."""
+        return [batch for _, batch in padded(self._tokenizer, texts, self.length, batch_size)]
 
     def tried(self, windows: list[Tensor]) -> list[Tensor]:
         """Return the windows after running the one with the highest token id.
