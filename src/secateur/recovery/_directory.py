@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import read_text
 from secateur.evaluation import DenseQuality
-from secateur.files import ModelDirectory, Work, check_output, hash_files, work_folder
+from secateur.files import ModelDirectory, check_output, hash_files, work_folder
 from secateur.huggingface import (
     CalibrationText,
     StoredWeights,
@@ -32,7 +32,7 @@ from secateur.recovery._directory_match import check_models, check_tokenizers
 from secateur.recovery._directory_text import LearningText
 from secateur.recovery._directory_write import freeze_unstored_, round_as_stored_
 from secateur.recovery._recover import recover_
-from secateur.reports import PRUNING_REPORT, RecoveryReport, Stage, stages_to_json
+from secateur.reports import PRUNING_REPORT, Evaluation, RecoveryReport, Stage, stages_to_json
 from secateur.shrinking import stages_in
 
 
@@ -97,7 +97,8 @@ def recover_directory(
     text = calibration if isinstance(calibration, CalibrationText) else Path(calibration)
     path = text.path if isinstance(text, CalibrationText) else text
     check_tokenizers(directory, original, read_text(path))
-    heldout = None if evaluate is None else read_text(evaluate)
+    if evaluate is not None:
+        read_text(evaluate)  # says what is wrong with it before the work
     pooling = pooling_of(directory.path)
     if pooling is not None:
         sequence_length = sequence_length or sentence_length(directory.path)
@@ -120,8 +121,11 @@ def recover_directory(
     trainable = [name for name, _ in model.named_parameters() if name not in missing]
     stored = StoredWeights(model, directory, trainable)
     frozen = freeze_unstored_(model, teacher, stored, missing)
-    quality = _Quality.of(model, teacher, directory, evaluate, heldout, progress)
-    settings = {
+    quality = None if evaluate is None else _Quality.of(model, teacher, directory, evaluate, progress)
+    facts = {
+        "model": hash_files(directory.path),
+        "dense model": hash_files(original.path),
+        "text": hash_files(path),
         "method": method,
         "loss": loss if isinstance(loss, str) else "a function",
         "budget": f"{minutes} minutes" if steps is None else f"{steps} steps",
@@ -131,7 +135,7 @@ def recover_directory(
         "device and dtype": f"{next(model.parameters()).device} {dtype}",
     }
     stages = stages_in(directory.path)
-    with _checkpoint(Path(output), work, restart, directory, original, path, settings) as folder:
+    with _state(Path(output), work, restart, facts) as folder:
         report = recover_(
             model,
             teacher,
@@ -145,27 +149,93 @@ def recover_directory(
             history=_since(stages, stages_in(original.path)),
             seed=seed,
             checkpoint=folder,
-            keep_on_interrupt=keep_on_interrupt,
             progress=progress,
         )
+        if report.interrupted and not keep_on_interrupt:
+            raise KeyboardInterrupt
         kept = round_as_stored_(model, stored, directory)
-        notes = list(report.notes)
-        if frozen:
-            notes.append(
-                f"{len(frozen)} parameters are stored in another form than the model uses them and did not learn: "
-                f"{', '.join(frozen[:5])}"
-            )
-        if kept:
-            notes.append(f"{kept} weights keep the value that they had, because the new one is stored as zero")
+        evaluation, found = (None, []) if quality is None else quality.compare(model, directory, progress)
         report = replace(
             report,
             calibration=dict(learning.provenance),
             versions={**report.versions, "transformers": transformers_library().__version__},
-            evaluation=None if quality is None else quality.compare(model, progress),
-            notes=tuple(notes),
+            evaluation=evaluation,
+            notes=(*report.notes, *found, *_notes(frozen, kept)),
         )
         progress("writing", 0, 1)
-        directory.write_pruned(
-            output, stored, {PRUNING_REPORT: stages_to_json([*stages, report]) + "\n"}, overwrite=overwrite
-        )
+        directory.write_pruned(output, stored, {PRUNING_REPORT: stages_to_json([*stages, report]) + "\n"}, overwrite)
+        if work is None and not report.interrupted:
+            shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+@contextmanager
+def _state(output: Path, work: Path | None, restart: bool, facts: Mapping[str, str]) -> Iterator[Path]:
+    """Yield the folder for the state of a run: the one that was given, or that of these facts beside the output."""
+    if work is not None:
+        yield work
+        return
+    with work_folder(output, restart=restart) as folder:
+        step = folder.step("recover", facts)
+        if step.changed:
+            warnings.warn(
+                f"{folder.path} holds an earlier run, but with another {' and another '.join(step.changed)}, so this "
+                "one begins anew.\nThe earlier one stays there; remove it if you no longer need it.",
+                stacklevel=4,
+            )
+        yield step.path
+
+
+def _since(stages: Sequence[Stage], before: Sequence[Stage]) -> Sequence[Stage]:
+    """What was done to a model since it was the dense one, which may itself have been pruned or shrunk."""
+    return stages[len(before) :] if list(stages[: len(before)]) == list(before) else stages
+
+
+def _notes(frozen: Sequence[str], kept: int) -> list[str]:
+    found = []
+    if frozen:
+        found.append(
+            f"{len(frozen)} parameters did not learn, because the files have them in another form than the model uses "
+            f"them: {', '.join(frozen[:5])}"
+        )
+    if kept:
+        found.append(f"{kept:,} weights keep the value that they had, because the new one would be stored as zero")
+    return found
+
+
+@dataclass(frozen=True)
+class _Quality:
+    """The quality of the dense model on some text, and of the model before it learned.
+
+    Args:
+        dense: that of the dense model.
+        start: that of the model as it came.
+    """
+
+    dense: DenseQuality
+    start: Evaluation
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, teacher: nn.Module, directory: ModelDirectory, evaluate: Path, progress: Progress
+    ) -> _Quality:
+        """Measure both models on the text of a file."""
+        reader = TextReader(model, directory, None)
+        windows = reader.tried(list(reader.windows(read_text(evaluate), evaluate).all()))
+        dense = DenseQuality.of(_measured(teacher, directory), windows, is_causal(directory), progress)
+        return cls(dense, dense.compare(_measured(model, directory), progress))
+
+    def compare(self, model: nn.Module, directory: ModelDirectory, progress: Progress) -> tuple[Evaluation, list[str]]:
+        """Return the figure as the model came and as it is now, and what that is of the gap to the dense model."""
+        found = self.dense.compare(_measured(model, directory), progress)
+        evaluation = replace(found, before=self.start.after)
+        gap = found.before - self.start.after
+        closed = f", of which {(found.after - self.start.after) / gap:.0%} is closed" if gap else ""
+        words = f"{found.metric}: {found.before:.4g} of the dense model, {self.start.after:.4g} before{closed}"
+        return evaluation, [words]
+
+
+def _measured(model: nn.Module, directory: ModelDirectory) -> nn.Module:
+    """The part of a model whose outputs are compared: a language model, or a model without its head."""
+    base = getattr(model, "base_model", model)
+    return model if is_causal(directory) or not isinstance(base, nn.Module) else base

@@ -7,6 +7,7 @@ from torch import nn
 
 from secateur.files import ModelDirectory
 from secateur.huggingface import StoredWeights, load_model
+from secateur.recovery._zeros import rounded_like
 
 
 def freeze_unstored_(model: nn.Module, teacher: nn.Module, stored: StoredWeights, missing: set[str]) -> tuple[str, ...]:
@@ -48,19 +49,13 @@ def round_as_stored_(model: nn.Module, stored: StoredWeights, directory: ModelDi
         How many weights keep their old value, because the new one rounds to zero.
     """
     stored.round_()
-    device = next(model.parameters()).device
-    before, missing = load_model(directory, "cpu", next(model.parameters()).dtype, with_head=True)
+    like = next(model.parameters())
+    original, missing = load_model(directory, "cpu", like.dtype, with_head=True)
+    before = dict(original.named_parameters())
     kept = 0
-    names = {id(parameter): name for name, parameter in model.named_parameters(remove_duplicate=False)}
-    old = dict(before.named_parameters(remove_duplicate=False))
-    parameters = {id(parameter): parameter for parameter in model.parameters()}
-    for number, parameter in parameters.items():
-        name = names[number]
-        if name in missing:
-            continue
-        value = old[name].to(device)
-        vanished = parameter.eq(0) & value.ne(0)
-        if vanished.any():
-            kept += int(vanished.count_nonzero())
-            parameter.copy_(torch.where(vanished, value, parameter))
+    for name, parameter in model.named_parameters():
+        if name not in missing:
+            value = rounded_like(parameter, before[name].to(like.device))
+            kept += int((value != parameter).count_nonzero())
+            parameter.copy_(value)
     return kept
