@@ -30,7 +30,15 @@ from rich.text import Text
 import secateur
 from secateur._errors import SparsityError
 from secateur.cli._messages import in_options
-from secateur.reports import PackReport, Report, ShrinkAnalysis, ShrinkReport, SkippedLayer, Table
+from secateur.reports import (
+    PackReport,
+    RecoveryReport,
+    Report,
+    ShrinkAnalysis,
+    ShrinkReport,
+    SkippedLayer,
+    Table,
+)
 
 app = typer.Typer(
     help="Make PyTorch models sparse and get the benefit.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -241,7 +249,7 @@ def show_progress() -> Iterator[Callable[[str, float, float], None]]:
 
 
 def written_or_printed(
-    report: Report | PackReport | ShrinkReport | ShrinkAnalysis, html: Path | None, as_json: bool
+    report: Report | PackReport | ShrinkReport | ShrinkAnalysis | RecoveryReport, html: Path | None, as_json: bool
 ) -> bool:
     """Write a report as a page and print it as JSON, where these are asked for; return whether it was printed."""
     from secateur.files import write_text

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +27,11 @@ from secateur.huggingface import (
     sentence_length,
     transformers_library,
 )
-from secateur.recovery._directory_match import check_models, check_tokenizers
+from secateur.recovery._directory_match import check_buffers, check_models, check_tokenizers
 from secateur.recovery._directory_text import LearningText
 from secateur.recovery._directory_write import freeze_unstored_, round_as_stored_
 from secateur.recovery._recover import recover_
+from secateur.recovery._settings import Loss, Settings
 from secateur.reports import PRUNING_REPORT, Evaluation, RecoveryReport, Stage, stages_to_json
 from secateur.shrinking import stages_in
 
@@ -43,7 +43,7 @@ def recover_directory(
     dense: str | Path,
     calibration: str | Path | CalibrationText,
     method: str = "full",
-    loss: str | Callable[[Any, Any, Any], torch.Tensor] = "auto",
+    loss: str | Loss = "auto",
     minutes: float | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -92,6 +92,7 @@ def recover_directory(
         SparsityError: its other children, for settings and texts that do not fit.
         ImportError: transformers is missing.
     """
+    asked = Settings(method=method, loss=loss, minutes=minutes, steps=steps, learning_rate=learning_rate, seed=seed)
     directory, original = open_model(source), open_model(dense)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     text = calibration if isinstance(calibration, CalibrationText) else Path(calibration)
@@ -109,6 +110,7 @@ def recover_directory(
     progress("loading the models", 1, 2)
     teacher, _ = load_model(original, device, dtype, with_head=True)
     check_models(directory, model, original, teacher)
+    check_buffers(directory, model)
     learning = LearningText.of(
         model,
         directory,
@@ -126,12 +128,8 @@ def recover_directory(
         "model": hash_files(directory.path),
         "dense model": hash_files(original.path),
         "text": hash_files(path),
-        "method": method,
-        "loss": loss if isinstance(loss, str) else "a function",
-        "budget": f"{minutes} minutes" if steps is None else f"{steps} steps",
-        "learning rate": str(learning_rate),
+        **{name: str(value) for name, value in asked.to_dict().items()},
         "batches": str(dict(learning.provenance)),
-        "seed": str(seed),
         "device and dtype": f"{next(model.parameters()).device} {dtype}",
     }
     stages = stages_in(directory.path)
@@ -230,9 +228,9 @@ class _Quality:
         found = self.dense.compare(_measured(model, directory), progress)
         evaluation = replace(found, before=self.start.after)
         gap = found.before - self.start.after
-        closed = f", of which {(found.after - self.start.after) / gap:.0%} is closed" if gap else ""
-        words = f"{found.metric}: {found.before:.4g} of the dense model, {self.start.after:.4g} before{closed}"
-        return evaluation, [words]
+        was_worse = gap < 0 if found.metric == "perplexity" else gap > 0
+        closed = f"; {(found.after - self.start.after) / gap:.0%} of the gap is closed" if was_worse else ""
+        return evaluation, [f"the dense model has a {found.metric} of {found.before:.4g}{closed}"]
 
 
 def _measured(model: nn.Module, directory: ModelDirectory) -> nn.Module:

@@ -35,6 +35,21 @@ def check_models(source: ModelDirectory, model: nn.Module, dense: ModelDirectory
             )
 
 
+def check_buffers(directory: ModelDirectory, model: nn.Module) -> None:
+    """Raise if a model has statistics that recovery changes beside its parameters.
+
+    Raises:
+        RecipeError: it has batch norms.
+    """
+    kinds = nn.modules.batchnorm._BatchNorm
+    names = [name for name, part in model.named_modules() if isinstance(part, kinds) and part.running_mean is not None]
+    if names:
+        raise RecipeError(
+            f"{directory.path} has {len(names)} batch norms ({names[0]}), whose statistics are no parameters and would "
+            "not be written.\nRecover it in Python: secateur.recover_(model, teacher, batches), then save_pretrained."
+        )
+
+
 def check_tokenizers(source: ModelDirectory, dense: ModelDirectory, text: str) -> None:
     """Raise unless the tokenizers of two directories cut text alike.
 
