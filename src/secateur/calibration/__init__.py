@@ -13,10 +13,12 @@ from secateur.calibration._padding import PaddingSource as PaddingSource
 from secateur.calibration._padding import check_padding as check_padding
 from secateur.calibration._padding import padding_by_stage as padding_by_stage
 from secateur.calibration._padding_masks import parameter_names as parameter_names
+from secateur.calibration._replay import RouteChanged as RouteChanged
 from secateur.calibration._replay import StageSource as StageSource
 from secateur.calibration._replay import replayed as replayed
 from secateur.calibration._sentences import padded as padded
 from secateur.calibration._sentences import split_sentences as split_sentences
+from secateur.calibration._stages import forward_as as forward_as
 from secateur.calibration._statistics import LayerStatistics as LayerStatistics
 from secateur.calibration._statistics import Need as Need
 from secateur.calibration._text import Windows as Windows

@@ -25,6 +25,7 @@ from secateur.files._safetensors import parse_json as parse_json
 from secateur.files._safetensors import read_header as read_header
 from secateur.files._source import copy_all_but_weights as copy_all_but_weights
 from secateur.files._temporary import locked as locked
+from secateur.files._temporary import scratch_folder as scratch_folder
 from secateur.files._whole import note_written as note_written
 from secateur.files._whole import whole_directory as whole_directory
 from secateur.files._whole import write_safetensors as write_safetensors

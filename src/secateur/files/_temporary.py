@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +52,23 @@ def temporary(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 empty.rmdir()
         raise
+
+
+@contextmanager
+def scratch_folder(beside: Path | None) -> Iterator[Path]:
+    """Yield an empty folder, which is deleted afterwards, with all that is in it.
+
+    Args:
+        beside: a folder to put it in. If the process is killed, the next one that asks for one there deletes it. None
+            for the system's folder of temporary files.
+    """
+    if beside is None:
+        with tempfile.TemporaryDirectory(prefix="secateur-") as made:
+            yield Path(made)
+    else:
+        with temporary(beside / "scratch") as folder:
+            (folder / NEW).mkdir()
+            yield folder / NEW
 
 
 def sweep(path: Path) -> None:

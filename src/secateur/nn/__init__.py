@@ -6,6 +6,7 @@ from secateur.nn._counterpart import linear_of as linear_of
 from secateur.nn._counterpart import packed_layers as packed_layers
 from secateur.nn._counterpart import shape_as_matrix as shape_as_matrix
 from secateur.nn._counterpart import why_no_counterpart as why_no_counterpart
+from secateur.nn._dense_model import check_dense as check_dense
 from secateur.nn._mask_settings import MaskSettings as MaskSettings
 from secateur.nn._packed import PackedConv1D as PackedConv1D
 from secateur.nn._packed import PackedLinear as PackedLinear

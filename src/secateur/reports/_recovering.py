@@ -63,6 +63,17 @@ class RecoveryReport:
         calibration: where the batches came from, if the caller says.
         evaluation: measured before and after, if asked.
         notes: what else is worth knowing.
+
+    Example:
+        >>> import copy, torch, secateur
+        >>> _ = torch.manual_seed(0)
+        >>> dense = torch.nn.Linear(8, 4)
+        >>> model = copy.deepcopy(dense)
+        >>> _ = secateur.prune_(model, sparsity=0.5, method="magnitude")
+        >>> batches = [torch.randn(16, 8) for _ in range(4)]
+        >>> report = secateur.recover_(model, dense, batches, steps=10, learning_rate=0.01)
+        >>> report.method, report.steps, report.stopped, report.zeros
+        ('full', 10, 'the budget is used', (16, 16))
     """
 
     method: str

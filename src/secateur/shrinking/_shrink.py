@@ -15,8 +15,7 @@ from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import Forward, PaddingSource, call_model
 from secateur.graph import Dimension, Graph, Removal, find_blocks, find_experts, find_units
-from secateur.layers import check_model
-from secateur.nn import SparseLayer, packed_layers
+from secateur.nn import check_dense
 from secateur.reports import Report, ShrinkReport
 from secateur.shapes import Facts, remember_facts
 from secateur.shrinking._method import Method
@@ -62,7 +61,7 @@ def analyze(
         >>> graph.boundaries[0].reason
         'it is multiplied by values of fixed size'
     """
-    _check(model)
+    check_dense(model, "nothing can be cut out of it")
     loaded, _ = load_inputs(model, batches, forward)
     chosen = globs("include", include), globs("exclude", exclude)
     return _analyze(model, loaded[0], forward or call_model, chosen, with_hidden)
@@ -165,7 +164,7 @@ def shrink_(
         Kurtic et al., "ZipLM: Inference-Aware Structured Pruning of Language Models", 2023, arXiv:2302.04089; An et
         al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", 2023, arXiv:2312.11983.
     """
-    _check(model)
+    check_dense(model, "nothing can be cut out of it")
     asked = check_request(keep, target, remove, zeros, round_to)
     one_of("allocation", allocation, ALLOCATIONS)
     chosen = Method.parse(method)
@@ -187,16 +186,3 @@ def shrink_(
 def _asks_hidden(remove: Mapping[str, Sequence[int]] | Removal | None) -> bool:
     names = remove.units if isinstance(remove, Removal) else remove or {}
     return any(name.rpartition(".")[2].startswith("hidden") for name in names)
-
-
-def _check(model: nn.Module) -> None:
-    """Raise unless a model has plain weights."""
-    check_model(model)
-    packed = list(packed_layers(model))
-    if packed:
-        raise RecipeError(
-            f"{packed[0]} is packed, so that nothing can be cut out of it. Unpack first: secateur.unpack_(model)."
-        )
-    gated = [name for name, module in model.named_modules() if isinstance(module, SparseLayer)]
-    if gated:
-        raise RecipeError(f"{gated[0]} has a mask that is being learned. Finish the training first: finalize().")

@@ -1,0 +1,308 @@
+"""The loop: steps of an optimizer under a budget, the best state kept, and a state on disk to go on from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from secateur._errors import RecipeError
+from secateur.recovery._budget import Budget, Clock, rate_at
+from secateur.recovery._checkpoint import Checkpoint, copy_into_, optimizer_state, restore_optimizer_
+from secateur.recovery._processes import agreed, mean_gradients_, total, world
+from secateur.recovery._settings import Settings
+from secateur.recovery._trained import Trained
+from secateur.reports import CurvePoint
+
+_POINTS = 16  # of the curve, beside the start
+_PATIENCE = 0.4  # of the budget, after which a run that has gained nothing more is stopped
+_MOST_MEASURING = 0.1  # of the working time
+
+USED, NOTHING_GAINED, NOT_FINITE, INTERRUPTED = (
+    "the budget is used",
+    "nothing was gained",
+    "the loss is not finite",
+    "interrupted",
+)
+
+
+class Problem(Protocol):
+    """What is trained, and on what."""
+
+    @property
+    def trained(self) -> Trained:
+        """What moves."""
+
+    @property
+    def count(self) -> int:
+        """How many training batches there are."""
+
+    def loss(self, index: int) -> Tensor:
+        """Return the loss of the model on a training batch, inside ``trained.using()``."""
+
+    def held_out(self) -> float:
+        """Return the mean loss on the held-out batches, inside ``trained.using()``."""
+
+
+@dataclass
+class Progress:
+    """Where a training is: all that a checkpoint says of it beside tensors."""
+
+    step: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    best_used: float = 0.0
+    stopped: str = ""
+    begin: float = 0.0
+    curve: list[CurvePoint] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**vars(self), "curve": [vars(point) for point in self.curve]}
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Progress:
+        """Return what :meth:`to_dict` gave."""
+        return cls(**{**table, "curve": [CurvePoint(**point) for point in table["curve"]]})
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How problems are trained.
+
+    Args:
+        settings: of the run.
+        clock: of its working time.
+        device: of the model.
+        tell: called with a description and the part of the budget that is used.
+    """
+
+    settings: Settings
+    clock: Clock
+    device: torch.device
+    tell: Callable[[str, float], None]
+
+    def run(
+        self,
+        problem: Problem,
+        budget: Callable[[float, float], Budget],
+        checkpoint: Checkpoint,
+        *,
+        part: str = "",
+        more: Mapping[str, Any] | None = None,
+    ) -> Progress:
+        """Train one problem. What it trains is left in the best state that was seen.
+
+        Args:
+            problem: to train.
+            budget: made when training begins, from the working time then and the seconds of a held-out pass.
+            checkpoint: to go on from, and to write to.
+            part: name of what is trained, for the curve.
+            more: what the checkpoint shall say beside the state.
+
+        Returns:
+            What happened.
+        """
+        leaves = problem.trained.leaves()
+        optimizer, rates = self._optimizer(leaves)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.autocast == torch.float16)
+        best = [leaf.detach().clone() for leaf in leaves]
+        progress = self._resumed(checkpoint, leaves, best, optimizer)
+        began = self.clock.seconds
+        if not progress.curve:
+            progress.begin = began
+            with torch.enable_grad(), problem.trained.using():
+                progress.best = problem.held_out()
+            if not math.isfinite(progress.best):
+                raise RecipeError(
+                    f"the held-out loss is {progress.best} before the first step{f' of {part}' if part else ''}. The "
+                    "model, its teacher or a batch has numbers that are not finite; mend these first."
+                )
+            progress.curve.append(CurvePoint(0, self.clock.seconds, None, progress.best, 0.0, part))
+        measuring = progress.curve[0].seconds - progress.begin
+        limit = budget(progress.curve[0].seconds, measuring)
+        points = self._points(measuring, limit)
+        losses: list[float] = []
+        was_stopped = bool(progress.stopped)
+        try:
+            while not progress.stopped:
+                used = agreed(limit.used(progress.step), self.device)
+                if used >= 1:
+                    progress.stopped = USED
+                    break
+                rate = rate_at(used)
+                for group, highest in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = highest * rate
+                loss = self._step(problem, leaves, optimizer, scaler, progress.step)
+                progress.step += 1
+                if not math.isfinite(loss):
+                    progress.stopped = NOT_FINITE
+                    break
+                losses.append(loss)
+                after = agreed(limit.used(progress.step), self.device)
+                self.tell(_described(progress, loss, part), min(after, 1.0))
+                if after >= 1 or math.floor(after * points) > math.floor(used * points):
+                    self._measure(problem, progress, leaves, best, losses, after, rates[0] * rate, part)
+                    losses = []
+                    if not progress.stopped:
+                        self._save(checkpoint, progress, leaves, best, optimizer, more or {})
+            if not was_stopped:
+                self._save(checkpoint, progress, leaves, best, optimizer, more or {}, always=True)
+        except KeyboardInterrupt as interrupt:
+            progress.stopped = INTERRUPTED
+            if type(interrupt) is not KeyboardInterrupt:
+                raise
+        finally:
+            copy_into_(leaves, best)
+        return progress
+
+    def _optimizer(self, leaves: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, list[float]]:
+        settings = self.settings
+        if settings.optimizer is None:
+            fused = all(leaf.device.type in ("cpu", "cuda") for leaf in leaves)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                leaves, lr=settings.rate, weight_decay=settings.weight_decay, fused=fused
+            )
+        else:
+            optimizer = settings.optimizer(leaves)
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        return optimizer, [float(group["lr"]) for group in optimizer.param_groups]
+
+    def _points(self, measuring: float, limit: Budget) -> int:
+        """How often the held-out loss is measured: often enough for a curve, but little beside the work."""
+        length = getattr(limit, "end", 0.0) - getattr(limit, "begin", 0.0)
+        if length <= 0 or measuring <= 0:
+            return _POINTS
+        return int(agreed(max(2, min(_POINTS, int(_MOST_MEASURING * length / measuring))), self.device))
+
+    def _step(
+        self,
+        problem: Problem,
+        leaves: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        step: int,
+    ) -> float:
+        """Make one step of the optimizer and return the loss before it."""
+        settings = self.settings
+        optimizer.zero_grad(set_to_none=True)
+        mean = 0.0
+        for index in batches_of(step, settings.accumulate, problem.count, settings.seed):
+            with torch.enable_grad(), problem.trained.using():
+                loss = problem.loss(index) / settings.accumulate
+                scaler.scale(loss).backward()
+            mean += float(loss.detach())
+        _, size = world()
+        if size > 1:
+            mean = total([mean], self.device)[0] / size
+        if not math.isfinite(mean):
+            return mean
+        mean_gradients_(leaves)
+        scaler.unscale_(optimizer)
+        problem.trained.mask_gradients_()
+        norm = nn.utils.clip_grad_norm_([leaf for leaf in leaves if leaf.grad is not None], settings.clip)
+        if not bool(norm.isfinite()) and not scaler.is_enabled():
+            return math.nan
+        scaler.step(optimizer)
+        scaler.update()
+        problem.trained.hold_zeros_()
+        return mean
+
+    def _measure(
+        self,
+        problem: Problem,
+        progress: Progress,
+        leaves: list[nn.Parameter],
+        best: list[Tensor],
+        losses: list[float],
+        used: float,
+        rate: float,
+        part: str,
+    ) -> None:
+        """Add a point to the curve, and keep the state if it is the best."""
+        with problem.trained.using():
+            held_out = problem.held_out()
+        mean = sum(losses) / len(losses) if losses else None
+        progress.curve.append(CurvePoint(progress.step, self.clock.seconds, mean, held_out, rate, part))
+        if held_out < progress.best:  # False for NaN
+            progress.best, progress.best_step, progress.best_used = held_out, progress.step, used
+            for kept, leaf in zip(best, leaves, strict=True):
+                kept.copy_(leaf.detach())
+        elif not math.isfinite(held_out):
+            progress.stopped = NOT_FINITE
+        elif used < 1 and used - progress.best_used > _PATIENCE:
+            progress.stopped = NOTHING_GAINED
+
+    def _save(
+        self,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        leaves: Sequence[Tensor],
+        best: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        more: Mapping[str, Any],
+        always: bool = False,
+    ) -> None:
+        tensors, numbers = optimizer_state(optimizer)
+        state = {f"leaf.{number}": leaf for number, leaf in enumerate(leaves)}
+        state |= {f"best.{number}": kept for number, kept in enumerate(best)}
+        state |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+        table = {**more, "progress": progress.to_dict(), "optimizer": numbers, "seconds": self.clock.seconds}
+        checkpoint.save(state, table, always)
+
+    def _resumed(
+        self,
+        checkpoint: Checkpoint,
+        leaves: list[nn.Parameter],
+        best: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> Progress:
+        """Return where an earlier run was, and put everything into its state; a new beginning without one."""
+        found = checkpoint.load()
+        if found is None or "progress" not in found[1]:
+            return Progress()
+        tensors, table = found
+        copy_into_(leaves, [tensors[f"leaf.{number}"] for number in range(len(leaves))])
+        for number, kept in enumerate(best):
+            kept.copy_(tensors[f"best.{number}"])
+        start = "optimizer."
+        own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        restore_optimizer_(optimizer, own, table["optimizer"])
+        self.clock.go_on_from(float(table["seconds"]))
+        return Progress.from_dict(table["progress"])
+
+
+def batches_of(step: int, accumulate: int, count: int, seed: int) -> Iterator[int]:
+    """Yield the numbers of the batches that this process runs in a step.
+
+    All batches are gone through in a random order, again and again, each time in another one. The order follows from
+    the seed alone, so that a run that goes on needs to know nothing but its step.
+    """
+    rank, size = world()
+    for number in range(accumulate):
+        position = (step * accumulate + number) * size + rank
+        epoch, place = divmod(position, count)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        yield int(torch.randperm(count, generator=generator)[place])
+
+
+def _described(progress: Progress, loss: float, part: str) -> str:
+    last = progress.curve[-1].held_out
+    where = f"{part}: " if part else ""
+    return f"{where}step {progress.step}, loss {loss:.4g}, held out {last:.4g} (start {progress.curve[0].held_out:.4g})"
+
+
+@contextmanager
+def computing(autocast: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Compute a forward pass in half precision where that is asked."""
+    if autocast is None:
+        yield
+        return
+    with torch.autocast(device.type, dtype=autocast):
+        yield
