@@ -1,6 +1,6 @@
 """The ``secateur`` command: one file for each of its verbs."""
 
-from secateur.cli import _bench, _demo, _export, _inspect, _pack, _prune, _recover, _shrink
+from secateur.cli import _bench, _demo, _evaluate, _export, _inspect, _pack, _prune, _recover, _shrink
 from secateur.cli._app import app as app
 from secateur.cli._app import main as main
 
@@ -9,6 +9,7 @@ for _command in (
     _prune.prune,
     _shrink.shrink,
     _recover.recover,
+    _evaluate.evaluate,
     _inspect.inspect,
     _pack.pack,
     _export.export,

@@ -31,6 +31,7 @@ import secateur
 from secateur._errors import SparsityError
 from secateur.cli._messages import in_options
 from secateur.reports import (
+    EvaluationReport,
     PackReport,
     RecoveryReport,
     Report,
@@ -249,7 +250,9 @@ def show_progress() -> Iterator[Callable[[str, float, float], None]]:
 
 
 def written_or_printed(
-    report: Report | PackReport | ShrinkReport | ShrinkAnalysis | RecoveryReport, html: Path | None, as_json: bool
+    report: Report | PackReport | ShrinkReport | ShrinkAnalysis | RecoveryReport | EvaluationReport,
+    html: Path | None,
+    as_json: bool,
 ) -> bool:
     """Write a report as a page and print it as JSON, where these are asked for; return whether it was printed."""
     from secateur.files import write_text

@@ -1,1 +1,5 @@
 """Which stages make a model, and which models are good enough?"""
+
+from secateur.pipeline._evaluate import DirectoryEvaluation as DirectoryEvaluation
+from secateur.pipeline._evaluate import evaluate_directory as evaluate_directory
+from secateur.pipeline._evaluate import load_to_measure as load_to_measure

@@ -13,15 +13,16 @@ from torch import nn
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
 from secateur.calibration import batched, read_text
-from secateur.evaluation import DenseQuality
+from secateur.evaluation import DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output, without_claims
 from secateur.huggingface import (
     CalibrationText,
     StoredWeights,
     TextReader,
-    is_causal,
-    load_model,
+    directory_figures,
+    load_body,
     open_model,
+    reading_of,
     transformers_library,
 )
 from secateur.layers import select_layers
@@ -56,8 +57,8 @@ def prune_directory(
         output: directory to write; it appears complete or not at all.
         recipe: how to prune.
         calibration: text for methods that need it.
-        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
-            the outputs to the dense model's for any other.
+        evaluate: file to measure on before and after: text for the perplexity of causal language models and the mean
+            cosine similarity of the outputs of any other to the dense model's; or pairs, or labels, see ``evaluate``.
         device: where to compute; None for a GPU if there is one.
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
             precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
@@ -76,19 +77,21 @@ def prune_directory(
             "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
         )
     text = None if calibration is None else read_text(calibration.path)
-    heldout = None if evaluate is None else read_text(evaluate)
+    heldout = None if evaluate is None else read_data(evaluate)
 
     progress("loading the model", 0, 1)
-    model, missing = load_model(directory, device, dtype)
+    whole, model, missing = load_body(directory, device, dtype, heldout is not None and heldout.kind == "labels")
     if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
         raise RecipeError(
             f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
             "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
             "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
         )
+    if heldout is not None:
+        directory_figures(directory, heldout, has_dense=True)
     recipe, stored = _match_checkpoint(model, directory, recipe, missing)
     asked = None if calibration is None else calibration.sequence_length
-    reader = TextReader(model, directory, asked) if text or heldout else None
+    reader = TextReader(model, directory, asked) if text else None
 
     batches = None
     if calibration is not None:
@@ -97,11 +100,9 @@ def prune_directory(
         windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
         batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
     quality = None
-    if evaluate is not None:
-        assert reader is not None
-        assert heldout is not None
-        windows = list(reader.windows(heldout, evaluate).all())
-        quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
+    if heldout is not None:
+        reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
+        quality = DenseQuality.of(whole, heldout, reading, progress)
 
     report = prune_(model, batches, recipe, progress=progress)
     _check_writable(directory, stored.unwritable)
@@ -110,7 +111,7 @@ def prune_directory(
     reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
     report = replace(
         report,
-        evaluation=None if quality is None else quality.compare(model, progress),
+        evaluation=None if quality is None else quality.compare(whole, progress)[0],
         calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
         versions={**report.versions, "transformers": transformers_library().__version__},
         skipped=tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped),

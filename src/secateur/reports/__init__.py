@@ -1,5 +1,8 @@
 """What was done to a model, and how is that written down?"""
 
+from secateur.reports._evaluating import EvaluationReport as EvaluationReport
+from secateur.reports._evaluating import Figure as Figure
+from secateur.reports._evaluating import figures_table as figures_table
 from secateur.reports._figures import empty_rows as empty_rows
 from secateur.reports._figures import histogram as histogram
 from secateur.reports._figures import thumbnail as thumbnail
