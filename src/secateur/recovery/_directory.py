@@ -14,16 +14,17 @@ from torch import nn
 
 from secateur._types import Progress
 from secateur.calibration import read_text
-from secateur.evaluation import DenseQuality
+from secateur.evaluation import DataFile, DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output, hash_files, work_folder
 from secateur.huggingface import (
     CalibrationText,
     StoredWeights,
-    TextReader,
-    is_causal,
+    check_head,
+    directory_figures,
     load_model,
     open_model,
     pooling_of,
+    reading_of,
     sentence_length,
     transformers_library,
 )
@@ -76,8 +77,9 @@ def recover_directory(
         batch_size: rows of a step; None for 64 sentences, or windows of 2,048 tokens together.
         sequence_length: most tokens of a sentence or window; None for what the model takes, at most 256.
         seed: of all that is drawn at random.
-        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
-            the outputs to the dense model's for any other. It should not be the text to learn from.
+        evaluate: file to measure on before and after: text for the perplexity of causal language models and the mean
+            cosine similarity of the outputs of any other to the dense model's; or pairs, or labels, see ``evaluate``.
+            It should not be the text to learn from.
         device: where to compute; None for a GPU if there is one.
         dtype: to compute in; None for float32. Weights are stored in the checkpoint's dtype, and measured as stored.
         overwrite: replace an existing output directory.
@@ -98,8 +100,7 @@ def recover_directory(
     text = calibration if isinstance(calibration, CalibrationText) else Path(calibration)
     path = text.path if isinstance(text, CalibrationText) else text
     check_tokenizers(directory, original, read_text(path))
-    if evaluate is not None:
-        read_text(evaluate)  # says what is wrong with it before the work
+    heldout = None if evaluate is None else read_data(evaluate)
     pooling = pooling_of(directory.path)
     if pooling is not None:
         sequence_length = sequence_length or sentence_length(directory.path)
@@ -123,7 +124,9 @@ def recover_directory(
     trainable = [name for name, _ in model.named_parameters() if name not in missing]
     stored = StoredWeights(model, directory, trainable)
     frozen = freeze_unstored_(model, teacher, stored, missing)
-    quality = None if evaluate is None else _Quality.of(model, teacher, directory, evaluate, progress)
+    quality = None
+    if heldout is not None:
+        quality = _Quality.of(model, teacher, directory, missing, heldout, progress)
     facts = {
         "model": hash_files(directory.path),
         "dense model": hash_files(original.path),
@@ -152,7 +155,7 @@ def recover_directory(
         if report.interrupted and not keep_on_interrupt:
             raise KeyboardInterrupt
         kept = round_as_stored_(model, stored, directory)
-        evaluation, found = (None, []) if quality is None else quality.compare(model, directory, progress)
+        evaluation, found = (None, ()) if quality is None else quality.compare(model, progress)
         report = replace(
             report,
             calibration=dict(learning.provenance),
@@ -207,33 +210,37 @@ class _Quality:
 
     Args:
         dense: that of the dense model.
-        start: that of the model as it came.
+        start: that of the model as it came; None where the outputs cannot be compared.
     """
 
     dense: DenseQuality
-    start: Evaluation
+    start: Evaluation | None
 
     @classmethod
     def of(
-        cls, model: nn.Module, teacher: nn.Module, directory: ModelDirectory, evaluate: Path, progress: Progress
+        cls,
+        model: nn.Module,
+        teacher: nn.Module,
+        directory: ModelDirectory,
+        missing: set[str],
+        file: DataFile,
+        progress: Progress,
     ) -> _Quality:
-        """Measure both models on the text of a file."""
-        reader = TextReader(model, directory, None)
-        windows = reader.tried(list(reader.windows(read_text(evaluate), evaluate).all()))
-        dense = DenseQuality.of(_measured(teacher, directory), windows, is_causal(directory), progress)
-        return cls(dense, dense.compare(_measured(model, directory), progress))
+        """Measure both models on a file."""
+        directory_figures(directory, file, has_dense=True)
+        if file.kind == "labels":
+            check_head(directory, model, missing)
+        reading = reading_of(directory, pools=file.kind == "pairs")
+        dense = DenseQuality.of(teacher, file, reading, progress)
+        return cls(dense, dense.compare(model, progress)[0])
 
-    def compare(self, model: nn.Module, directory: ModelDirectory, progress: Progress) -> tuple[Evaluation, list[str]]:
+    def compare(self, model: nn.Module, progress: Progress) -> tuple[Evaluation | None, tuple[str, ...]]:
         """Return the figure as the model came and as it is now, and what that is of the gap to the dense model."""
-        found = self.dense.compare(_measured(model, directory), progress)
-        evaluation = replace(found, before=self.start.after)
+        found, notes = self.dense.compare(model, progress)
+        if found is None or self.start is None:
+            return None, notes
         gap = found.before - self.start.after
         was_worse = gap < 0 if found.metric == "perplexity" else gap > 0
         closed = f"; {(found.after - self.start.after) / gap:.0%} of the gap is closed" if was_worse else ""
-        return evaluation, [f"the dense model has a {found.metric} of {found.before:.4g}{closed}"]
-
-
-def _measured(model: nn.Module, directory: ModelDirectory) -> nn.Module:
-    """The part of a model whose outputs are compared: a language model, or a model without its head."""
-    base = getattr(model, "base_model", model)
-    return model if is_causal(directory) or not isinstance(base, nn.Module) else base
+        words = f"the dense model has a {found.metric} of {found.before:.4g}{closed}"
+        return replace(found, before=self.start.after), (*notes, words)
