@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
@@ -29,7 +29,8 @@ from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.reports import PRUNING_REPORT, Report, ShrinkReport, stages_from_json, stages_to_json
+from secateur.pruning._rounds import Between
+from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -44,6 +45,7 @@ def prune_directory(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    between: Between | None = None,
     progress: Progress = lambda description, done, total: None,
 ) -> Report:
     """Prune a Hugging Face model directory into another one that ``from_pretrained`` loads unchanged.
@@ -63,6 +65,7 @@ def prune_directory(
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
             precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
         overwrite: replace an existing output directory.
+        between: called between two rounds, as by :func:`secateur.prune_`. All parameters that it changes are written.
         progress: called with a description, and how much of how much is done.
 
     Raises:
@@ -89,7 +92,8 @@ def prune_directory(
         )
     if heldout is not None:
         directory_figures(directory, heldout, has_dense=True)
-    recipe, stored = _match_checkpoint(model, directory, recipe, missing)
+    recipe, stored = _match_checkpoint(model, directory, recipe, missing, everything=between is not None)
+    buffers = {} if between is None else _stored_buffers(model, directory)
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text else None
 
@@ -104,8 +108,10 @@ def prune_directory(
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
         quality = DenseQuality.of(whole, heldout, reading, progress)
 
-    report = prune_(model, batches, recipe, progress=progress)
+    report = prune_(model, batches, recipe, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
+    now = dict(model.named_buffers())
+    _check_writable(directory, [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])])
     stored.round_()
 
     reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
@@ -130,13 +136,13 @@ def prune_directory(
 
 
 def _stages(path: Path, report: Report) -> str:
-    """The report, after those of shrinking and what came before it, if the model was shrunk."""
+    """The report, after those of earlier stages, if there is one beside pruning: pruning again replaces pruning."""
     try:
         before = stages_from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # there is none, or another tool wrote it
         before = ()
-    was_shrunk = any(isinstance(stage, ShrinkReport) for stage in before)
-    return stages_to_json([*(before if was_shrunk else ()), report])
+    has_others = any(not isinstance(stage, Report) for stage in before)
+    return stages_to_json([*(before if has_others else ()), report])
 
 
 def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
@@ -149,8 +155,13 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
     return json.dumps({**without_claims(directory.config), "sparsity": sparsity}, indent=2) + "\n"
 
 
+def _stored_buffers(model: nn.Module, directory: ModelDirectory) -> dict[str, Tensor]:
+    """Copies of the buffers of a model that its directory stores, such as the statistics of batch norms."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if directory.find(name, buffer) is not None}
+
+
 def _match_checkpoint(
-    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
+    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str], everything: bool
 ) -> tuple[Recipe, StoredWeights]:
     """Find where the parameters to prune are stored, and leave out layers whose values are not in the checkpoint."""
     layers, _ = select_layers(model, recipe.include, recipe.exclude)
@@ -158,8 +169,12 @@ def _match_checkpoint(
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
     # Which weights are layers may turn out only while the model runs, so that all that may be one are looked for.
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name not in missing]
-    stored = StoredWeights(model, directory, matrices)
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if (everything or parameter.ndim > 1) and name not in missing
+    ]
+    stored = StoredWeights(model, directory, names)
     _check_writable(directory, set(stored.lost) & {layer.parameter_name for layer in layers})
     return recipe, stored
 

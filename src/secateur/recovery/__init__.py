@@ -1,5 +1,6 @@
 """How does a pruned or shrunk model get its accuracy back?"""
 
+from secateur.recovery._batchnorm import Reestimated as Reestimated
 from secateur.recovery._batchnorm import reestimate_ as reestimate_
 from secateur.recovery._directory import recover_directory as recover_directory
 from secateur.recovery._recover import recover_ as recover_

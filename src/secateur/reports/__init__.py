@@ -26,8 +26,8 @@ from secateur.reports._records import LayerReport as LayerReport
 from secateur.reports._records import ModelWeights as ModelWeights
 from secateur.reports._records import PackedLayer as PackedLayer
 from secateur.reports._records import SkippedLayer as SkippedLayer
-from secateur.reports._recovering import CurvePoint as CurvePoint
 from secateur.reports._recovering import RecoveryReport as RecoveryReport
+from secateur.reports._recovery_records import CurvePoint as CurvePoint
 from secateur.reports._rows import comparison_table as comparison_table
 from secateur.reports._rows import evaluation_table as evaluation_table
 from secateur.reports._rows import packed_table as packed_table
