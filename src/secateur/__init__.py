@@ -14,6 +14,8 @@ from secateur._errors import SolverError as SolverError
 from secateur._errors import SparsityError as SparsityError
 from secateur._errors import StatisticsError as StatisticsError
 from secateur.calibration import LayerStatistics as LayerStatistics
+from secateur.evaluation import Pooling as Pooling
+from secateur.evaluation import evaluate as evaluate
 from secateur.layers import LayerKind as LayerKind
 from secateur.layers import register_layer as register_layer
 from secateur.nn import PackedLinear as PackedLinear
@@ -32,11 +34,14 @@ from secateur.patterns import Column as Column
 from secateur.patterns import Row as Row
 from secateur.patterns import SparsityPattern as SparsityPattern
 from secateur.patterns import Unstructured as Unstructured
+from secateur.pipeline import Pipeline as Pipeline
 from secateur.pruning import Recipe as Recipe
 from secateur.pruning import prune_ as prune_
 from secateur.recovery import recover_ as recover_
 from secateur.reports import Choice as Choice
 from secateur.reports import Evaluation as Evaluation
+from secateur.reports import EvaluationReport as EvaluationReport
+from secateur.reports import Figure as Figure
 from secateur.reports import Histogram as Histogram
 from secateur.reports import LayerReport as LayerReport
 from secateur.reports import ModelWeights as ModelWeights

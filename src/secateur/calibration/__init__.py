@@ -1,6 +1,7 @@
 """What do the inputs of each layer look like?"""
 
 from secateur.calibration._arguments import fit_arguments as fit_arguments
+from secateur.calibration._arguments import is_sentence_transformer as is_sentence_transformer
 from secateur.calibration._batches import Forward as Forward
 from secateur.calibration._batches import call_model as call_model
 from secateur.calibration._batches import hash_batches as hash_batches
@@ -23,6 +24,8 @@ from secateur.calibration._statistics import LayerStatistics as LayerStatistics
 from secateur.calibration._statistics import Need as Need
 from secateur.calibration._text import Windows as Windows
 from secateur.calibration._text import batched as batched
+from secateur.calibration._text import longest_window as longest_window
+from secateur.calibration._text import read_file as read_file
 from secateur.calibration._text import read_text as read_text
 from secateur.calibration._unit_gradients import Loss as Loss
 from secateur.calibration._unit_gradients import gather_gradients as gather_gradients

@@ -13,8 +13,7 @@ from torch import Tensor
 from secateur._errors import StatisticsError
 
 # A mark that ends a sentence, and quotes and brackets that close with it. Text that was cut into words has a space
-# before the mark. The marks of Chinese and Japanese (full stop, exclamation and question mark) have no space after
-# them.
+# before the mark. The marks of Chinese and Japanese have no space after them.
 _CLOSING = r"[\"'\u201d\u2019)\]]*"
 _END = re.compile(rf"[.!?]{_CLOSING}\s+(?=[^\s.!?a-z])|[\u3002\uff01\uff1f]{_CLOSING}\s*")
 _LETTERS = 8  # a shorter piece, such as an initial or a number, belongs to the sentence before it

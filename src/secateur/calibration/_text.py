@@ -6,7 +6,7 @@ import json
 import random
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur._errors import StatisticsError
+from secateur._errors import FormatError, StatisticsError
+
+_LONGEST = 2048  # tokens in a window, where nobody asks for more
 
 
 def read_text(path: str | Path) -> str:
@@ -24,20 +26,29 @@ def read_text(path: str | Path) -> str:
         StatisticsError: no such file, not UTF-8, not JSON lines, or no text in it.
     """
     path = Path(path)
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise StatisticsError(f"{path} is a device, which may have no end. Give a file.")
-        content = path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
-    except OSError as error:
-        raise StatisticsError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise StatisticsError(f"{path} is not UTF-8 text. Give plain text, or JSON lines with a text field.") from None
+    content = read_file(path)
     if path.suffix in (".jsonl", ".json"):
         content = "\n\n".join(_text_fields(path, content))
     if not content.strip():
         raise StatisticsError(f"{path} holds no text. Give a file with text of the sort that the model was trained on.")
     return content
+
+
+def read_file(path: Path) -> str:
+    """Return the characters in a UTF-8 file, without a byte order mark.
+
+    Raises:
+        StatisticsError: no such file, or not UTF-8.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise StatisticsError(f"{path} is a device, which may have no end. Give a file.")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is not text
+    except OSError as error:
+        raise StatisticsError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise StatisticsError(f"{path} is not UTF-8 text. Give plain text, or JSON lines with a text field.") from None
 
 
 def _text_fields(path: Path, content: str) -> Iterator[str]:
@@ -151,6 +162,26 @@ class Windows:
             if len(found) == count:
                 break
         return [found[start] for start in sorted(found)]
+
+
+def longest_window(where: object, limits: Mapping[str, Any]) -> int:
+    """Return the most tokens in a window: the smallest of some limits, at most 2048.
+
+    Args:
+        where: the limits come from, for the error.
+        limits: by their names; None and 0 are no limit.
+
+    Raises:
+        FormatError: a limit that is no number of tokens.
+    """
+    given = {name: value for name, value in limits.items() if value is not None and value != 0}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+            raise FormatError(
+                f"{where}: {name} is {value!r:.40}; expected how many tokens the model takes. Correct it in "
+                "tokenizer_config.json or config.json."
+            )
+    return int(min(_LONGEST, *given.values())) if given else _LONGEST
 
 
 def batched(windows: list[Tensor], tokens: int = 4096) -> Iterator[Tensor]:

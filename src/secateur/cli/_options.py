@@ -24,5 +24,5 @@ SequenceLength = Annotated[
     int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 2048.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the draw of calibration windows.")]
-Evaluate = Annotated[Path | None, typer.Option(help="Text to measure on, before and after.")]
+Evaluate = Annotated[Path | None, typer.Option(help="File to measure on, before and after: text, pairs or labels.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]

@@ -47,6 +47,10 @@ def prune(
     ] = None,
     include: Include = None,
     exclude: Exclude = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Prune in that many rounds, each to more sparsity, with statistics anew. Default: 1."),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
@@ -71,6 +75,7 @@ def prune(
             "remainder": remainder,
             "include": include,
             "exclude": exclude,
+            "rounds": rounds,
             "strict": strict or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}

@@ -1,6 +1,23 @@
 """How good is a model still?"""
 
 from secateur.evaluation._before_after import DenseQuality as DenseQuality
-from secateur.evaluation._quality import outputs as outputs
+from secateur.evaluation._data_file import DataFile as DataFile
+from secateur.evaluation._data_file import read_data as read_data
+from secateur.evaluation._evaluate import evaluate as evaluate
+from secateur.evaluation._inputs import MAX_SENTENCES as MAX_SENTENCES
+from secateur.evaluation._inputs import Inputs as Inputs
+from secateur.evaluation._inputs import Reading as Reading
+from secateur.evaluation._measure import DenseOutcome as DenseOutcome
+from secateur.evaluation._measure import Measured as Measured
+from secateur.evaluation._measure import measure as measure
+from secateur.evaluation._measure import run_dense as run_dense
+from secateur.evaluation._metrics import METRICS as METRICS
+from secateur.evaluation._metrics import figures_of as figures_of
+from secateur.evaluation._pooling import POOLING_MODES as POOLING_MODES
+from secateur.evaluation._pooling import Pooling as Pooling
 from secateur.evaluation._quality import perplexity as perplexity
-from secateur.evaluation._quality import similarity as similarity
+from secateur.evaluation._ranks import pair_cosines as pair_cosines
+from secateur.evaluation._ranks import ranks as ranks
+from secateur.evaluation._ranks import spearman as spearman
+from secateur.evaluation._run import device_of as device_of
+from secateur.evaluation._run import is_language_model as is_language_model

@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from secateur._types import Progress
-from secateur.calibration import batched
-from secateur.evaluation._quality import outputs, perplexity, similarity
+from secateur.evaluation._data_file import DataFile
+from secateur.evaluation._inputs import Inputs, Reading
+from secateur.evaluation._measure import DenseOutcome, measure, run_dense
 from secateur.reports import Evaluation
 
+# The figure of running text that is cheap enough to come with every run: embeddings and ranks come with `evaluate`.
+_OF_TEXT = {True: "perplexity", False: "similarity"}
+_NAMES = {"similarity": "output similarity"}  # what reports have called it from the start
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class DenseQuality:
-    """What a dense model gives on held-out text, to compare the changed model with.
+    """What a dense model gives for a file, to compare the changed model with.
 
     Args:
-        batches: token ids ``[batch, length]``.
-        perplexity: of the dense model, None unless it is a causal language model.
-        outputs: of the dense model for each batch, None if it is a causal language model.
+        inputs: the file as what the model takes.
+        dense: what the dense model gave.
     """
 
-    batches: tuple[Tensor, ...]
-    perplexity: float | None
-    outputs: tuple[Tensor, ...] | None
+    inputs: Inputs
+    dense: DenseOutcome
 
     @classmethod
-    def of(cls, model: nn.Module, windows: list[Tensor], causal: bool, progress: Progress) -> DenseQuality:
-        """Run a dense model on held-out text.
+    def of(cls, model: nn.Module, data: DataFile, reading: Reading, progress: Progress) -> DenseQuality:
+        """Run a dense model on a file: running text, pairs or labels.
 
         Args:
-            model: to run.
-            windows: token ids, ``[length]`` each.
-            causal: whether it is a language model whose perplexity counts; else its outputs are kept.
+            model: to run. It needs its head for labels.
+            data: the file.
+            reading: how the model reads.
             progress: called with a description, and how many batches of how many are done.
         """
-        batches = tuple(batched(windows))
-        counted = _counted(batches, "measuring the dense model", progress)
-        if causal:
-            return cls(batches, perplexity(model, counted)[0], None)
-        return cls(batches, None, tuple(outputs(model, counted)))
+        metrics = (_OF_TEXT[reading.causal],) if data.kind == "text" else None
+        inputs = Inputs.of(data, reading, True, metrics)
+        return cls(inputs, run_dense(inputs, model, progress))
 
-    def compare(self, model: nn.Module, progress: Progress) -> Evaluation:
-        """Run the changed model on the same text, and return the figure of both."""
-        batches = _counted(self.batches, "measuring the changed model", progress)
-        if self.perplexity is not None:
-            value, tokens = perplexity(model, batches)
-            return Evaluation("perplexity", self.perplexity, value, tokens)
-        assert self.outputs is not None
-        value, tokens = similarity(self.outputs, outputs(model, batches))
-        return Evaluation("output similarity", 1.0, value, tokens)
+    def compare(self, model: nn.Module, progress: Progress) -> tuple[Evaluation | None, tuple[str, ...]]:
+        """Run the changed model on the same file.
 
-
-def _counted(batches: tuple[Tensor, ...], description: str, progress: Progress) -> Iterator[Tensor]:
-    for index, batch in enumerate(batches):
-        progress(description, index, len(batches))
-        yield batch
+        Returns:
+            The figure of both, or None where their outputs cannot be compared; and notes that say why.
+        """
+        measured = measure(self.inputs, model, self.dense, progress)
+        for found in measured.figures:
+            assert found.dense is not None
+            name = _NAMES.get(found.metric, found.metric)
+            return Evaluation(name, found.dense, found.value, found.count), measured.notes
+        return None, measured.notes

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError
+from secateur.evaluation import is_language_model
 from secateur.files import ModelDirectory, is_shrunk_claim, read_config
 from secateur.huggingface._architecture import check_named, classes, named
 from secateur.huggingface._plausible import check_counts, check_size
@@ -45,7 +46,7 @@ def open_model(path: str | Path) -> ModelDirectory:
     if directory.config.get("architectures"):
         return directory
     try:
-        config = _config(directory.path)
+        config = load_config(directory.path)
     except ImportError:
         raise
     except Exception:  # a config that transformers cannot read: loading says why
@@ -89,7 +90,7 @@ def load_model(
     shapes = list(directory.shapes.values())
     check_counts(directory.path, directory.config, shapes)
     try:
-        config = _config(directory.path)
+        config = load_config(directory.path)
         made_by = None
         if with_head:
             check_named(directory, config)
@@ -114,8 +115,53 @@ def load_model(
     return model.to(device).eval(), set(info["missing_keys"])
 
 
-def _config(path: Path) -> Any:
-    """The config in a directory, without what it claims of quantized weights: what is stored was looked at.
+def load_body(
+    directory: ModelDirectory, device: str | torch.device | None, dtype: torch.dtype | None, with_head: bool
+) -> tuple[nn.Module, nn.Module, set[str]]:
+    """Return a model, the part of it that :func:`load_model` returns without a head, and what the checkpoint lacks.
+
+    Args:
+        directory, device, dtype: see :func:`load_model`.
+        with_head: whether the first has the head of its class; else both are the same.
+
+    Returns:
+        The model, its body, and the names in the body of tensors that the checkpoint lacks.
+
+    Raises:
+        RecipeError: the checkpoint lacks the values of the head.
+        FormatError: see :func:`load_model`.
+    """
+    if not with_head:
+        model, missing = load_model(directory, device, dtype)
+        return model, model, missing
+    model, missing = load_model(directory, device, dtype, with_head=True)
+    check_head(directory, model, missing)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    body = getattr(model, "base_model", model)
+    return model, body, {name.removeprefix(prefix) for name in missing}
+
+
+def check_head(directory: ModelDirectory, model: nn.Module, missing: set[str]) -> None:
+    """Raise if the checkpoint lacks values of the head of a model: nobody trained them.
+
+    Args:
+        directory: of the model.
+        model: as it was loaded.
+        missing: names of the tensors that the checkpoint lacks.
+
+    Raises:
+        RecipeError: it does.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if absent := sorted(name for name in missing if not name.startswith(prefix)):
+        raise RecipeError(
+            f"{directory.path} has no values for {', '.join(absent[:3])}, the head of {type(model).__name__}, so that "
+            "what it says of classes means nothing.\nGive a model with a trained head, or a file without labels."
+        )
+
+
+def load_config(path: Path) -> Any:
+    """Return the config in a directory, without what it claims of quantized weights: what is stored was looked at.
 
     How a model was shrunk stays in it: it is needed to load the weights.
     """
@@ -154,7 +200,7 @@ def model_without_weights(path: Path, name: str, *, initialise: bool, shapes: Se
     transformers = transformers_library()
     check_counts(path, read_config(path), shapes)
     try:
-        config = _config(path)
+        config = load_config(path)
         names = [name, *(getattr(config, "architectures", None) or ())]
         made_by = next(filter(None, (model_class(config, known) for known in names)), None)
         if made_by is None:
@@ -211,7 +257,7 @@ def is_causal(directory: ModelDirectory) -> bool:
     architectures = directory.config.get("architectures")
     if not isinstance(architectures, list):
         return False
-    return any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    return any(isinstance(name, str) and is_language_model(name) for name in architectures)
 
 
 def _usable(name: str | torch.device) -> torch.device:

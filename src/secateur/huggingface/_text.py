@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from secateur._errors import FormatError, RecipeError, StatisticsError
-from secateur.calibration import Windows
-from secateur.evaluation import outputs
+from secateur._errors import RecipeError, StatisticsError
+from secateur.calibration import Windows, longest_window, padded, quiet
+from secateur.evaluation import device_of
 from secateur.files import ModelDirectory
 from secateur.huggingface._loading import is_causal, load_tokenizer
-
-MAX_SEQUENCE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,28 @@ class TextReader:
         model: that will read them.
         directory: with its tokenizer.
         length: of the windows in tokens; None for the longest that the model takes, at most 2048.
+        most: tokens of a window where no length is asked for; None for as many as the model takes.
 
     Raises:
         RecipeError: the model takes no windows of that length.
         FormatError: there is no tokenizer, or the directory limits the length to what is no number of tokens.
     """
 
-    def __init__(self, model: nn.Module, directory: ModelDirectory, length: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, directory: ModelDirectory, length: int | None, most: int | None = None
+    ) -> None:
         self._model = model
         self._tokenizer = load_tokenizer(directory)
         self._special_tokens = not is_causal(directory)
-        longest = min(
-            MAX_SEQUENCE_LENGTH,
-            _limit(directory, "model_max_length", self._tokenizer.model_max_length),
-            _limit(directory, "max_position_embeddings", getattr(model.config, "max_position_embeddings", None)),
-        )
-        self.length = length or longest
-        if self.length > longest:
-            raise RecipeError(f"--sequence-length {length} is more than the {longest} tokens that the model takes.")
+        self.length = window_length(directory, self._tokenizer, model.config, length, most)
 
     def windows(self, text: str, source: Path) -> Windows:
         """Return a text as windows."""
         return Windows(self._tokenizer, text, self.length, self._special_tokens, source=str(source))
+
+    def padded(self, texts: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
+        """Return texts as padded batches of neighbours in length, from short to long. What is too long is cut."""
+        return [batch for _, batch in padded(self._tokenizer, texts, self.length, batch_size)]
 
     def tried(self, windows: list[Tensor]) -> list[Tensor]:
         """Return the windows after running the one with the highest token id.
@@ -76,7 +75,8 @@ class TextReader:
         """
         window = max(windows, key=lambda ids: int(ids.max()))
         try:
-            outputs(self._model, [window[None]])
+            with quiet(self._model):
+                self._model(input_ids=window[None].to(device_of(self._model)))
         except Exception as error:
             raise StatisticsError(
                 f"the model fails on a window of {len(window)} tokens with ids up to {int(window.max())}: {error}\n"
@@ -85,13 +85,25 @@ class TextReader:
         return windows
 
 
-def _limit(directory: ModelDirectory, name: str, value: Any) -> int:
-    """A limit that a directory sets, at most the longest of ours; it may set none."""
-    if value is None or value == 0:
-        return MAX_SEQUENCE_LENGTH
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
-        raise FormatError(
-            f"{directory.path}: {name} is {value!r:.40}; expected how many tokens the model takes. Correct it in "
-            "tokenizer_config.json or config.json."
-        )
-    return int(min(value, MAX_SEQUENCE_LENGTH))
+def window_length(
+    directory: ModelDirectory, tokenizer: Any, config: Any, asked: int | None, most: int | None = None
+) -> int:
+    """Return the tokens in a window: what was asked for, or the most that the model takes, at most 2048.
+
+    Args:
+        directory: of the model, for errors.
+        tokenizer: of the model.
+        config: of transformers.
+        asked: tokens, or None.
+        most: where nothing is asked.
+
+    Raises:
+        RecipeError: the model takes no windows of that length.
+        FormatError: the directory limits the length to what is no number of tokens.
+    """
+    limits = {"model_max_length": tokenizer.model_max_length}
+    limits["max_position_embeddings"] = getattr(config, "max_position_embeddings", None)
+    longest = longest_window(directory.path, limits)
+    if asked is not None and asked > longest:
+        raise RecipeError(f"--sequence-length {asked} is more than the {longest} tokens that the model takes.")
+    return asked or min(longest, most or longest)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from secateur._checks import instance
 from secateur.layers import Reading
 from secateur.patterns import SparsityPattern, may_come_from, satisfied
-from secateur.reports import LayerReport, Report, ShrinkReport
+from secateur.reports import LayerReport, RecoveryReport, Report, ShrinkReport, Stage
 
-History: TypeAlias = Report | ShrinkReport | Sequence[Report | ShrinkReport]
+History: TypeAlias = Stage | Sequence[Stage]
 
 
 def patterns_in(history: History) -> Mapping[str, SparsityPattern]:
@@ -22,13 +22,13 @@ def patterns_in(history: History) -> Mapping[str, SparsityPattern]:
 
 def _layers(history: History) -> Iterator[LayerReport]:
     for report in reports_in(history):
-        if not isinstance(report, ShrinkReport):
+        if not isinstance(report, ShrinkReport | RecoveryReport):
             yield from instance("history", report, Report).layers
 
 
-def reports_in(history: History) -> Sequence[Report | ShrinkReport]:
+def reports_in(history: History) -> Sequence[Stage]:
     """Return the reports of a history in their order, also of one that is a single report."""
-    return [history] if isinstance(history, Report | ShrinkReport) else history
+    return [history] if isinstance(history, Stage) else history
 
 
 def readings_in(history: History, model: nn.Module) -> dict[int, Reading]:

@@ -8,27 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
 from secateur.calibration import batched, read_text
-from secateur.evaluation import DenseQuality
+from secateur.evaluation import DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output, without_claims
 from secateur.huggingface import (
     CalibrationText,
     StoredWeights,
     TextReader,
-    is_causal,
-    load_model,
+    directory_figures,
+    load_body,
     open_model,
+    reading_of,
     transformers_library,
 )
 from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.reports import PRUNING_REPORT, Report, ShrinkReport, stages_from_json, stages_to_json
+from secateur.pruning._rounds import Between
+from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -43,6 +45,7 @@ def prune_directory(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    between: Between | None = None,
     progress: Progress = lambda description, done, total: None,
 ) -> Report:
     """Prune a Hugging Face model directory into another one that ``from_pretrained`` loads unchanged.
@@ -56,12 +59,13 @@ def prune_directory(
         output: directory to write; it appears complete or not at all.
         recipe: how to prune.
         calibration: text for methods that need it.
-        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
-            the outputs to the dense model's for any other.
+        evaluate: file to measure on before and after: text for the perplexity of causal language models and the mean
+            cosine similarity of the outputs of any other to the dense model's; or pairs, or labels, see ``evaluate``.
         device: where to compute; None for a GPU if there is one.
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
             precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
         overwrite: replace an existing output directory.
+        between: called between two rounds, as by :func:`secateur.prune_`. All parameters that it changes are written.
         progress: called with a description, and how much of how much is done.
 
     Raises:
@@ -76,19 +80,22 @@ def prune_directory(
             "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
         )
     text = None if calibration is None else read_text(calibration.path)
-    heldout = None if evaluate is None else read_text(evaluate)
+    heldout = None if evaluate is None else read_data(evaluate)
 
     progress("loading the model", 0, 1)
-    model, missing = load_model(directory, device, dtype)
+    whole, model, missing = load_body(directory, device, dtype, heldout is not None and heldout.kind == "labels")
     if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
         raise RecipeError(
             f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
             "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
             "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
         )
-    recipe, stored = _match_checkpoint(model, directory, recipe, missing)
+    if heldout is not None:
+        directory_figures(directory, heldout, has_dense=True)
+    recipe, stored = _match_checkpoint(model, directory, recipe, missing, everything=between is not None)
+    buffers = {} if between is None else _stored_buffers(model, directory)
     asked = None if calibration is None else calibration.sequence_length
-    reader = TextReader(model, directory, asked) if text or heldout else None
+    reader = TextReader(model, directory, asked) if text else None
 
     batches = None
     if calibration is not None:
@@ -97,20 +104,20 @@ def prune_directory(
         windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
         batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
     quality = None
-    if evaluate is not None:
-        assert reader is not None
-        assert heldout is not None
-        windows = list(reader.windows(heldout, evaluate).all())
-        quality = DenseQuality.of(model, reader.tried(windows), is_causal(directory), progress)
+    if heldout is not None:
+        reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
+        quality = DenseQuality.of(whole, heldout, reading, progress)
 
-    report = prune_(model, batches, recipe, progress=progress)
+    report = prune_(model, batches, recipe, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
+    now = dict(model.named_buffers())
+    _check_writable(directory, [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])])
     stored.round_()
 
     reasons = {entry.name: _NOT_STORED for entry in report.skipped if f"{entry.name}.weight" in missing}
     report = replace(
         report,
-        evaluation=None if quality is None else quality.compare(model, progress),
+        evaluation=None if quality is None else quality.compare(whole, progress)[0],
         calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
         versions={**report.versions, "transformers": transformers_library().__version__},
         skipped=tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped),
@@ -129,13 +136,13 @@ def prune_directory(
 
 
 def _stages(path: Path, report: Report) -> str:
-    """The report, after those of shrinking and what came before it, if the model was shrunk."""
+    """The report, after those of earlier stages, if there is one beside pruning: pruning again replaces pruning."""
     try:
         before = stages_from_json((path / PRUNING_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # there is none, or another tool wrote it
         before = ()
-    was_shrunk = any(isinstance(stage, ShrinkReport) for stage in before)
-    return stages_to_json([*(before if was_shrunk else ()), report])
+    has_others = any(not isinstance(stage, Report) for stage in before)
+    return stages_to_json([*(before if has_others else ()), report])
 
 
 def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
@@ -148,8 +155,13 @@ def _config_with_sparsity(directory: ModelDirectory, report: Report) -> str:
     return json.dumps({**without_claims(directory.config), "sparsity": sparsity}, indent=2) + "\n"
 
 
+def _stored_buffers(model: nn.Module, directory: ModelDirectory) -> dict[str, Tensor]:
+    """Copies of the buffers of a model that its directory stores, such as the statistics of batch norms."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if directory.find(name, buffer) is not None}
+
+
 def _match_checkpoint(
-    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str]
+    model: nn.Module, directory: ModelDirectory, recipe: Recipe, missing: set[str], everything: bool
 ) -> tuple[Recipe, StoredWeights]:
     """Find where the parameters to prune are stored, and leave out layers whose values are not in the checkpoint."""
     layers, _ = select_layers(model, recipe.include, recipe.exclude)
@@ -157,8 +169,12 @@ def _match_checkpoint(
     if untrained:
         recipe = replace(recipe, exclude=(*recipe.exclude, *untrained))
     # Which weights are layers may turn out only while the model runs, so that all that may be one are looked for.
-    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1 and name not in missing]
-    stored = StoredWeights(model, directory, matrices)
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if (everything or parameter.ndim > 1) and name not in missing
+    ]
+    stored = StoredWeights(model, directory, names)
     _check_writable(directory, set(stored.lost) & {layer.parameter_name for layer in layers})
     return recipe, stored
 

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from secateur._checks import settings
-from secateur._errors import RecipeError, SolverError, naming
+from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import (
     Forward,
-    LayerStatistics,
     Need,
     Padding,
     PaddingSource,
     call_model,
     check_padding,
-    gather,
     hash_batches,
-    padding_by_stage,
     parameter_names,
-    quiet,
-    replayed,
 )
-from secateur.layers import NEVER_REACHED, Layer, check_model, select_layers
+from secateur.layers import check_model, select_layers
 from secateur.patterns import Remainder, SparsityPattern
-from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
-from secateur.pruning._figures import layer_report
-from secateur.pruning._reach import read_inputs, tell_unreached
+from secateur.pruning._allocation import ALLOCATIONS
+from secateur.pruning._one_round import Calibration, Round, prune_round_
+from secateur.pruning._reach import observe_all, read_inputs, tell_unreached
 from secateur.pruning._recipe import Recipe
-from secateur.reports import LayerReport, PackedMask, Report, SkippedLayer, StoredMasks, versions
-from secateur.solvers import Importance, LayerProblem, Solver, verify
-from secateur.zeros import considered_of, packed_mask, weigh_skipped, weights_of
+from secateur.pruning._rounds import Between, check_same_layers, gains, go_between_, in_round, patterns_at, sparsities
+from secateur.reports import Report, StoredMasks, versions
+from secateur.solvers import Importance, Solver
+from secateur.zeros import considered_of, weigh_skipped, weights_of
 
 
 def prune_(
@@ -54,6 +49,8 @@ def prune_(
     measure_error: bool | None = None,
     strict: bool | None = None,
     remainder: Remainder | None = None,
+    rounds: int | None = None,
+    between: Between | None = None,
     forward: Forward | None = None,
     padding: PaddingSource | None = None,
     progress: Progress | None = None,
@@ -77,6 +74,11 @@ def prune_(
         recipe: all of the following settings as one value, in their place.
         pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder: see
             :class:`Recipe`.
+        rounds: see :class:`Recipe`. The report is of the last one. With several rounds and an error to measure, a copy
+            of the weights is kept meanwhile, so that the error is that of all rounds together.
+        between: ``between(model, round)`` is called after every round but the last, to train the model, for example;
+            rounds are counted from 1. Pruned weights that it moves are set to zero again, with a warning and a note in
+            the report.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
         padding: which tokens are real, where the batch does not say so itself: a function that returns a bool tensor
             ``[batch, length]``, True = real, of a batch (on the model's device), or None if nothing is padded; or a
@@ -87,8 +89,8 @@ def prune_(
         The report: sparsity and error layer by layer, what was skipped and why, and how to repeat the run.
 
     Raises:
-        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, or no batches
-            for a method that needs them.
+        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches
+            for a method that needs them, or a ``between`` that is never called or adds layers.
         PatternError: a pattern that does not fit a layer, which is named.
         StatisticsError: batches that are empty, not finite, or never reach a layer.
         SolverError: a layer that the method cannot solve.
@@ -115,6 +117,7 @@ def prune_(
         "measure_error": measure_error,
         "strict": strict,
         "remainder": remainder,
+        "rounds": rounds,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
@@ -130,67 +133,48 @@ def prune_(
             "Pass batches, or use allocation='uniform', which needs none."
         )
 
+    if between is not None and recipe.rounds == 1:
+        raise RecipeError(
+            "between is called between two rounds, and there is only one, so it would never be called.\n"
+            "Pass rounds=4, for example, or leave between out."
+        )
+
     inputs = None if batches is None else read_inputs(model, batches, recipe, forward)
-    observed = None if inputs is None else inputs.observed
-    layers, skipped = select_layers(model, recipe.include, recipe.exclude, observed)
+    layers, skipped = select_layers(model, recipe.include, recipe.exclude, None if inputs is None else inputs.observed)
     tell_unreached(layers, skipped, recipe.strict)
     check_padding(padding, [layer.name for layer in layers])
     patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
-    total = float(len(layers))
-    tell = progress or (lambda description, done, total: None)
-    reports: list[LayerReport] = []
-    masks: list[PackedMask] = []
-    digest, mode = None, ""
-    padded: dict[str, str] = {}
-
-    def finish(layer: Layer, sparsity: float, statistics: LayerStatistics | None) -> None:
-        with naming(layer.title):
-            report, mask = _prune_layer_(layer, patterns[layer.name], sparsity, statistics, recipe.method)
-        reports.append(report)
-        masks.append(mask)
-
-    def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
-        return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
-
-    if inputs is None:
-        shares = allocate(candidates({}), recipe.allocation, recipe.sparsity)
-        for layer in layers:
-            finish(layer, shares[layer.name], None)
-            tell(layer.name, len(reports), total)
-    else:
-        run, loaded = forward or call_model, inputs.batches
-        digest = hash_batches(loaded)
-        if recipe.measure_error:
-            needs = needs | {"gram"}
+    calibration = digest = None
+    if inputs is not None:
+        digest = hash_batches(inputs.batches)
         names = parameter_names(model) if forward is None else ()
-        paddings = [Padding.of(batch, names, padding) for batch in loaded]
-        with quiet(model):
-            whole = replayed(model, loaded, layers, run, sequential=False)
-            dense = {}
-            if dense_needs:
-                fresh = [found.fresh() for found in paddings]
-                dense = gather(whole, 0, dense_needs, observed=observed, strict=recipe.strict, paddings=fresh)
-            shares = allocate(candidates(dense), recipe.allocation, recipe.sparsity)
-            del dense  # statistics of all layers at once, which the stages do not need
-            source = replayed(model, loaded, layers, run, recipe.sequential)
-            for index, stage in enumerate(source.stages):
-                # Half of a stage's share of the work is calibrating it, half is solving its layers.
-                done, size = len(reports), len(stage.layers)
+        paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
+        calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model)
+    tell = progress or (lambda description, done, total: None)
+    known = {layer.name for layer in layers} | {entry.name for entry in skipped}
+    last, reached, moved = Round({}), list[int](), dict[str, tuple[str, ...]]()
+    for number, target in enumerate(sparsities(recipe), 1):
+        current = patterns_at(patterns, target)
+        if number == recipe.rounds or gains(layers, current, last.done):
+            free = recipe.pattern.sparsity is None
+            told = in_round(tell, number, recipe.rounds)
+            last = prune_round_(model, recipe, layers, current, target if free else None, calibration, last.done, told)
+        reached.append(sum(entry.report.pruned for entry in last.done.values()))
+        if between is not None and number < recipe.rounds:
+            for name, note in go_between_(model, between, number, last.done).items():
+                moved[name] = (*moved.get(name, ()), note)
+            if calibration is not None:
+                calibration = replace(calibration, observed=observe_all(model, calibration.batches, recipe, forward))
+            seen = None if calibration is None else calibration.observed
+            layers, skipped = select_layers(model, recipe.include, recipe.exclude, seen)
+            check_same_layers(layers, known, number)
+            patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
 
-                def on_batch(count: int, name: str = stage.name, done: int = done, size: int = size) -> None:
-                    tell(f"calibrating {name}".strip(), done + size / 2 * count / len(loaded), total)
-
-                gathered = gather(source, index, needs, on_batch, observed, recipe.strict, paddings)
-                for layer in stage.layers:
-                    if layer.name not in gathered:  # such as an expert, after the layers before it were pruned
-                        skipped.append(SkippedLayer(layer.name, type(layer.modules[0]).__name__, NEVER_REACHED))
-                        continue
-                    finish(layer, shares[layer.name], gathered.pop(layer.name))
-                    tell(layer.name, done + size / 2 + (len(reports) - done) / 2, total)
-        mode = source.mode
-        members = [(stage.name, [layer.name for layer in stage.layers]) for stage in source.stages]
-        padded = padding_by_stage(members, paddings)
-
+    reports = [
+        replace(entry.report, notes=(*entry.report.notes, *moved.get(name, ()))) for name, entry in last.done.items()
+    ]
+    weights = sum(report.num_weights for report in reports)
+    skipped = [entry for entry in (*skipped, *last.skipped) if entry.name not in last.done]
     return Report(
         layers=tuple(reports),
         skipped=weigh_skipped(model, skipped, considered_of(reports)),
@@ -199,29 +183,9 @@ def prune_(
         seconds=time.perf_counter() - began,
         calibration_hash=digest,
         whole=weights_of(model),
-        calibration_mode=mode,
-        stored_masks=StoredMasks(masks),
+        calibration_mode=last.mode,
+        stored_masks=StoredMasks(entry.mask for entry in last.done.values()),
         calibration={"ignored": inputs.ignored} if inputs is not None and inputs.ignored else {},
-        padding=padded,
+        padding=last.padding,
+        rounds=tuple(pruned / max(1, weights) for pruned in reached) if recipe.rounds > 1 else (),
     )
-
-
-def _prune_layer_(
-    layer: Layer, pattern: SparsityPattern, sparsity: float, statistics: LayerStatistics | None, method: Solver
-) -> tuple[LayerReport, PackedMask]:
-    """Solve a layer, check the solution, write it to the model, and return its report and its mask."""
-    began = time.perf_counter()
-    dense = layer.matrix()
-    dense = dense.to(torch.promote_types(dense.dtype, torch.float32), copy=True).contiguous()
-    problem = LayerProblem(dense, statistics, pattern, sparsity)
-    solution = method.solve(problem)
-    verify(problem, solution)
-    overflowing = int((~solution.weight.to(layer.parameter.dtype).isfinite()).sum())
-    if overflowing:
-        raise SolverError(f"{overflowing} new weights are beyond the range of {layer.parameter.dtype}.")
-    if statistics is not None and statistics.own_tokens is not None:
-        note = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
-        solution = replace(solution, notes=(*solution.notes, note))
-    layer.write_(solution.weight)
-    mask = packed_mask(layer, solution.mask)
-    return layer_report(layer, problem, solution, seconds=time.perf_counter() - began), mask

@@ -47,6 +47,11 @@ def read_inputs(model: nn.Module, batches: Iterable[Any], recipe: Recipe, forwar
     if forward is None:
         fitted = fit_arguments(model, loaded, device)
         loaded, ignored = fitted.batches, fitted.ignored
+    return Inputs(loaded, observe_all(model, loaded, recipe, forward), ignored)
+
+
+def observe_all(model: nn.Module, loaded: list[Any], recipe: Recipe, forward: Forward | None) -> Observed:
+    """Run the model on as many batches as it takes to reach every layer, and return what that showed."""
 
     def is_enough(seen: Observed) -> bool:
         try:
@@ -56,8 +61,7 @@ def read_inputs(model: nn.Module, batches: Iterable[Any], recipe: Recipe, forwar
         return not unreached(skipped)
 
     with quiet(model):
-        observed = observe(model, loaded, forward or call_model, is_enough)
-    return Inputs(loaded, observed, ignored)
+        return observe(model, loaded, forward or call_model, is_enough)
 
 
 def unreached(skipped: Iterable[SkippedLayer]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from secateur._checks import flag, globs, instance, known_keys, one_of
+from secateur._checks import flag, globs, instance, integer, known_keys, one_of
 from secateur._errors import RecipeError, naming
 from secateur.patterns import Remainder, SparsityPattern, Unstructured, with_dense_remainder
 from secateur.pruning._allocation import ALLOCATIONS
@@ -49,9 +49,11 @@ class Recipe:
         remainder: for layers whose size the pattern's groups or tiles do not divide, ``"error"`` raises and ``"dense"``
             leaves the columns and rows beyond the last whole one dense, as a pattern with ``remainder="dense"`` does.
             The report notes how many. It is only a way to set the pattern's own ``remainder``, and shows that.
+        rounds: prune in that many rounds, each to the next sparsity of a cubic schedule and on the weights that the
+            round before left, with statistics gathered again. What a round prunes stays pruned.
 
     Raises:
-        RecipeError: an unknown method or allocation.
+        RecipeError: an unknown method or allocation, or rounds below 1.
         PatternError: an unknown pattern, or a sparsity that is missing, out of range or not the pattern's own.
 
     Example:
@@ -74,6 +76,7 @@ class Recipe:
     # Later than version 0.1.0, whose recipes keep their form.
     strict: bool = field(default=False, repr=False)
     remainder: Remainder = field(default="error", repr=False)
+    rounds: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -92,6 +95,7 @@ class Recipe:
         for name in ("sequential", "measure_error", "strict"):
             flag(name, getattr(self, name))
         one_of("allocation", self.allocation, ALLOCATIONS)
+        integer("rounds", self.rounds, 1)
         self.pattern.resolve(self.sparsity)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,6 +104,8 @@ class Recipe:
         del table["remainder"]  # the pattern says it
         if not self.strict:
             del table["strict"]
+        if self.rounds == 1:
+            del table["rounds"]
         return table | {
             "pattern": str(self.pattern),
             "method": method_to_dict(self.method),
@@ -114,6 +120,11 @@ class Recipe:
         Raises:
             RecipeError: an unknown key, named with the nearest valid one.
         """
+        if "stage" in table:
+            raise RecipeError(
+                "this is the recipe of a pipeline, with stages. Run it so: secateur run MODEL_DIR --recipe FILE "
+                "--output OUT; in Python: secateur.Pipeline.load(FILE).run(MODEL_DIR, OUT)."
+            )
         known_keys("recipe", table, [f.name for f in fields(cls)])
         values = dict(table)
         if isinstance(values.get("method"), Mapping):

@@ -125,7 +125,6 @@ def train_blocks_(
     layers, _ = select_layers(model)
     source = replayed(model, list(batches), layers, student.forward)
     wanted = {id(model.get_submodule(name)): name for name in names}
-    loop = Loop(settings, clock, student.device, tell)
     done: list[tuple[str, Progress]] = []
     weights = 0
     for index, stage in enumerate(source.stages):
@@ -146,7 +145,13 @@ def train_blocks_(
                 return targets[number * len(names) + place]["state"]
 
             problem = _Block(trained, module, wide, seen, target, train, measure, settings.autocast)
-            left = len(names) - len(done)
+            left, finished = len(names) - len(done), len(done)
+            loop = Loop(
+                settings,
+                clock,
+                student.device,
+                lambda description, part, finished=finished: tell(description, (finished + part) / len(names)),  # type: ignore[misc]
+            )
             progress = loop.run(
                 problem, _share(settings, clock, left, len(names), reserve), make_checkpoint(name), part=name
             )

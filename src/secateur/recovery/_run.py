@@ -207,7 +207,7 @@ class Recovery:
                 self.clock,
                 checkpoint,
                 scratch,
-                lambda description, part: self.tell(description, part, 1.0),
+                self._tell,
                 reserve,
             )
         steps = sum(progress.step for _, progress in done)
@@ -219,6 +219,8 @@ class Recovery:
             (progress.stopped for _, progress in done if progress.stopped in (INTERRUPTED, NOT_FINITE)), USED
         )
         notes: tuple[str, ...] = targets.notes
+        if without := [name for name, progress in done if not progress.step]:
+            notes = (*notes, f"the budget had no step for {len(without)} of {len(names)} blocks: {', '.join(without)}")
         if not best < start:
             undo_(self.student.model, names, scratch)
             notes = (*notes, f"all blocks were put back: together they gave a held-out loss of {best:.4g}")
@@ -245,9 +247,13 @@ class Recovery:
         return TeacherOutputs(compute, int(settings.max_memory), settings.keep_teacher_outputs, scratch)
 
     def _loop(self) -> Loop:
-        return Loop(
-            self.settings, self.clock, self.student.device, lambda description, part: self.tell(description, part, 1.0)
-        )
+        return Loop(self.settings, self.clock, self.student.device, self._tell)
+
+    def _tell(self, description: str, part: float) -> None:
+        """Say where the run is: steps of how many, or seconds of how many."""
+        budget = self.settings.budget
+        whole = budget["steps"] if "steps" in budget else 60 * budget["minutes"]
+        self.tell(description, part * whole, whole)
 
     def _budget(self, now: float, measuring: float) -> Budget:
         """The budget of a training of the whole model, less what is to be done after it."""

@@ -145,7 +145,7 @@ class Loop:
                     break
                 losses.append(loss)
                 after = agreed(limit.used(progress.step), self.device)
-                self.tell(_described(progress, loss, part), min(after, 1.0))
+                self.tell(self._described(progress, loss, part), min(after, 1.0))
                 if after >= 1 or math.floor(after * points) > math.floor(used * points):
                     self._measure(problem, progress, leaves, best, losses, after, rates[0] * rate, part)
                     losses = []
@@ -160,6 +160,13 @@ class Loop:
         finally:
             copy_into_(leaves, best)
         return progress
+
+    def _described(self, progress: Progress, loss: float, part: str) -> str:
+        """What the user sees of a step."""
+        passed = self.clock.seconds - progress.curve[0].seconds
+        rate = f"{progress.step / passed:.3g} steps/s, " if passed > 0 else ""
+        held_out = f"held out {progress.curve[-1].held_out:.4g} (start {progress.curve[0].held_out:.4g})"
+        return f"{f'{part}: ' if part else ''}step {progress.step}, {rate}loss {loss:.4g}, {held_out}"
 
     def _optimizer(self, leaves: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, list[float]]:
         settings = self.settings
@@ -290,12 +297,6 @@ def batches_of(step: int, accumulate: int, count: int, seed: int) -> Iterator[in
         epoch, place = divmod(position, count)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         yield int(torch.randperm(count, generator=generator)[place])
-
-
-def _described(progress: Progress, loss: float, part: str) -> str:
-    last = progress.curve[-1].held_out
-    where = f"{part}: " if part else ""
-    return f"{where}step {progress.step}, loss {loss:.4g}, held out {last:.4g} (start {progress.curve[0].held_out:.4g})"
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """What was done to a model, and how is that written down?"""
 
+from secateur.reports._evaluating import EvaluationReport as EvaluationReport
+from secateur.reports._evaluating import Figure as Figure
+from secateur.reports._evaluating import figures_table as figures_table
 from secateur.reports._figures import empty_rows as empty_rows
 from secateur.reports._figures import histogram as histogram
 from secateur.reports._figures import thumbnail as thumbnail
@@ -26,8 +29,8 @@ from secateur.reports._records import LayerReport as LayerReport
 from secateur.reports._records import ModelWeights as ModelWeights
 from secateur.reports._records import PackedLayer as PackedLayer
 from secateur.reports._records import SkippedLayer as SkippedLayer
-from secateur.reports._recovering import CurvePoint as CurvePoint
 from secateur.reports._recovering import RecoveryReport as RecoveryReport
+from secateur.reports._recovery_records import CurvePoint as CurvePoint
 from secateur.reports._rows import comparison_table as comparison_table
 from secateur.reports._rows import evaluation_table as evaluation_table
 from secateur.reports._rows import packed_table as packed_table

@@ -40,6 +40,7 @@ class Report:
             calibration, and where it is not known.
         padding: by the name of a stage (a block of the model), which rows of the batches were left out of its
             calibration as padding, or why none.
+        rounds: sparsity of the layers after each round, the last one that of the report; empty where there was one.
         stored_masks: of the pruned layers. They stay in memory, one bit a weight, and are no part of JSON.
     """
 
@@ -54,6 +55,7 @@ class Report:
     whole: ModelWeights | None = None
     calibration_mode: str = ""
     padding: Mapping[str, str] = field(default_factory=dict)
+    rounds: tuple[float, ...] = ()
     # No field: asdict and equality leave the masks out. But dataclasses.replace hands on what __post_init__ kept.
     stored_masks: InitVar[StoredMasks | None] = None
 
@@ -134,6 +136,9 @@ class Report:
             f"in {len(self.layers)} layers, skipped {len(self.skipped)} modules, {self.seconds:.1f} s"
         )
         run += f"; calibration {self.calibration_mode}" if self.calibration_mode else ""
+        run += (
+            f"; {len(self.rounds)} rounds: {', '.join(f'{share:.1%}' for share in self.rounds)}" if self.rounds else ""
+        )
         return [*filter(None, [self.first_line]), run, *(f"warning: {text}" for text in self.warnings)]
 
     def __str__(self) -> str:
@@ -162,6 +167,7 @@ class Report:
             layers = [_layer_from_dict(layer) for layer in table.pop("layers")]
             skipped = [SkippedLayer(**entry) for entry in table.pop("skipped")]
             evaluation, whole = table.pop("evaluation"), table.pop("whole", None)
+            rounds = tuple(table.pop("rounds", ()))
             if "stored_masks" in table:
                 raise TypeError("masks are never part of JSON")
             return cls(
@@ -169,6 +175,7 @@ class Report:
                 skipped=tuple(skipped),
                 evaluation=None if evaluation is None else Evaluation(**evaluation),
                 whole=None if whole is None else ModelWeights(**whole),
+                rounds=rounds,
                 **table,
             )
         except (TypeError, KeyError, AttributeError) as error:

@@ -7,28 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from secateur.reports._checked import checked
 from secateur.reports._records import Evaluation
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """A moment of a recovery at which the held-out batches were run.
-
-    Args:
-        step: optimizer steps done.
-        seconds: working time so far, without pauses between runs that were stopped and went on.
-        train_loss: mean over the steps since the last point; None at the first.
-        held_out: mean loss over the held-out batches.
-        learning_rate: of the last step.
-        part: what was trained, for methods that train one part after the other, such as the name of a block; else "".
-    """
-
-    step: int
-    seconds: float
-    train_loss: float | None
-    held_out: float
-    learning_rate: float = 0.0
-    part: str = ""
+from secateur.reports._recovery_page import curve_table, duration, recovery_page, trained_table
+from secateur.reports._recovery_records import CurvePoint
+from secateur.reports._rows import evaluation_table
+from secateur.reports._tables import Table, figure, markdown_text, sentence
 
 
 @dataclass(frozen=True)
@@ -107,6 +91,47 @@ class RecoveryReport:
         """Whether somebody stopped the run; the model is in the best state so far."""
         return self.stopped == "interrupted"
 
+    @property
+    def gain(self) -> float:
+        """The part of the held-out loss that went, 0 to 1; 0 where there was no loss."""
+        return (self.start - self.best) / self.start if self.start > 0 else 0.0
+
+    @property
+    def first_line(self) -> str:
+        """What part of the held-out loss went, from what to what."""
+        numbers = f"{figure(self.start)} before, {figure(self.best)} after"
+        if self.best >= self.start:
+            return f"nothing was gained: the held-out loss is {figure(self.start)}, and the model is as it was"
+        return f"{self.gain:.1%} of the held-out loss went: {numbers}"
+
+    def _lines(self) -> list[str]:
+        asked = ", ".join(f"{value:g} {name}" for name, value in self.asked.items())
+        run = f"method {self.method}, {self.steps:,} steps in {duration(self.seconds)}"
+        run += f" ({asked} asked)" if asked else ""
+        run += f"; the best state is that after step {self.best_step:,}" if self.best < self.start else ""
+        lines = [self.first_line, f"{run}; training ended because {_WHY.get(self.stopped, self.stopped)}"]
+        lines.append(f"loss: {self.loss}")
+        lines.append(
+            f"{self.trained:,} of {self.weights:,} weights could move; {self.samples:,} samples, gone through "
+            f"{self.epochs:.3g} times, and {self.held_out_samples:,} held out"
+        )
+        before, after = self.zeros
+        lines.append(
+            f"{after:,} weights are zero, as before"
+            if before == after
+            else f"{after:,} weights are zero, and {before:,} were before"
+        )
+        return [*lines, *self.notes]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The tables of the report, in order, those without rows among them."""
+        quality = () if self.evaluation is None else (evaluation_table(self.evaluation),)
+        return *quality, curve_table(self.curve, self.best_step), trained_table(self.blocks)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready dicts and lists."""
         table: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -115,3 +140,52 @@ class RecoveryReport:
     def to_json(self) -> str:
         """Return the whole report as JSON text."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> RecoveryReport:
+        """Return the report that :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: it is not such a report.
+        """
+        try:
+            rest = dict(table)
+            evaluation = rest.get("evaluation")
+            return checked(
+                cls(
+                    **{
+                        **rest,
+                        "curve": tuple(checked(CurvePoint(**point)) for point in rest["curve"]),
+                        "zeros": tuple(rest["zeros"]),
+                        "notes": tuple(rest.get("notes", ())),
+                        "evaluation": None if evaluation is None else Evaluation(**evaluation),
+                    }
+                )
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a report of recover_: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> RecoveryReport:
+        """Return the report that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: the text is not JSON or not such a report.
+        """
+        return cls.from_dict(json.loads(text))
+
+    def to_markdown(self) -> str:
+        """Return the summary and the tables as Markdown."""
+        parts = ["# Recovery report", *(f"{sentence(markdown_text(line))}." for line in self._lines())]
+        for table in self.tables:
+            if table.rows:
+                parts += [f"## {table.title}", table.to_markdown()]
+        return "\n\n".join(parts) + "\n"
+
+    def to_html(self) -> str:
+        """Return one self-contained HTML page; it loads nothing from anywhere and needs no further library."""
+        losses = (self.start, self.best, self.gain)
+        return recovery_page(self._lines(), losses, self.curve, self.best_step, self.seconds, self.tables)
+
+
+_WHY = {"interrupted": "somebody interrupted it"}

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from secateur.reports._pruning import Report
+from secateur.reports._recovering import RecoveryReport
 from secateur.reports._shrinking import ShrinkReport
 
-Stage: TypeAlias = Report | ShrinkReport
-_NAMES: dict[type[Report] | type[ShrinkReport], str] = {Report: "prune", ShrinkReport: "shrink"}
+Stage: TypeAlias = Report | ShrinkReport | RecoveryReport
+# The name of each stage in the file, and what reads its report.
+_NAMES: dict[type[Stage], str] = {Report: "prune", ShrinkReport: "shrink", RecoveryReport: "recover"}
+_READERS: dict[str, Callable[[Any], Stage]] = {
+    "prune": lambda table: Report.from_json(json.dumps(table)),
+    "shrink": ShrinkReport.from_dict,
+    "recover": RecoveryReport.from_dict,
+}
 
 
 def stages_to_json(stages: Sequence[Stage]) -> str:
@@ -33,9 +40,9 @@ def stages_from_json(text: str) -> tuple[Stage, ...]:
     try:
         for entry in table["stages"]:
             name, report = entry["stage"], entry["report"]
-            if name not in _NAMES.values():
+            if name not in _READERS:
                 raise ValueError(f"unknown stage {name!r:.40}")
-            found.append(ShrinkReport.from_dict(report) if name == "shrink" else Report.from_json(json.dumps(report)))
+            found.append(_READERS[name](report))
     except (TypeError, KeyError) as error:
         raise ValueError(f"not the stages of a model: {error}") from None
     return tuple(found)

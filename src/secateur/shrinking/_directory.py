@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import batched, read_text
-from secateur.evaluation import DenseQuality
+from secateur.evaluation import DataFile, DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output
 from secateur.graph import Removal
 from secateur.huggingface import (
     CalibrationText,
     TextReader,
+    check_head,
+    directory_figures,
     example_inputs,
     is_causal,
     load_model,
     open_model,
+    reading_of,
     transformers_library,
 )
 from secateur.reports import PRUNING_REPORT, ShrinkAnalysis, ShrinkReport, stages_to_json
@@ -76,8 +79,8 @@ def shrink_directory(
         method: see :func:`shrink_`; None for ``"obs+refit"`` with text, and without text for ``"magnitude"``, which can
             only carry out ``remove`` and ``zeros``.
         calibration: text for methods that learn from text.
-        evaluate: text to measure on before and after: perplexity for causal language models, mean cosine similarity of
-            the outputs to the dense model's for any other.
+        evaluate: file to measure on before and after: text for the perplexity of causal language models and the mean
+            cosine similarity of the outputs of any other to the dense model's; or pairs, or labels, see ``evaluate``.
         latency: measure a forward pass before and after. For that the dense model is loaded once more.
         device: where to compute; None for a GPU if there is one.
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU. Weights are stored in the
@@ -96,15 +99,21 @@ def shrink_directory(
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     loss = _loss_for(chosen, directory)
     text = None if calibration is None else read_text(calibration.path)
-    heldout = None if evaluate is None else read_text(evaluate)
+    heldout = None if evaluate is None else read_data(evaluate)
 
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, device, dtype, with_head=True)
-    inputs = _Inputs.of(model, directory, calibration, text, evaluate, heldout)
-    measured = _measured(model, directory)
+    _check_reads_one_text(model, directory, text, heldout)
+    inputs = _Inputs.of(model, directory, calibration, text)
     quality = None
-    if inputs.heldout:
-        quality = DenseQuality.of(measured, list(inputs.heldout), is_causal(directory), progress)
+    if heldout is not None:
+        directory_figures(directory, heldout, has_dense=True)
+        if heldout.kind == "labels":
+            check_head(directory, model, missing)
+        length = None if calibration is None else calibration.sequence_length
+        quality = DenseQuality.of(
+            model, heldout, reading_of(directory, length, pools=heldout.kind == "pairs"), progress
+        )
 
     dtypes = stored_dtypes(model, directory)
     bytes_before = stored_bytes(model, dtypes)
@@ -127,14 +136,15 @@ def shrink_directory(
     )
     dtypes = stored_dtypes(model, directory)
     round_(model, dtypes)
+    evaluation, incomparable = (None, ()) if quality is None else quality.compare(model, progress)
     report = replace(
         report,
         before=replace(report.before, nbytes=bytes_before),
         after=replace(report.after, nbytes=stored_bytes(model, dtypes)),
         calibration={} if calibration is None else calibration.provenance(inputs.length),
         versions={**report.versions, "transformers": transformers_library().__version__},
-        evaluation=None if quality is None else quality.compare(measured, progress),
-        notes=(*report.notes, *((_NO_TEXT,) if calibration is None else ())),
+        evaluation=evaluation,
+        notes=(*report.notes, *incomparable, *((_NO_TEXT,) if calibration is None else ())),
     )
     if latency:
         progress("measuring the time of a forward pass", 0, 1)
@@ -230,13 +240,11 @@ class _Inputs:
         batches: to learn from.
         example: one input, to measure time on.
         length: tokens in a window of text; 0 without text.
-        heldout: windows to measure quality on.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     example: Mapping[str, Tensor]
     length: int
-    heldout: Sequence[Tensor]
 
     @classmethod
     def of(
@@ -245,18 +253,10 @@ class _Inputs:
         directory: ModelDirectory,
         calibration: CalibrationText | None,
         text: str | None,
-        evaluate: Path | None,
-        heldout: str | None,
     ) -> _Inputs:
-        """Return windows of the texts that were given, and a made-up input in place of a text that was not."""
-        if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
-            raise RecipeError(
-                f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no "
-                f"pairs.\nShrink it without text (--method {METHOD_WITHOUT_TEXT}), or in Python: secateur.shrink_("
-                "model, batches, ...), batches such as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}."
-            )
+        """Return windows of the text, or a made-up input where there is none."""
         reader = None
-        if text or heldout:
+        if text:
             reader = TextReader(model, directory, None if calibration is None else calibration.sequence_length)
         batches: list[Mapping[str, Tensor]]
         if reader is not None and text is not None and calibration is not None:
@@ -267,13 +267,16 @@ class _Inputs:
         else:
             example = example_inputs(model)
             batches = [example]
-        measured: list[Tensor] = []
-        if reader is not None and heldout is not None and evaluate is not None:
-            measured = reader.tried(list(reader.windows(heldout, evaluate).all()))
-        return cls(batches, example, 0 if reader is None else reader.length, measured)
+        return cls(batches, example, 0 if reader is None else reader.length)
 
 
-def _measured(model: nn.Module, directory: ModelDirectory) -> nn.Module:
-    """The part of a model whose outputs are compared: a language model, or a model without its head."""
-    base = getattr(model, "base_model", model)
-    return model if is_causal(directory) or not isinstance(base, nn.Module) else base
+def _check_reads_one_text(
+    model: nn.Module, directory: ModelDirectory, text: str | None, heldout: DataFile | None
+) -> None:
+    """Raise if there is text for a model that reads pairs of texts."""
+    if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no "
+            f"pairs.\nShrink it without text (--method {METHOD_WITHOUT_TEXT}), or in Python: secateur.shrink_("
+            "model, batches, ...), batches such as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}."
+        )

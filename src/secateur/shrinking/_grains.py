@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from secateur.graph import Graph
 from secateur.layers import Layer
 from secateur.patterns import NM, Block, SparsityPattern, satisfied
-from secateur.reports import Report, ShrinkReport
+from secateur.reports import Report, Stage
 from secateur.shrinking._consumers import Consumers
 
 
 def grains_of(
-    graph: Graph, layers: Iterable[Layer], consumers: Consumers, history: Iterable[Report | ShrinkReport]
+    graph: Graph, layers: Iterable[Layer], consumers: Consumers, history: Iterable[Stage]
 ) -> tuple[Graph, dict[str, int]]:
     """Return by dimension how many units in a row go together, and the graph without what patterns do not let go.
 

@@ -16,7 +16,7 @@ from secateur._types import Progress
 from secateur.calibration import Forward, PaddingSource, call_model
 from secateur.graph import Dimension, Graph, Removal, find_blocks, find_experts, find_units
 from secateur.nn import check_dense
-from secateur.reports import Report, ShrinkReport
+from secateur.reports import ShrinkReport, Stage
 from secateur.shapes import Facts, remember_facts
 from secateur.shrinking._method import Method
 from secateur.shrinking._request import check_request
@@ -102,7 +102,7 @@ def shrink_(
     round_to: int = 1,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
-    history: Report | ShrinkReport | Sequence[Report | ShrinkReport] | None = None,
+    history: Stage | Sequence[Stage] | None = None,
     forward: Forward | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     padding: PaddingSource | None = None,
@@ -174,7 +174,7 @@ def shrink_(
     hidden = bool(keep and "hidden" in keep) or _asks_hidden(remove)
     given = globs("include", include or ()), globs("exclude", exclude or ())
     graph = _analyze(model, inputs.batches[0], inputs.forward, given, hidden)
-    past = (history,) if isinstance(history, Report | ShrinkReport) else tuple(history or ())
+    past = (history,) if isinstance(history, Stage) else tuple(history or ())
     tell = progress or (lambda description, done, total: None)
     settings = Settings(chosen, allocation, round_to, loss, past, tell)
     report = Shrinking(model, graph, inputs, settings).run(keep, target, remove, zeros)

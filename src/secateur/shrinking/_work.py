@@ -33,7 +33,7 @@ from secateur.calibration import (
 )
 from secateur.graph import Dimension, Graph, Removal, check_units, without
 from secateur.layers import select_layers
-from secateur.reports import Report, ShrinkProof, ShrinkReport, ShrunkDimension, versions
+from secateur.reports import ShrinkProof, ShrinkReport, ShrunkDimension, Stage, versions
 from secateur.shapes import structure_hash
 from secateur.shrinking._block_fit import BlockFit, fit_blocks_
 from secateur.shrinking._block_scores import rank_blocks
@@ -115,7 +115,7 @@ class Settings:
     allocation: str
     round_to: int
     loss: Callable[[Any, Any], Tensor] | None
-    history: tuple[Report | ShrinkReport, ...]
+    history: tuple[Stage, ...]
     progress: Progress
 
     def tell(self, description: str) -> Callable[[str], None]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from secateur._errors import PatternError, SolverError
 from secateur._types import Mask, Scores, Weight
@@ -22,12 +23,22 @@ class LayerProblem:
         statistics: what calibration gathered, or None for a solver that needs nothing.
         pattern: which masks are legal.
         sparsity: fraction to prune; may be None for a pattern that fixes its own.
+        pruned: ``[out, in]`` bool, True = pruned by an earlier round, and to stay so; such a weight is zero. None:
+            any weight may be kept. These weights count among those that are to be pruned.
     """
 
     weight: Weight
     statistics: LayerStatistics | None
     pattern: SparsityPattern
     sparsity: float | None = None
+    pruned: Tensor | None = None
+
+    def ranked(self, scores: Scores) -> Scores:
+        """Return non-negative scores ``[out, in]``, below all of which are now those of weights that stay pruned.
+
+        A solver that chooses its mask by ``pattern.mask(problem.ranked(scores), ...)`` keeps none of them.
+        """
+        return scores if self.pruned is None else scores.masked_fill(self.pruned, -1)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class Solver(ABC):
 def verify(problem: LayerProblem, solution: Solution) -> None:
     """Raise unless the solution keeps its contract: a legal mask, the exact count, zeros where pruned, finite weights.
 
+    What an earlier round pruned must be pruned.
+
     Raises:
         SolverError: naming what is broken.
     """
@@ -93,6 +106,12 @@ def verify(problem: LayerProblem, solution: Solution) -> None:
         pattern.check(solution.mask)
     except (PatternError, TypeError) as error:
         raise SolverError(f"the solver broke the pattern: {error}") from None
+    back = 0 if problem.pruned is None else int((solution.mask & problem.pruned).count_nonzero())
+    if back:
+        raise SolverError(
+            f"the solver keeps {back} weights that an earlier round pruned, and these must stay pruned.\n"
+            "A solver chooses its mask by pattern.mask(problem.ranked(scores), sparsity)."
+        )
     asked = pattern.num_pruned(problem.weight.shape, problem.sparsity)
     pruned = int((~solution.mask).count_nonzero())
     if pruned != asked:

@@ -33,5 +33,5 @@ class Select(Solver):
     def solve(self, problem: LayerProblem) -> Solution:
         scores = self.importance.scores(problem.weight, problem.statistics)
         pattern = with_scope(problem.pattern, self.importance.scope)
-        mask = pattern.mask(scores, problem.sparsity)
+        mask = pattern.mask(problem.ranked(scores), problem.sparsity)
         return Solution(problem.weight.masked_fill(~mask, 0), mask, scores, pattern)

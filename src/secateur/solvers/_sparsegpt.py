@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class SparseGPT(Solver):
     of each block of columns are pruned under the pattern, and every later column moves by
     :math:`-(w_{ij} / U_{jj}) U_{j,\cdot}` to compensate. Blocks are ``block_size`` columns, rounded up to whole units
     of the pattern; N:M decides each group as the sweep reaches it, and ``Row`` decides once, on all columns. Each
-    block takes its share of the count, so that the total is exact.
+    block takes its share of the count, so that the total is exact. Where an earlier round pruned weights, a block
+    takes its share of what is to be pruned beside them.
 
     The sweep is the paper's, the arithmetic is not: with R upper triangular and :math:`H = R R^T`, :math:`U = R^{-1}`,
     and a block's compensation for all columns before it follows from one product with R. That saves the inverse, one of
@@ -90,7 +91,7 @@ class SparseGPT(Solver):
         scores = torch.empty_like(dense)
         kept = torch.empty_like(dense, dtype=torch.bool)
 
-        for start, stop, sparsity in _blocks(pattern, (rows, columns), target, self.block_size):
+        for start, stop, sparsity in _blocks(pattern, problem, target, self.block_size):
             inverse = torch.linalg.solve_triangular(
                 factor[:, start:stop, start:stop], torch.eye(stop - start).to(weight), upper=True
             )  # the block of U
@@ -105,7 +106,8 @@ class SparseGPT(Solver):
                 here = slice(start + begin, start + end)
                 _compensate(current, error, inverse, 0, begin, end)
                 torch.mul(current[:, begin:end].abs(), scale[:, here, None], out=scores[:, here])
-                mask = pattern.mask(_to_rows(scores[:, here]), sparsity)
+                part = replace(problem, pruned=None if problem.pruned is None else problem.pruned[:, here])
+                mask = pattern.mask(part.ranked(_to_rows(scores[:, here])), sparsity)
                 kept[:, here] = mask.view(groups, rows // groups, end - begin).transpose(1, 2)
                 drop = (~kept[:, here]).to(weight.dtype)
                 for panel in range(begin, end, _PANEL):
@@ -139,12 +141,16 @@ def _compensate(current: Tensor, error: Tensor, inverse: Tensor, since: int, beg
 
 
 def _blocks(
-    pattern: SparsityPattern, shape: tuple[int, int], sparsity: float, block_size: int
+    pattern: SparsityPattern, problem: LayerProblem, sparsity: float, block_size: int
 ) -> Iterator[tuple[int, int, float]]:
     """Column ranges whose mask is decided together, with the sparsity of each, so that the counts add up exactly."""
-    rows, columns = shape
+    rows, columns = problem.weight.shape
     unit = columns if pattern.width is None else pattern.width
     step = unit * math.ceil(block_size / max(unit, 1)) or 1
+    share = sparsity  # of the units that may still be pruned, all but those that are already
+    if pattern.sparsity is None and (fixed := _pruned_units(pattern, problem.pruned, columns)):
+        all_units = pattern.units((rows, columns)).count
+        share = (units_to_prune(all_units, sparsity) - fixed) / max(1, all_units - fixed)
     units = pruned = 0  # competing units and how many of them are pruned, up to the start of the block
     for start in range(0, columns, step):
         stop = min(start + step, columns)
@@ -152,7 +158,17 @@ def _blocks(
             yield start, stop, sparsity
             continue
         all_units = pattern.units((rows, stop)).count
-        all_pruned = units_to_prune(all_units, sparsity)
-        share = (all_pruned - pruned) / (all_units - units) if all_units > units else 0.0
-        yield start, stop, share
+        fixed = _pruned_units(pattern, problem.pruned, stop)
+        all_pruned = fixed + units_to_prune(all_units - fixed, share)
+        part = (all_pruned - pruned) / (all_units - units) if all_units > units else 0.0
+        yield start, stop, part
         units, pruned = all_units, all_pruned
+
+
+def _pruned_units(pattern: SparsityPattern, pruned: Tensor | None, stop: int) -> int:
+    """How many units of each competition in the columns before ``stop`` stay pruned."""
+    if pruned is None:
+        return 0
+    units = pattern.units((len(pruned), stop))
+    whole = units.elements(units.crop(pruned[:, :stop])).all(2)
+    return int(whole.sum(1).max()) if units.total else 0
