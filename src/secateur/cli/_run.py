@@ -23,7 +23,7 @@ def run(
     html: Html = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the stages of a recipe: prune, shrink, recover, evaluate, pack. Only a model that passes its gates is written.
+    """Run the stages of a recipe: prune, shrink, recover, evaluate, pack. Only what passes its gates is written.
 
     The same command goes on where an earlier one was stopped. Exit status 1: a gate failed.
     """

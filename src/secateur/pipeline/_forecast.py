@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def forecast(recipe: PipelineRecipe, source: Path, progress: Progress) -> Foreca
     model, _ = load_model(directory, "cpu", torch.float32, with_head=True)
     refused = [
         *_refusals(lambda: evaluations_of(recipe, source, None)),
-        *(text for shape in recipe.shapes for text in _refusals(lambda shape=shape: input_of(model, shape))),
+        *(text for shape in recipe.shapes for text in _refusals(partial(input_of, model, shape))),
     ]
     stages: list[StageForecast] = []
     for stage in recipe.stages:

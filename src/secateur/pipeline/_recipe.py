@@ -124,10 +124,10 @@ def _stage(
     seed: int,
 ) -> StageRecipe:
     kind = KINDS[run]
-    common = _COMMON if kind.run is not None else _COMMON[:2]
+    common = _COMMON if kind.learns else _COMMON[:2]
     known_keys("stage", entry, [*common, *kind.keys])
     settings = check.checked("stage", entry, kind.keys, also=common)
-    calibration, is_sampled = shared, False
+    calibration, is_sampled = shared if kind.learns else None, False
     if "calibration" in entry:
         calibration, is_sampled = check.calibration(folder, seed)(entry["calibration"])
     if "seed" in kind.keys:

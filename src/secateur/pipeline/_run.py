@@ -222,7 +222,7 @@ class _Runner:
 
     def _overlap(self, stage: StageRecipe) -> tuple[str, ...]:
         """A note where a stage is measured on what it learned from."""
-        if stage.kind.run is None or stage.calibration is None:
+        if stage.calibration is None:
             return ()
         text = stage.calibration.path
         if all(self._hash(path) != self._hash(text) for path in stage.data):

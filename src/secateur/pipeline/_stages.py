@@ -72,6 +72,7 @@ class StageKind:
         check: raises where settings do not go together, given whether there is a text to learn from.
         run: makes the model; None for a stage that only measures.
         needs_dense: the dense model decides the result, too.
+        learns: it may learn from text, and so has ``calibration``.
         is_packed: its models are packed, and no stage can change them further.
     """
 
@@ -79,6 +80,7 @@ class StageKind:
     check: Callable[[Settings, CalibrationText | None], object]
     run: Callable[[Job], StageReport] | None = None
     needs_dense: Callable[[Settings], bool] = field(default=lambda settings: False)
+    learns: bool = True
     is_packed: bool = False
 
 
@@ -231,6 +233,6 @@ KINDS: Mapping[str, StageKind] = {
     "prune": StageKind(_PRUNE_KEYS, _check_prune, _prune, lambda settings: "recover" in settings),
     "shrink": StageKind(_SHRINK_KEYS, _check_shrink, _shrink),
     "recover": StageKind(_RECOVER_KEYS, _check_recover, _recover, lambda settings: True),
-    "evaluate": StageKind({"data": check.texts}, _nothing),
-    "pack": StageKind(_PACK_KEYS, _check_pack, _pack, is_packed=True),
+    "evaluate": StageKind({"data": check.texts}, _nothing, learns=False),
+    "pack": StageKind(_PACK_KEYS, _check_pack, _pack, learns=False, is_packed=True),
 }
