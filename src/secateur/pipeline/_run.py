@@ -15,8 +15,8 @@ from secateur.files import Work, WorkStep, check_output, hash_files, whole_direc
 from secateur.huggingface import open_model
 from secateur.pipeline._clock import WorkingTime
 from secateur.pipeline._evaluate import DirectoryEvaluation
-from secateur.pipeline._figures import dense_figures, is_packed, packed_figures, speedups
-from secateur.pipeline._gates import WITHOUT_DENSE
+from secateur.pipeline._figures import ROUNDING, dense_figures, is_packed, packed_figures, speedups
+from secateur.pipeline._gates import WITHOUT_DENSE, Gate
 from secateur.pipeline._recipe import PipelineRecipe, StageRecipe, check_measured
 from secateur.pipeline._stages import Job
 from secateur.reports import (
@@ -113,7 +113,8 @@ class _Runner:
             raise type(error)(f"{stage.title}: {error}") from None
         figures = {**measured["figures"], **({"minutes": record["seconds"] / 60} if record else {})}
         figures = {name: float(value) for name, value in figures.items()}
-        self.dense |= {name: float(value) for name, value in measured["dense"].items()}
+        rounding = figures.pop(ROUNDING, 0.0)
+        self.dense |= {name: float(value) for name, value in measured["dense"].items() if name != ROUNDING}
         made = PipelineStage(
             number=stage.number,
             run=stage.run,
@@ -122,7 +123,7 @@ class _Runner:
             summary=tuple(record.get("summary", ())),
             figures=figures,
             speeds=measured["speeds"],
-            gates=tuple(self._gate(gate, figures) for gate in stage.gates),
+            gates=tuple(self._gate(gate, figures, rounding) for gate in stage.gates),
             reused=reused,
             changed=() if step is None else step.changed,
             notes=(*measured["notes"], *self._overlap(stage)),
@@ -229,10 +230,12 @@ class _Runner:
             return ()
         return (f"it is measured on {text.name}, from which it learned; give another text to measure on",)
 
-    def _gate(self, gate: Any, figures: Mapping[str, float]) -> GateResult:
+    def _gate(self, gate: Gate, figures: Mapping[str, float], rounding: float) -> GateResult:
         value = figures.get(gate.figure)
         dense = None if gate.figure in WITHOUT_DENSE else self.dense.get(gate.figure)
-        return GateResult(str(gate), gate.figure, value, dense, gate.bound(dense), gate.passes(value, dense))
+        slack = rounding if gate.figure == "sparsity" else 0.0
+        passed = gate.passes(value, dense, slack)
+        return GateResult(str(gate), gate.figure, value, dense, gate.bound(dense), passed)
 
     def _hash(self, path: Path) -> str:
         if path not in self.hashes:
