@@ -104,6 +104,7 @@ def whole(folder):
     return bytes_of(folder / "whole"), int(done.stdout.split()[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(folder, whole):
     expected, count = whole
     assert count > 40
