@@ -195,6 +195,10 @@ REFUSED = {
         ["shrink", "recover", 'gates = ["accuracy >= 0.5"]'],
         r"stage 2 \(recover\): nobody measures",
     ),
+    "no text to learn from": (
+        ["prune", "recover", 'calibration = "empty.txt"'],
+        r"stage 2 \(recover\): .*empty\.txt holds no text",
+    ),
     "no such file": (["prune", "[[stage]]", 'run = "evaluate"', 'data = "none.txt"'], "none.txt"),
 }
 
@@ -202,6 +206,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_measured_is_refused_before_work(place, monkeypatch, what):
     stages, message = REFUSED[what]
+    (place / "empty.txt").write_text("", encoding="utf-8")
     for name in ("prune_directory", "shrink_directory", "recover_directory"):
         monkeypatch.setattr(stages_module, name, None)
     with pytest.raises(SparsityError, match=f"(?s){message}"):
