@@ -30,3 +30,8 @@ from secateur.files._whole import note_written as note_written
 from secateur.files._whole import whole_directory as whole_directory
 from secateur.files._whole import write_safetensors as write_safetensors
 from secateur.files._whole import write_text as write_text
+from secateur.files._work import Work as Work
+from secateur.files._work import WorkStep as WorkStep
+from secateur.files._work import hash_files as hash_files
+from secateur.files._work import work_folder as work_folder
+from secateur.files._work import work_path as work_path

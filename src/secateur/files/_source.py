@@ -37,7 +37,7 @@ def check_source(source: Path, weight_bytes: int) -> int:
     """
     total, count = 0, 0
     strangers: list[str] = []
-    for path in _files(source):
+    for path in files_of(source):
         count += 1
         if count > _MOST_FILES:
             raise FormatError(f"{source} has more than {_MOST_FILES:,} files. Give a directory with one model only.")
@@ -76,7 +76,7 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
         FormatError: a file cannot be read, or is no regular one.
         OSError: its copy cannot be written.
     """
-    for path in _files(source):
+    for path in files_of(source):
         relative = path.relative_to(source)
         if not _is_weights(relative, shards):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
             (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
-def _files(source: Path) -> Iterator[Path]:
+def files_of(source: Path) -> Iterator[Path]:
     """All files of a model directory in order, whatever they are. What is in ``.git`` belongs to no model."""
 
     def fail(error: OSError) -> NoReturn:

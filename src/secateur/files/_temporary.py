@@ -20,6 +20,7 @@ NEW = "new"  # in such a folder: what is being made,
 OLD = "old"  # what it replaces, where the system cannot exchange two names at once,
 _LOCK = "lock"  # and a file whose lock the system gives back when the process ends, however it ends
 _SUFFIX = ".partial"
+WORK = "work.json"  # marks a folder of work in progress
 
 
 @contextmanager
@@ -86,6 +87,15 @@ def sweep(path: Path) -> None:
             _sweep(folder, path)
 
 
+def sweep_folder(folder: Path) -> None:
+    """Delete all temporary folders in a folder whose processes died, whatever they were for."""
+    with suppress(OSError):
+        starts = {name[1 : -len(_SUFFIX) - 9] for name in os.listdir(folder) if name.endswith(_SUFFIX)}
+        for start in starts:
+            if start:
+                sweep(folder / start)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Let one process at a time pass, among those that lock the same path. Nothing is left behind.
@@ -105,7 +115,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_still(name, lock):  # else the one before us has removed it
+            if is_still(name, lock):  # else the one before us has removed it
                 try:
                     yield
                 finally:
@@ -129,8 +139,10 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_in_temporary(path: Path) -> bool:
-    """Return whether a path lies in a directory that is not complete yet."""
-    return any(above.name == NEW and above.parent.name.endswith(_SUFFIX) for above in path.parents)
+    """Return whether a path lies in a directory that is not complete yet, or in a folder of work in progress."""
+    partial = any(above.name == NEW and above.parent.name.endswith(_SUFFIX) for above in path.parents)
+    places = (path, *path.parents)
+    return partial or any(place.name.endswith(".work") and (place / WORK).is_file() for place in places)
 
 
 def _start(path: Path) -> str:
@@ -151,14 +163,14 @@ def _make_locked(folder: Path, locks: list[int], path: Path) -> bool:
         locks.append(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileNotFoundError:
         return False
-    if sys.platform != "win32" and not (_take(locks[-1]) and _is_still(folder / _LOCK, locks[-1])):
+    if sys.platform != "win32" and not (take(locks[-1]) and is_still(folder / _LOCK, locks[-1])):
         os.close(locks.pop())
         return False
     os.write(locks[-1], os.fsencode(path.name))
     return True
 
 
-def _take(lock: int) -> bool:
+def take(lock: int) -> bool:
     """Whether we hold the lock now. A file system without locks gives it to everybody, and sweeps nothing."""
     if sys.platform == "win32":
         return True
@@ -171,7 +183,7 @@ def _take(lock: int) -> bool:
     return True
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def is_still(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

