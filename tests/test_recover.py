@@ -147,12 +147,17 @@ def fingerprints(model):
 
 
 @pytest.mark.parametrize("ending", ["normal", "error", "interrupt"])
-@pytest.mark.parametrize("method", [*METHODS, "batchnorm"])
-@pytest.mark.parametrize("name", ["tied", "lstm", "convolutions", "chain"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in ("tied", "lstm", "convolutions", "chain") for method in ("full", "norms", "lora")),
+        ("tied", "blocks"),
+        ("chain", "blocks"),
+        ("convolutions", "batchnorm"),
+    ],
+)
 def test_nothing_is_left_on_either_model(name, method, ending):
     make, batches = MODELS.get(name, (Chain, rows))
-    if (method == "blocks" and name in ("lstm", "convolutions")) or (method == "batchnorm") != (name == "convolutions"):
-        pytest.skip("not for this model")
     model, dense = pair(make)
     model.train()
     next(iter(model.children())).eval()
@@ -241,12 +246,12 @@ def held_out_loss(model, dense, batches, **settings):
 
 
 @pytest.mark.parametrize("where", ["progress", "forward", "loss"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", [Chain, Convolutions])
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [(make, method) for make in (Chain, Convolutions) for method in METHODS if make is Chain or method != "blocks"],
+)
 def test_an_interrupt_keeps_the_best_state_at_every_moment(make, method, where):
     batches = rows() if make is Chain else images()
-    if method == "blocks" and make is Convolutions:
-        pytest.skip("it has no blocks")
     settings = {"loss": lambda ours, theirs, batch: (ours - theirs.float()).square().mean()}
     start = None
     moments = interrupted = 0
@@ -659,12 +664,12 @@ class TupleOutput(Chain):
 def test_all_kinds_of_outputs(kind):
     make, batches, loss = {
         "tuple": (TupleOutput, rows(), "output tensors"),
-        "vision": (vit, [{"pixel_values": x} for x in torch.randn(4, 8, 3, 16, 16)], "token states"),
+        "vision": (vit, [{"pixel_values": x.view(2, 3, 16, 16)} for x in rows(6, 24, 64)], "token states"),
         "classifier": (lambda: bert(transformers.BertForSequenceClassification, num_labels=5), texts(), "distribution"),
         "encoder": (bert, texts(), "pooled cosine"),
         "regression": (
             lambda: bert(transformers.BertForSequenceClassification, num_labels=1),
-            texts(),
+            texts(12, size=24),
             "output tensors",
         ),
         "batch encoding": (bert, [transformers.BatchEncoding(batch) for batch in texts()], "pooled cosine"),
@@ -687,14 +692,37 @@ class Detector(Chain):
         return {"logits": found[..., :4], "pred_boxes": found[..., 4:].sigmoid()}
 
 
-def test_a_sentence_transformer():
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    assert sentence_transformers
+class Tokens(nn.Module):
+    """The first module of a sentence transformer."""
 
-
-class WritesToItsInput(nn.Sequential):
     def __init__(self):
-        super().__init__(nn.ReLU(inplace=True), nn.Linear(8, 8), Block(), Block())
+        super().__init__()
+        self.embedding = nn.Embedding(64, 8)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, features):
+        x = self.embedding(features["input_ids"])
+        for block in self.layers:
+            x = block(x)
+        return features | {"token_embeddings": x}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sentence_transformer(method):
+    library = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+
+    def make():
+        return library.SentenceTransformer(modules=[Tokens(), modules.Pooling(8), modules.Normalize()], device="cpu")
+
+    real = torch.arange(6) < torch.tensor([[6], [4], [1]])
+    batches = [batch | {"attention_mask": real.long()} for batch in texts()]
+    model, dense = pair(make)
+    report = recover_(model, dense, batches, method=method, **EASY)
+    assert report.loss == "token states + states behind each block + pooled cosine + similarity matrix"
+    assert report.best < report.start
+    assert set(report.blocks) == {"0.layers.0", "0.layers.1"}
+    assert all(set(batch) == {"input_ids", "attention_mask"} for batch in batches)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -64,8 +64,8 @@ def recover_(
     Args:
         model: pruned, shrunk or both; dense, not packed. Frozen parameters (``requires_grad=False``) stay as they are.
         teacher: the dense model. It is not changed. It may be on another device and in another dtype.
-        batches: inputs as for :func:`prune_`, without labels, read once. Of an iterator only as many as ``steps``
-            needs.
+        batches: inputs as for :func:`prune_`, without labels, read once. Where it is not known how many there are, only
+            as many as ``steps`` needs; with ``minutes`` they must end.
         method: what is trained. ``"full"``: all weights. ``"norms"``: norms and biases, about 0.1 % of the weights.
             ``"lora"``: a low-rank change of each matrix, added to it at the end, and norms and biases. ``"blocks"``:
             each repeated block on its own, one after the other, which needs the memory of one block only.
