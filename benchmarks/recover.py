@@ -29,7 +29,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ STEP_TOKENS = 2048
 MOST_TOKENS = 256
 ROUNDS = (1, 4, 16)
 _TITLE = re.compile(r" ?= [^=].* = ?")  # of a document of WikiText
+
+_REPORTED = ("steps", "seconds", "start", "best", "best_step", "stopped", "epochs", "trained", "loss")
 
 Batch = Mapping[str, Tensor]
 
@@ -136,7 +138,7 @@ TARGETS: dict[str, Callable[..., Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A pretrained model.
 
@@ -257,65 +259,83 @@ def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was pruned or shrunk, and not trained after that.
+
+    Args:
+        model: of which each run takes a copy.
+        report: of what was done to it.
+        figures: of it.
+        seconds: that it took.
+    """
+
+    model: nn.Module
+    report: Any
+    figures: Mapping[str, float]
+    seconds: float
+
+
+@lru_cache(maxsize=4)  # neighbours in the list of cells begin with the same model
+def prepared(subject: Subject, target: str, seed: int, rounds: int) -> Prepared:
+    """Prune or shrink a copy of a model."""
+    began = time.perf_counter()
+    model = copy.deepcopy(subject.model)
+    report = TARGETS[target](model, subject.calibration(seed), **({"rounds": rounds} if rounds > 1 else {}))
+    seconds = time.perf_counter() - began
+    return Prepared(model, report, subject.figures(model), seconds)
+
+
 def run_cell(cell: Cell, texts: Path) -> dict[str, Any] | str:
     """Run one cell, and return its line, or why it cannot run here."""
     subject = subject_of(cell.subject, texts)
     if isinstance(subject, str):
         return subject
-    model = copy.deepcopy(subject.model)
     reports: list[Any] = []
 
-    def recover(version: nn.Module, minutes: float, history: Sequence[Any]) -> None:
-        before = _zeros(version)
-        reports.append(
-            secateur.recover_(
-                version,
-                subject.model,
-                subject.batches,
-                method=cell.method,
-                minutes=minutes,
-                pooling=subject.pooling,
-                history=history,
-                seed=cell.seed,
-            )
+    def recover(model: nn.Module, history: Sequence[Any] = ()) -> None:
+        before = _zeros(model)
+        report = secateur.recover_(
+            model,
+            subject.model,
+            subject.batches,
+            method=cell.method,
+            minutes=cell.minutes / cell.rounds,
+            pooling=subject.pooling,
+            history=history,
+            seed=cell.seed,
         )
-        assert all(torch.equal(before[name], zeros) for name, zeros in _zeros(version).items()), "zeros moved"
+        reports.append(report)
+        assert all(torch.equal(before[name], zeros) for name, zeros in _zeros(model).items()), "zeros moved"
 
-    began = time.perf_counter()
-    more: dict[str, Any] = {}
-    between_rounds = cell.rounds > 1 and cell.minutes > 0
-    if cell.rounds > 1:
-        more["rounds"] = cell.rounds
-    if between_rounds:
-        more["between"] = lambda version, number: recover(version, cell.minutes / cell.rounds, ())
-    made = TARGETS[cell.target](model, subject.calibration(cell.seed), **more)
-    prepared = time.perf_counter() - began - sum(report.seconds for report in reports)
-    start = subject.figures(model)
-    if cell.minutes and len(reports) < cell.rounds:  # the last round has none after it
-        recover(model, cell.minutes / cell.rounds, (made,))
+    start = prepared(subject, cell.target, cell.seed, 1 if cell.minutes else cell.rounds)
+    model, seconds = copy.deepcopy(start.model), start.seconds
+    if cell.minutes and cell.rounds > 1:
+        began = time.perf_counter()
+        model = copy.deepcopy(subject.model)
+        batches = subject.calibration(cell.seed)
+        TARGETS[cell.target](
+            model, batches, rounds=cell.rounds, between=lambda version, number: recover(version)
+        )  # called after every round but the last
+        seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
+    if cell.minutes:
+        recover(model, (start.report,))
     after = subject.figures(model)
-    first = next(iter(start))
-    dense = subject.dense[first]
-    gap = (after[first] - start[first]) / (dense - start[first])
+    first = next(iter(after))
+    dense, before = subject.dense[first], start.figures[first]
     return {
         "name": cell.name,
         **asdict(cell),
         "figure": first,
         "dense": dense,
-        "start": start[first],
+        "start": before,
         "after": after[first],
-        "gap_closed": None if between_rounds else gap,
-        "all": {"start": start, "after": after},
-        "prepared_seconds": round(prepared, 1),
+        "gap_closed": (after[first] - before) / (dense - before),
+        "all": {"start": dict(start.figures), "after": after},
+        "prepared_seconds": round(seconds, 1),
         "recovery_seconds": round(sum(report.seconds for report in reports), 1),
         "steps": sum(report.steps for report in reports),
-        "reports": [
-            {
-                key: getattr(report, key)
-                for key in ("steps", "seconds", "start", "best", "best_step", "stopped", "epochs", "trained", "loss")
-            }
-            for report in reports
-        ],
+        "reports": [{key: getattr(report, key) for key in _REPORTED} for report in reports],
         "curve": [asdict(point) for point in reports[-1].curve] if reports else [],
         "machine": describe(),
         "secateur": secateur.__version__,
@@ -323,7 +343,8 @@ def run_cell(cell: Cell, texts: Path) -> dict[str, Any] | str:
 
 
 def _zeros(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().eq(0) for name, parameter in model.named_parameters()}
+    """Of all matrices. In norms and biases a zero is a value like any other."""
+    return {name: matrix.detach().eq(0) for name, matrix in model.named_parameters() if matrix.ndim > 1}
 
 
 # ---- tables ----
@@ -421,7 +442,10 @@ def main() -> None:
         if options.list or cell.name in done:
             print(f"{'done' if cell.name in done else 'to do'}: {cell.name}", flush=True)
             continue
-        line = run_cell(cell, options.text_dir)
+        try:
+            line = run_cell(cell, options.text_dir)
+        except secateur.SparsityError as error:  # such as a budget that is too small on a busy machine
+            line = str(error).splitlines()[0]
         if isinstance(line, str):
             print(f"skipped: {cell.name}: {line}", flush=True)
             continue
