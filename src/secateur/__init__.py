@@ -34,6 +34,7 @@ from secateur.patterns import Column as Column
 from secateur.patterns import Row as Row
 from secateur.patterns import SparsityPattern as SparsityPattern
 from secateur.patterns import Unstructured as Unstructured
+from secateur.pipeline import Pipeline as Pipeline
 from secateur.pruning import Recipe as Recipe
 from secateur.pruning import prune_ as prune_
 from secateur.recovery import recover_ as recover_
@@ -46,6 +47,7 @@ from secateur.reports import LayerReport as LayerReport
 from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport
+from secateur.reports import PipelineReport as PipelineReport
 from secateur.reports import RecoveryReport as RecoveryReport
 from secateur.reports import Report as Report
 from secateur.reports import ShrinkReport as ShrinkReport

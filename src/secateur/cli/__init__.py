@@ -1,6 +1,6 @@
 """The ``secateur`` command: one file for each of its verbs."""
 
-from secateur.cli import _bench, _demo, _evaluate, _export, _inspect, _pack, _prune, _recover, _shrink
+from secateur.cli import _bench, _demo, _evaluate, _export, _inspect, _pack, _prune, _recover, _run, _shrink
 from secateur.cli._app import app as app
 from secateur.cli._app import main as main
 
@@ -10,6 +10,7 @@ for _command in (
     _shrink.shrink,
     _recover.recover,
     _evaluate.evaluate,
+    _run.run,
     _inspect.inspect,
     _pack.pack,
     _export.export,

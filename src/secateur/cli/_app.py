@@ -33,6 +33,7 @@ from secateur.cli._messages import in_options
 from secateur.reports import (
     EvaluationReport,
     PackReport,
+    PipelineReport,
     RecoveryReport,
     Report,
     ShrinkAnalysis,
@@ -74,12 +75,15 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(work: Path | None = None) -> Iterator[None]:
     """Turn what a user can mend into one message and exit status 2, an interrupt into 130, and SIGTERM into 143.
 
     The message says what was written before that. What is not complete is deleted. Warnings become messages, too.
+
+    Args:
+        work: output of a command that keeps its work beside it, and goes on from there; the message says so.
     """
-    from secateur.files import note_written
+    from secateur.files import note_written, work_path
 
     with note_written() as written, _termination_is_raised(), _plain_warnings():
         try:
@@ -98,6 +102,8 @@ def user_errors() -> Iterator[None]:
             what, status = ("terminated", 143) if isinstance(interrupt, _Terminated) else ("interrupted", 130)
             done = f"{done} was written before that, and is complete" if done else "nothing was written"
             print(f"secateur: {what}; {done}.", file=sys.stderr)
+            if work is not None and (kept := work_path(work)).is_dir():
+                print(f"What was done so far is in {kept}. The same command goes on from there.", file=sys.stderr)
             raise typer.Exit(status) from None
 
 
@@ -250,7 +256,7 @@ def show_progress() -> Iterator[Callable[[str, float, float], None]]:
 
 
 def written_or_printed(
-    report: Report | PackReport | ShrinkReport | ShrinkAnalysis | RecoveryReport | EvaluationReport,
+    report: Report | PackReport | PipelineReport | ShrinkReport | ShrinkAnalysis | RecoveryReport | EvaluationReport,
     html: Path | None,
     as_json: bool,
 ) -> bool:

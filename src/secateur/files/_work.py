@@ -79,13 +79,15 @@ def work_folder(output: str | Path, *, restart: bool = False) -> Iterator[Work]:
             generation += 1
             write_text(path / _MANIFEST, json.dumps({"format": _FORMAT, "generation": generation}))
         _sweep(path)
-        yield Work(path, generation)
+        try:
+            yield Work(path, generation)
+        finally:
+            if not _folders(path):
+                with suppress(OSError):
+                    for name in (_MANIFEST, _LOCK):
+                        (path / name).unlink(missing_ok=True)
+                    path.rmdir()
     finally:
-        if not _folders(path):
-            with suppress(OSError):
-                for name in (_MANIFEST, _LOCK):
-                    (path / name).unlink(missing_ok=True)
-                path.rmdir()
         os.close(lock)
 
 
@@ -102,21 +104,23 @@ class Work:
     generation: int = 1
     _numbers: Iterator[int] = field(default_factory=lambda: count(1), repr=False, compare=False)
 
-    def step(self, name: str, facts: Mapping[str, str]) -> WorkStep:
+    def step(self, name: str, facts: Mapping[str, str], number: int | None = None) -> WorkStep:
         """Return the folder of the next step: that of an earlier run if it had the same name and facts, else a new one.
 
-        Steps are numbered in the order in which they are asked for. The same step at another number is found again.
+        The same step at another number is found again.
 
         Args:
             name: lower-case letters, digits and dashes.
             facts: all that decides the result, as text by name, such as hashes of files, settings and versions.
+            number: of the step; None numbers them in the order in which they are asked for.
 
         Raises:
             FormatError: the folder has something that no step left there, or cannot be written.
         """
         if not _NAME.fullmatch(instance("name", name, str)):
             raise RecipeError(f"the name of a step has up to 40 lower-case letters, digits and dashes, got {name!r}.")
-        number, facts = next(self._numbers), {key: instance(key, facts[key], str) for key in sorted(facts)}
+        number = next(self._numbers) if number is None else number
+        facts = {key: instance(key, facts[key], str) for key in sorted(facts)}
         earlier = _steps(self.path)
         own = [step for step in earlier if step.name == name and step.generation == self.generation]
         for step in reversed(own):

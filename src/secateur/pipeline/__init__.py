@@ -3,3 +3,6 @@
 from secateur.pipeline._evaluate import DirectoryEvaluation as DirectoryEvaluation
 from secateur.pipeline._evaluate import evaluate_directory as evaluate_directory
 from secateur.pipeline._evaluate import load_to_measure as load_to_measure
+from secateur.pipeline._gates import FIGURES as FIGURES
+from secateur.pipeline._gates import Gate as Gate
+from secateur.pipeline._pipeline import Pipeline as Pipeline

@@ -120,6 +120,11 @@ class Recipe:
         Raises:
             RecipeError: an unknown key, named with the nearest valid one.
         """
+        if "stage" in table:
+            raise RecipeError(
+                "this is the recipe of a pipeline, with stages. Run it so: secateur run MODEL_DIR --recipe FILE "
+                "--output OUT; in Python: secateur.Pipeline.load(FILE).run(MODEL_DIR, OUT)."
+            )
         known_keys("recipe", table, [f.name for f in fields(cls)])
         values = dict(table)
         if isinstance(values.get("method"), Mapping):

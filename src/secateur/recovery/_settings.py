@@ -141,3 +141,6 @@ def size_in_bytes(name: str, value: int | str) -> int:
     if matched is None:
         raise RecipeError(f"{name} should be a number of bytes or a size such as '16GB', got {value!r}.")
     return int(float(matched[1]) * _UNITS[(matched[2] or "B").lower()])
+
+
+RecoverySettings = Settings  # what other rooms call it

@@ -16,6 +16,9 @@ from secateur.reports._match import find_tensors as find_tensors
 from secateur.reports._packing import PackReport as PackReport
 from secateur.reports._page import comparison_page as comparison_page
 from secateur.reports._page import require_page_extra as require_page_extra
+from secateur.reports._pipeline import GateResult as GateResult
+from secateur.reports._pipeline import PipelineReport as PipelineReport
+from secateur.reports._pipeline import PipelineStage as PipelineStage
 from secateur.reports._pruning import PRUNING_REPORT as PRUNING_REPORT
 from secateur.reports._pruning import Report as Report
 from secateur.reports._records import Choice as Choice

@@ -4,6 +4,7 @@ from secateur.graph import Removal as Removal
 from secateur.shrinking._analysis import describe as describe
 from secateur.shrinking._directory import METHOD as METHOD
 from secateur.shrinking._directory import analyze_directory as analyze_directory
+from secateur.shrinking._directory import chosen_method as chosen_method
 from secateur.shrinking._directory import shrink_directory as shrink_directory
 from secateur.shrinking._history import pruned_before as pruned_before
 from secateur.shrinking._history import stages_in as stages_in

@@ -94,7 +94,7 @@ def shrink_directory(
         ImportError: transformers is missing.
     """
     asked = check_request(keep, target, remove, zeros, round_to)
-    chosen = _method(method, asked, calibration)
+    chosen = chosen_method(method, asked, calibration)
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     loss = _loss_for(chosen, directory)
@@ -200,7 +200,7 @@ def analyze_directory(
     return describe(model, analyze(model, [example]), example)
 
 
-def _method(method: str | None, asked: str, calibration: CalibrationText | None) -> str:
+def chosen_method(method: str | None, asked: str, calibration: CalibrationText | None) -> str:
     """The method to use. Without text, only one that learns nothing can be."""
     if calibration is not None:
         return method or METHOD
