@@ -14,7 +14,7 @@ without). Each cell is one line of JSON in the file of results. A cell whose lin
 benchmark can be stopped at any time and goes on.
 
     python benchmarks/recover.py [--parts methods,targets,budgets,rounds] [--cells GLOB] [--minutes SCALE]
-        [--method full] [--results FILE] [--text-dir DIR] [--list]
+        [--method full] [--threads N] [--results FILE] [--text-dir DIR] [--list]
 """
 
 from __future__ import annotations
@@ -196,7 +196,8 @@ def _encoder(texts: Path) -> Subject | str:
     def embeddings(version: nn.Module) -> Tensor:
         with torch.inference_mode():
             version.eval()
-            return torch.cat([pooling(version(**b).last_hidden_state, b["attention_mask"]) for b in measured]).double()
+            found = [pooling(version(**batch).last_hidden_state, batch["attention_mask"]) for batch in measured]
+        return torch.cat(found).double()
 
     of_dense = embeddings(model)
     dense_ranks = _ranks(_cosines(of_dense))
@@ -245,7 +246,8 @@ def _documents(text: str) -> list[str]:
 def _cosines(embeddings: Tensor) -> Tensor:
     """Of all pairs of normalised embeddings ``[count, width]``, each pair once."""
     rows, columns = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
-    return (embeddings @ embeddings.T)[rows, columns]
+    cosines: Tensor = embeddings @ embeddings.T
+    return cosines[rows, columns]
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -425,11 +427,14 @@ def main() -> None:
     parser.add_argument("--cells", default="*", help="glob of names of cells")
     parser.add_argument("--minutes", type=float, default=1.0, help="factor of all minutes")
     parser.add_argument("--method", default="full", help="of the parts that use one")
+    parser.add_argument("--threads", type=int, help="of each run; fewer than the machine has if other work is on it")
     parser.add_argument("--results", type=Path, default=Path("recover.jsonl"))
     parser.add_argument("--text-dir", type=Path, default=ROOT.parent / "shared" / "data" / "wikitext-2")
     parser.add_argument("--list", action="store_true", help="only name the cells, and which of them are done")
     options = parser.parse_args()
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     parts = options.parts.split(",")
     wanted = [
         cell
