@@ -245,9 +245,9 @@ def _documents(text: str) -> list[str]:
 
 def _cosines(embeddings: Tensor) -> Tensor:
     """Of all pairs of normalised embeddings ``[count, width]``, each pair once."""
-    rows, columns = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
+    pairs = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
     cosines: Tensor = embeddings @ embeddings.T
-    return cosines[rows, columns]
+    return cosines[pairs[0], pairs[1]]
 
 
 def _ranks(values: Tensor) -> Tensor:

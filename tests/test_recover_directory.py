@@ -154,7 +154,7 @@ def test_what_is_on_disk_is_what_was_measured(home, text, tmp_path):
     again = recover_directory(out, tmp_path / "again", dense=home / "llama", calibration=text, evaluate=text, **STEPS)
     assert report.evaluation.metric == "perplexity"
     assert again.evaluation.before == report.evaluation.after
-    assert any("the dense model has a perplexity of" in note for note in report.notes)
+    assert any(note.startswith("perplexity of the dense model: ") for note in report.notes)
     assert "text.txt is the text that the model learned from, so its figure says little" in report.notes
 
 

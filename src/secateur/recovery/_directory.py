@@ -262,5 +262,5 @@ class _Quality:
         gap = found.before - self.start.after
         was_worse = gap < 0 if found.metric == "perplexity" else gap > 0
         closed = f"; {(found.after - self.start.after) / gap:.0%} of the gap is closed" if was_worse else ""
-        words = f"the dense model has a {found.metric} of {found.before:.4g}{closed}"
+        words = f"{found.metric} of the dense model: {found.before:.4g}{closed}"
         return replace(found, before=self.start.after), (*notes, words)
