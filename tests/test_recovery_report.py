@@ -203,5 +203,5 @@ def test_packing_and_shrinking_take_it_in_their_history(alone):
     assert {str(pattern) for pattern in patterns_in(history).values()} == (set() if alone else {"4:8"})
     secateur.pack_(model, batch_sizes=[1], history=history)
     other = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    shrunk = secateur.shrink_(other, [torch.randn(20, 16)], keep={"neurons": 0.5}, history=history)
+    shrunk = secateur.shrink_(other, [torch.randn(20, 16)], keep={"channels": 0.5}, history=history)
     assert shrunk.after.parameters < shrunk.before.parameters

@@ -2,16 +2,21 @@
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from cases import PATTERNS, SOLVERS
+from safetensors.torch import load_file
+from tiny import with_tokenizer
 from torch import nn
+from typer.testing import CliRunner
 
 import secateur
 from secateur import (
     NM,
+    FormatError,
     LayerProblem,
     Magnitude,
     PatternError,
@@ -25,8 +30,11 @@ from secateur import (
     Unstructured,
     prune_,
 )
+from secateur.cli import app
+from secateur.huggingface import CalibrationText
 from secateur.patterns import at_partial_sparsity
-from secateur.reports import Report
+from secateur.pruning import prune_directory
+from secateur.reports import Report, stages_from_json, stages_to_json
 from secateur.schedules import Cubic
 from secateur.solvers import verify
 
@@ -287,6 +295,8 @@ def test_recipe_and_report_say_it():
     report = prune_(model_of(), recipe=recipe)
     assert report.recipe["rounds"] == 3
     assert "; 3 rounds: 3" in str(report)
+    assert "<dt>Rounds</dt><dd>3</dd>" in report.to_html()
+    assert "<dt>Rounds</dt>" not in prune_(model_of(), sparsity=0.5, method="magnitude").to_html()
     again = Report.from_json(report.to_json())
     assert again == report
     table = json.loads(report.to_json())
@@ -304,3 +314,102 @@ def test_a_method_on_magnitudes_alone_gives_the_same_in_rounds_as_at_once():
     prune_(in_rounds, sparsity=0.7, method=Select(Magnitude()), rounds=7)
     for one, other in zip(kept(at_once), kept(in_rounds), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny encoder in a directory, with its pooler."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("models") / "bert"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    transformers.BertModel(config).save_pretrained(path)
+    return with_tokenizer(path)
+
+
+def stored(path):
+    return load_file(path / "model.safetensors")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 60, encoding="utf-8"
+    )
+    return CalibrationText(path, samples=4, sequence_length=32)
+
+
+def test_a_directory_in_rounds_keeps_what_was_trained_in_between(encoder, text, tmp_path):
+    norm = "embeddings.LayerNorm.bias"
+
+    def between(model, number):
+        assert number == 1
+        with torch.no_grad():
+            model.get_parameter(norm).fill_(0.5)
+
+    recipe = Recipe(pattern="2:4", method="sparsegpt")
+    report = prune_directory(encoder, tmp_path / "out", recipe, calibration=text, rounds=2, between=between)
+    assert report.recipe["rounds"] == 2
+    before, after = stored(encoder), stored(tmp_path / "out")
+    assert torch.equal(after[norm], torch.full((32,), 0.5))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {norm, *(name for layer in report.layers for name in layer.parameters[:1])}
+    for layer in report.layers:
+        assert ((after[f"{layer.name}.weight"] == 0).view(-1, 4).sum(1) == 2).all()
+    assert secateur.Report.from_json((tmp_path / "out" / "secateur.json").read_text()).rounds == report.rounds
+
+
+def test_what_changes_in_between_and_cannot_be_written_is_an_error(encoder, text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path / "net")
+
+    def between(model, number):
+        model.get_buffer("embedder.embedder.normalization.running_mean").fill_(1.0)
+
+    recipe = Recipe(sparsity=0.5, method="magnitude", rounds=2)
+    with pytest.raises(FormatError, match=r"normalization\.running_mean"):
+        prune_directory(tmp_path / "net", tmp_path / "out", recipe, between=between)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match="there is only one"):
+        prune_directory("nowhere", tmp_path / "out", recipe, rounds=1, between=between)
+
+
+def test_pruning_again_keeps_the_report_of_a_recovery(encoder, text, tmp_path):
+    from test_recovery_report import report as recovered
+
+    recipe = Recipe(sparsity=0.5, method="magnitude")
+    first = prune_directory(encoder, tmp_path / "once", recipe)
+    (tmp_path / "once" / "secateur.json").write_text(stages_to_json([first, recovered()]))
+    prune_directory(tmp_path / "once", tmp_path / "twice", replace(recipe, sparsity=0.6))
+    stages = stages_from_json((tmp_path / "twice" / "secateur.json").read_text())
+    assert [type(stage).__name__ for stage in stages] == ["Report", "RecoveryReport", "Report"]
+
+
+def test_the_command_takes_rounds(encoder, tmp_path):
+    arguments = ["prune", encoder, "--output", tmp_path / "out", "--sparsity", "0.8", "--method", "magnitude"]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--rounds", "3", "--json"])
+    assert result.exit_code == 0, result.output
+    table = json.loads(result.stdout)
+    assert table["recipe"]["rounds"] == 3
+    assert len(table["rounds"]) == 3
+    result = CliRunner().invoke(app, [*map(str, arguments), "--overwrite", "--rounds", "0"])
+    assert result.exit_code == 2
+    assert "rounds" in result.stderr
+
+
+def test_a_recovery_in_between_keeps_all_zeros():
+    dense = model_of(rows=20)
+    model, batches, gained = copy.deepcopy(dense), inputs(), []
+
+    def between(changed, number):
+        gained.append(secateur.recover_(changed, dense, batches, steps=5, learning_rate=0.01).gain)
+
+    # A zero that moves would be a warning, and warnings are errors.
+    report = prune_(model, batches, sparsity=0.7, method="wanda", rounds=3, between=between)
+    assert len(gained) == 2
+    assert report.sparsity == 0.7
+    report.verify(model)

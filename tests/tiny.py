@@ -3,6 +3,10 @@
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
 
 
 def with_tokenizer(path: Path) -> Path:
@@ -11,3 +15,10 @@ def with_tokenizer(path: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(demo / name, path / name)
     return path
+
+
+def demo_tokenizer() -> Any:
+    """Return the demo's tokenizer, in a folder of its own only while it is read."""
+    transformers = pytest.importorskip("transformers")
+    with TemporaryDirectory() as folder:
+        return transformers.AutoTokenizer.from_pretrained(with_tokenizer(Path(folder)))

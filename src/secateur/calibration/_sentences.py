@@ -13,10 +13,12 @@ from torch import Tensor
 from secateur._errors import StatisticsError
 
 # A mark that ends a sentence, and quotes and brackets that close with it. Text that was cut into words has a space
-# before the mark. The marks of Chinese and Japanese have no space after them.
+# before the mark. The marks of Chinese and Japanese (full stop, exclamation and question mark) have no space after
+# them.
 _CLOSING = r"[\"'\u201d\u2019)\]]*"
-_END = re.compile(rf"[.!?]{_CLOSING}\s+(?=[^\s.!?a-z])|[\u3002\uff01\uff1f]{_CLOSING}\s*")
-_LETTERS = 8  # a shorter piece, such as an initial or a number, belongs to the sentence before it
+# A single capital letter before a full stop is an initial.
+_END = re.compile(rf"(?<!\b[A-Z])[.!?]{_CLOSING}\s+(?=[^\s.!?])|[\u3002\uff01\uff1f]{_CLOSING}\s*")
+_LETTERS = 8  # a shorter piece, such as a number or a title, belongs to what follows
 
 
 def split_sentences(text: str) -> list[str]:
@@ -42,7 +44,8 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _cut(line: str) -> list[str]:
-    ends = [0, *(match.end() for match in _END.finditer(line)), len(line)]
+    found = (match.end() for match in _END.finditer(line))
+    ends = [0, *(end for end in found if not line[end : end + 1].islower()), len(line)]
     return [part for start, end in pairwise(ends) if (part := line[start:end].strip())]
 
 
@@ -62,12 +65,17 @@ def padded(
         ``[batch, tokens]``, and what else the tokenizer gives. Batches go from short to long.
 
     Raises:
-        StatisticsError: there are no texts.
+        StatisticsError: there are no texts, or one without a token.
     """
     if not texts:
         raise StatisticsError("there is no text to cut into batches.")
     given = tokenizer(list(texts), truncation=True, max_length=length, padding=False, verbose=False)
     sizes = [len(ids) for ids in given["input_ids"]]
+    if 0 in sizes:
+        raise StatisticsError(
+            f"the text {texts[sizes.index(0)]!r:.60} has no token of the tokenizer, and a model cannot read that. "
+            "Leave it out."
+        )
     order = sorted(range(len(texts)), key=lambda index: (sizes[index], index))
     batches = []
     for start in range(0, len(order), batch_size):

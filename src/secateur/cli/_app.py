@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Protocol, TextIO
 
 import rich.table
 import typer
@@ -30,17 +30,7 @@ from rich.text import Text
 import secateur
 from secateur._errors import SparsityError
 from secateur.cli._messages import in_options
-from secateur.reports import (
-    EvaluationReport,
-    PackReport,
-    PipelineReport,
-    RecoveryReport,
-    Report,
-    ShrinkAnalysis,
-    ShrinkReport,
-    SkippedLayer,
-    Table,
-)
+from secateur.reports import SkippedLayer, Table
 
 app = typer.Typer(
     help="Make PyTorch models sparse and get the benefit.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -255,11 +245,17 @@ def show_progress() -> Iterator[Callable[[str, float, float], None]]:
     yield line
 
 
-def written_or_printed(
-    report: Report | PackReport | PipelineReport | ShrinkReport | ShrinkAnalysis | RecoveryReport | EvaluationReport,
-    html: Path | None,
-    as_json: bool,
-) -> bool:
+class _AnyReport(Protocol):
+    """A report of any command."""
+
+    def to_html(self) -> str:
+        """One page."""
+
+    def to_json(self) -> str:
+        """JSON text."""
+
+
+def written_or_printed(report: _AnyReport, html: Path | None, as_json: bool) -> bool:
     """Write a report as a page and print it as JSON, where these are asked for; return whether it was printed."""
     from secateur.files import write_text
 

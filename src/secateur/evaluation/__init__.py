@@ -19,5 +19,6 @@ from secateur.evaluation._quality import perplexity as perplexity
 from secateur.evaluation._ranks import pair_cosines as pair_cosines
 from secateur.evaluation._ranks import ranks as ranks
 from secateur.evaluation._ranks import spearman as spearman
+from secateur.evaluation._run import KeptTensors as KeptTensors
 from secateur.evaluation._run import device_of as device_of
 from secateur.evaluation._run import is_language_model as is_language_model

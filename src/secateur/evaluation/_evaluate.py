@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from secateur._checks import instance, one_of
 from secateur._errors import RecipeError, StatisticsError
@@ -137,7 +137,7 @@ def _own(metric: Callable[[nn.Module, Any], float], model: nn.Module, dense: nn.
         if part is not None:
             found = metric(part, data)
             try:
-                values.append(float(found))
+                values.append(float(found.detach() if isinstance(found, Tensor) else found))
             except (TypeError, ValueError):
                 raise TypeError(f"metric must return a number, got {type(found).__name__}") from None
     file = Path(data).name if isinstance(data, str | Path) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -62,8 +63,8 @@ def outputs_of(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, 
                 output = call_model(model, given)
             except Exception as error:  # whatever a model makes of inputs that are not its own
                 raise StatisticsError(
-                    f"{type(model).__name__} fails on {_described(given)}: {error}\nCheck that the tokenizer is the "
-                    "model's own, and that the model takes inputs that long."
+                    f"{type(model).__name__} fails on {_described(given)}: {error}\nCheck that it takes such inputs: "
+                    "for text, that the tokenizer is the model's own and the inputs are not too long."
                 ) from None
         yield output, given
 
@@ -141,7 +142,8 @@ class KeptTensors:
             self._kept.append(tensor.clone())
             return
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, and goes when nobody uses it
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it has no name, and goes when it is closed
+            weakref.finalize(self, self._file.close)
         start = self._file.seek(0, 2)
         self._file.write(tensor.contiguous().numpy().tobytes())
         self._kept.append((start, tensor.shape))

@@ -29,7 +29,7 @@ from secateur.layers import select_layers
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
-from secateur.pruning._rounds import Between
+from secateur.pruning._rounds import Between, check_between
 from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
@@ -45,6 +45,7 @@ def prune_directory(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    rounds: int | None = None,
     between: Between | None = None,
     progress: Progress = lambda description, done, total: None,
 ) -> Report:
@@ -65,6 +66,7 @@ def prune_directory(
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU, whose arithmetic in half
             precision is slow. Weights are stored in the checkpoint's dtype, and measured as stored.
         overwrite: replace an existing output directory.
+        rounds: in place of the recipe's.
         between: called between two rounds, as by :func:`secateur.prune_`. All parameters that it changes are written.
         progress: called with a description, and how much of how much is done.
 
@@ -73,6 +75,9 @@ def prune_directory(
         SparsityError: its other children, for recipes and texts that do not fit.
         ImportError: transformers is missing.
     """
+    recipe = recipe if rounds is None else replace(recipe, rounds=rounds)
+    if between is not None:
+        check_between(recipe)
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     if (recipe.method.needs or ALLOCATIONS[recipe.allocation].needs) and calibration is None:

@@ -28,7 +28,16 @@ from secateur.pruning._allocation import ALLOCATIONS
 from secateur.pruning._one_round import Calibration, Round, prune_round_
 from secateur.pruning._reach import observe_all, read_inputs, tell_unreached
 from secateur.pruning._recipe import Recipe
-from secateur.pruning._rounds import Between, check_same_layers, gains, go_between_, in_round, patterns_at, sparsities
+from secateur.pruning._rounds import (
+    Between,
+    check_between,
+    check_same_layers,
+    gains,
+    go_between_,
+    in_round,
+    patterns_at,
+    sparsities,
+)
 from secateur.reports import Report, StoredMasks, versions
 from secateur.solvers import Importance, Solver
 from secateur.zeros import considered_of, weigh_skipped, weights_of
@@ -133,11 +142,8 @@ def prune_(
             "Pass batches, or use allocation='uniform', which needs none."
         )
 
-    if between is not None and recipe.rounds == 1:
-        raise RecipeError(
-            "between is called between two rounds, and there is only one, so it would never be called.\n"
-            "Pass rounds=4, for example, or leave between out."
-        )
+    if between is not None:
+        check_between(recipe)
 
     inputs = None if batches is None else read_inputs(model, batches, recipe, forward)
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, None if inputs is None else inputs.observed)

@@ -46,6 +46,19 @@ def sparsities(recipe: Recipe) -> tuple[float, ...]:
     return tuple(schedule(number) for number in range(1, recipe.rounds + 1))
 
 
+def check_between(recipe: Recipe) -> None:
+    """Check that there is something between two rounds.
+
+    Raises:
+        RecipeError: there is only one round.
+    """
+    if recipe.rounds == 1:
+        raise RecipeError(
+            "between is called between two rounds, and there is only one, so it would never be called.\n"
+            "Pass rounds=4, for example, or leave between out."
+        )
+
+
 def patterns_at(patterns: Mapping[str, SparsityPattern], sparsity: float) -> dict[str, SparsityPattern]:
     """Return the pattern of each layer in a round that ends at a sparsity: N:M keeps more than n until the last."""
     return {name: at_partial_sparsity(pattern, sparsity)[0] for name, pattern in patterns.items()}

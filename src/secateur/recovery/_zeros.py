@@ -58,8 +58,11 @@ def widened(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.data = parameter.data.to(torch.float32)
         yield
     finally:
-        for parameter, old in zip(narrow, before, strict=True):
-            parameter.data = rounded_like(parameter.data, old)
+        with torch.no_grad():
+            for parameter, old in zip(narrow, before, strict=True):
+                rounded = rounded_like(parameter.data, old)
+                parameter.data = old
+                parameter.copy_(rounded)  # PyTorch counts this change of the tensor, and others ask for it
 
 
 @contextmanager

@@ -141,10 +141,11 @@ class Evaluation:
     """One quality figure before and after.
 
     Args:
-        metric: ``"perplexity"`` (lower is better) or ``"output similarity"`` (mean cosine, 1 is the dense model).
+        metric: ``"perplexity"`` (lower is better) or ``"output similarity"`` (mean cosine, 1 is the dense model) of
+            text; ``"spearman"`` of pairs of sentences; ``"accuracy"`` of labels.
         before: of the dense model.
         after: of the pruned model.
-        tokens: it was measured on.
+        tokens: it was measured on; pairs or texts where these are counted.
     """
 
     metric: str

@@ -9,6 +9,8 @@ from itertools import groupby
 from secateur.reports._records import Comparison, Evaluation, LayerReport, PackedLayer, SkippedLayer
 from secateur.reports._tables import Table, TableColumn, bars, figure, size
 
+_COUNTED = {"spearman": "pairs", "accuracy": "texts"}  # what other figures than those of running text are measured on
+
 
 def pruned_table(layers: Sequence[LayerReport]) -> Table:
     """Return a table with a row for each layer, in the order given, and a section for each block of the model."""
@@ -71,7 +73,7 @@ def skipped_table(skipped: Sequence[SkippedLayer]) -> Table:
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Return a table with one row, for the metric."""
-    headings = ("tokens", "before", "after", "after / before")
+    headings = (_COUNTED.get(evaluation.metric, "tokens"), "before", "after", "after / before")
     columns = (TableColumn("metric"), *(TableColumn(heading, is_number=True) for heading in headings))
     before, after = evaluation.before, evaluation.after
     row = (evaluation.metric, f"{evaluation.tokens:,}", figure(before), figure(after), _ratio(after, before))
