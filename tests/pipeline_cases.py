@@ -2,32 +2,24 @@
 
 from tiny import with_tokenizer
 
-WORDS = [
-    "the",
-    "model",
+WORDS = (
+    "the model",
     "reads",
-    "a",
-    "line",
-    "of",
-    "text",
-    "and",
-    "gives",
-    "one",
-    "row",
-    "of",
-    "numbers",
-    "for",
-    "each",
-    "of",
-    "its",
+    "a line",
+    "of text",
+    "and gives",
+    "one row",
+    "of numbers",
+    "for each",
+    "of its",
     "tokens",
-]
+)
 
 
 def sentences(first, count):
     """Different sentences, in lines."""
     picked = (
-        " ".join(WORDS[(first + number * step) % len(WORDS)] for step in range(1, 9))
+        " ".join(WORDS[(first + number * step + number // 7) % len(WORDS)] for step in range(1, 9))
         for number in range(first, first + count)
     )
     return "".join(f"{number} {line}.\n" for number, line in enumerate(picked, first))

@@ -101,3 +101,13 @@ def test_what_is_missing_or_not_a_number_never_passes(op):
     assert not Gate("similarity", op, 0.5).passes(None)
     assert not Gate("similarity", op, 0.5).passes(math.nan)
     assert not Gate("similarity", op, 0.5, of_dense=True).passes(0.5, None)
+
+
+@pytest.mark.parametrize("op", COMPARE)
+def test_slack_is_on_both_sides_of_the_bound(op):
+    gate = Gate("sparsity", op, 0.5)
+    for value in (0.375, 0.5, 0.625):
+        assert gate.passes(value, slack=0.125)
+    assert gate.passes(0.25, slack=0.125) == COMPARE[op](0.25, 0.5)
+    assert gate.passes(0.75, slack=0.125) == COMPARE[op](0.75, 0.5)
+    assert not gate.passes(math.nan, slack=0.125)

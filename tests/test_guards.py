@@ -75,6 +75,8 @@ PUBLIC = [
     "PackedLayer",
     "PackedLinear",
     "PatternError",
+    "Pipeline",
+    "PipelineReport",
     "Pooling",
     "RIA",
     "Random",

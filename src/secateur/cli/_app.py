@@ -60,10 +60,6 @@ def _options(
     pass
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: what cleans up after an interrupt does so after this, too."""
-
-
 @contextmanager
 def user_errors(work: Path | None = None) -> Iterator[None]:
     """Turn what a user can mend into one message and exit status 2, an interrupt into 130, and SIGTERM into 143.
@@ -75,7 +71,7 @@ def user_errors(work: Path | None = None) -> Iterator[None]:
     """
     from secateur.files import note_written, work_path
 
-    with note_written() as written, _termination_is_raised(), _plain_warnings():
+    with note_written() as written, _termination_is_raised() as terminated, _plain_warnings():
         try:
             yield
         except BrokenPipeError:
@@ -87,9 +83,9 @@ def user_errors(work: Path | None = None) -> Iterator[None]:
                 file=sys.stderr,
             )
             raise typer.Exit(2) from None
-        except KeyboardInterrupt as interrupt:
+        except KeyboardInterrupt:  # what caught one to tidy up may have raised another
             done = _listed(written())
-            what, status = ("terminated", 143) if isinstance(interrupt, _Terminated) else ("interrupted", 130)
+            what, status = ("terminated", 143) if terminated() else ("interrupted", 130)
             done = f"{done} was written before that, and is complete" if done else "nothing was written"
             print(f"secateur: {what}; {done}.", file=sys.stderr)
             if work is not None and (kept := work_path(work)).is_dir():
@@ -102,20 +98,23 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 @contextmanager
-def _termination_is_raised() -> Iterator[None]:
-    """Raise on SIGTERM, unless the program around us has decided what it does."""
+def _termination_is_raised() -> Iterator[Callable[[], bool]]:
+    """Raise an interrupt on SIGTERM, unless the program around us has decided what it does. Yield whether it came."""
+    came = False
 
     def stop(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning
-        raise _Terminated
+        raise KeyboardInterrupt  # what cleans up after an interrupt does so after this, too
 
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
+        yield lambda: came
         return
     signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield lambda: came
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -18,6 +18,9 @@ from secateur.shrinking import compare_latency
 
 Shape = tuple[int, int]
 
+# What sparsity may differ from the one that was asked for, because whole weights are pruned: half a weight in each row.
+ROUNDING = "rounding of sparsity"
+
 
 def weight_bytes(path: Path) -> int:
     """Return the size of the weight files of a model directory."""
@@ -38,7 +41,8 @@ def dense_figures(path: Path, include: Collection[str] = (), exclude: Collection
         exclude: glob patterns of those that are not.
 
     Returns:
-        ``bytes``, ``parameters``, ``sparsity_total``, and ``sparsity`` where there are layers to consider.
+        ``bytes``, ``parameters``, ``sparsity_total``, and where there are layers to consider, ``sparsity`` and
+        ``ROUNDING``.
     """
     directory = open_model(path)
     weights, zeros = _stored(directory)
@@ -50,12 +54,13 @@ def dense_figures(path: Path, include: Collection[str] = (), exclude: Collection
     matrices = [layer.matrix().detach() for layer in layers]
     if considered := sum(matrix.numel() for matrix in matrices):
         figures["sparsity"] = sum(_zeros(matrix) for matrix in matrices) / considered
+        figures[ROUNDING] = sum(len(matrix) for matrix in matrices) / 2 / considered
     return figures
 
 
 def packed_figures(path: Path, before: Mapping[str, float]) -> dict[str, float]:
     """Return the same of a packed model, given those before it was packed: only its size is another."""
-    same = {name: before[name] for name in ("parameters", "sparsity", "sparsity_total") if name in before}
+    same = {name: before[name] for name in ("parameters", "sparsity", "sparsity_total", ROUNDING) if name in before}
     return {**same, "bytes": float(weight_bytes(path))}
 
 

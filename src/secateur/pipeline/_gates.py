@@ -90,9 +90,20 @@ class Gate:
             return self.factor
         return math.nan if dense is None else self.factor * dense
 
-    def passes(self, value: float | None, dense: float | None = None) -> bool:
-        """Return whether a figure is within the bound. One that is missing or NaN is not."""
-        return value is not None and _COMPARE[self.op](value, self.bound(dense))
+    def passes(self, value: float | None, dense: float | None = None, slack: float = 0.0) -> bool:
+        """Return whether a figure is within the bound. One that is missing or NaN is not.
+
+        Args:
+            value: the figure.
+            dense: that of the dense model.
+            slack: how far beyond the bound the figure may be, because it comes in steps.
+        """
+        if value is None:
+            return False
+        bound = self.bound(dense)
+        if slack and abs(value - bound) <= slack:
+            return True
+        return _COMPARE[self.op](value, bound)
 
 
 class _Reader:

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur._errors import SparsityError
+from secateur._errors import naming
 from secateur._types import Progress
+from secateur.calibration import read_text
 from secateur.files import Work, WorkStep, check_output, hash_files, whole_directory, work_folder, write_text
 from secateur.huggingface import open_model
 from secateur.pipeline._clock import WorkingTime
 from secateur.pipeline._evaluate import DirectoryEvaluation
-from secateur.pipeline._figures import dense_figures, is_packed, packed_figures, speedups
-from secateur.pipeline._gates import WITHOUT_DENSE
+from secateur.pipeline._figures import ROUNDING, dense_figures, is_packed, packed_figures, speedups
+from secateur.pipeline._gates import WITHOUT_DENSE, Gate
 from secateur.pipeline._recipe import PipelineRecipe, StageRecipe, check_measured
 from secateur.pipeline._stages import Job
 from secateur.reports import (
@@ -47,6 +48,7 @@ def run_pipeline(
     """Run a recipe; see :meth:`Pipeline.run`."""
     directory = open_model(source)
     check_output(directory.path, output, overwrite, directory.num_bytes)
+    check_texts(recipe)
     evaluations = evaluations_of(recipe, source, device)
     with work_folder(output, restart=restart) as work:
         runner = _Runner(recipe, source, work, device, progress, evaluations)
@@ -64,6 +66,18 @@ def run_pipeline(
         write_text(work.path / JSON, report.to_json() + "\n")
         write_text(work.path / PAGE, report.to_html())
     return report
+
+
+def check_texts(recipe: PipelineRecipe) -> None:
+    """Raise unless all texts to learn from can be read, so that none is missed after hours of work.
+
+    Raises:
+        SparsityError: with the number of the stage.
+    """
+    for stage in recipe.stages:
+        if stage.calibration is not None:
+            with naming(stage.title):
+                read_text(stage.calibration.path)
 
 
 def evaluations_of(
@@ -101,7 +115,7 @@ class _Runner:
         """Run one stage on the model in a directory, and return what it made and the directory of its model."""
         step: WorkStep | None = None
         reused, record = False, dict[str, Any]()
-        try:
+        with naming(stage.title):
             if stage.run == "prune":
                 self.considered = {key: stage.settings[key] for key in ("include", "exclude") if key in stage.settings}
             if stage.kind.run is not None:
@@ -109,11 +123,10 @@ class _Runner:
                 reused, model = step.done, self._made(stage, step, model)
                 record = dict(step.record)
             measured = self._measured(stage, model)
-        except SparsityError as error:
-            raise type(error)(f"{stage.title}: {error}") from None
         figures = {**measured["figures"], **({"minutes": record["seconds"] / 60} if record else {})}
         figures = {name: float(value) for name, value in figures.items()}
-        self.dense |= {name: float(value) for name, value in measured["dense"].items()}
+        rounding = figures.pop(ROUNDING, 0.0)
+        self.dense |= {name: float(value) for name, value in measured["dense"].items() if name != ROUNDING}
         made = PipelineStage(
             number=stage.number,
             run=stage.run,
@@ -122,7 +135,7 @@ class _Runner:
             summary=tuple(record.get("summary", ())),
             figures=figures,
             speeds=measured["speeds"],
-            gates=tuple(self._gate(gate, figures) for gate in stage.gates),
+            gates=tuple(self._gate(gate, figures, rounding) for gate in stage.gates),
             reused=reused,
             changed=() if step is None else step.changed,
             notes=(*measured["notes"], *self._overlap(stage)),
@@ -229,10 +242,12 @@ class _Runner:
             return ()
         return (f"it is measured on {text.name}, from which it learned; give another text to measure on",)
 
-    def _gate(self, gate: Any, figures: Mapping[str, float]) -> GateResult:
+    def _gate(self, gate: Gate, figures: Mapping[str, float], rounding: float) -> GateResult:
         value = figures.get(gate.figure)
         dense = None if gate.figure in WITHOUT_DENSE else self.dense.get(gate.figure)
-        return GateResult(str(gate), gate.figure, value, dense, gate.bound(dense), gate.passes(value, dense))
+        slack = rounding if gate.figure == "sparsity" else 0.0
+        passed = gate.passes(value, dense, slack)
+        return GateResult(str(gate), gate.figure, value, dense, gate.bound(dense), passed)
 
     def _hash(self, path: Path) -> str:
         if path not in self.hashes:
