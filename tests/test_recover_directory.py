@@ -441,7 +441,7 @@ def test_the_command_writes_a_model_json_and_a_page(home, text, tmp_path):
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the best state so far was written"),
-        (Terminated(), 130, "the same command goes on from the last state"),
+        (Terminated(), 130, "The same command goes on from there"),
     ],
 )
 def test_interrupts_have_their_exit_status(home, text, tmp_path, monkeypatch, error, status, message):
