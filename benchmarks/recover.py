@@ -200,12 +200,12 @@ def _encoder(texts: Path) -> Subject | str:
         return torch.cat(found).double()
 
     of_dense = embeddings(model)
-    dense_ranks = _ranks(_cosines(of_dense))
+    dense_ranks = ranks(pair_cosines(of_dense))
 
     def figures(version: nn.Module) -> dict[str, float]:
         found = embeddings(version)
         return {
-            "rank agreement": 100 * _correlation(dense_ranks, _ranks(_cosines(found))),
+            "rank agreement": 100 * _correlation(dense_ranks, ranks(pair_cosines(found))),
             "cosine": float((of_dense * found).sum(1).mean()),
         }
 
@@ -241,20 +241,6 @@ def _documents(text: str) -> list[str]:
             found.append("")
         found[-1] += f"{line}\n"
     return found[1:]
-
-
-def _cosines(embeddings: Tensor) -> Tensor:
-    """Of all pairs of normalised embeddings ``[count, width]``, each pair once."""
-    pairs = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
-    cosines: Tensor = embeddings @ embeddings.T
-    return cosines[pairs[0], pairs[1]]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0; equal values have the mean of theirs."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts + 1) / 2)[inverse].double()
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
