@@ -4,8 +4,8 @@ A pretrained encoder (all-MiniLM-L6-v2) and the demo's language model are pruned
 the dense model. Gap closed = (after - start) / (dense - start) of a figure on text that nothing learned from:
 
 - encoder: 100 x Spearman between the dense and the tested model's cosines over all pairs of 1,000 sentences (rank
-  agreement; the dense model has 100), sentences of WikiText-2's test text. It is pruned and learns on sentences of the
-  even documents of the valid text.
+  agreement; the dense model has 100), sentences of WikiText-2's test text. It is pruned and learns on sentences of its
+  valid text.
 - demo: perplexity on the held-out text of the demo. It is pruned and learns on the demo's calibration text.
 
 Parts: ``methods`` (a: all methods, 5 minutes), ``targets`` (b: one method on all targets, 10 minutes), ``budgets``
@@ -14,7 +14,7 @@ without). Each cell is one line of JSON in the file of results. A cell whose lin
 benchmark can be stopped at any time and goes on.
 
     python benchmarks/recover.py [--parts methods,targets,budgets,rounds] [--cells GLOB] [--minutes SCALE]
-        [--method full] [--results FILE] [--text-dir DIR] [--list]
+        [--method full] [--threads N] [--results FILE] [--text-dir DIR] [--list]
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import copy
 import fnmatch
 import json
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 import secateur
 from secateur.calibration import Windows, padded, read_text, split_sentences
+from secateur.evaluation import pair_cosines, ranks
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("full", "norms", "lora", "blocks")
@@ -51,7 +51,7 @@ SENTENCES = 64  # of a step, as `secateur recover` takes them
 STEP_TOKENS = 2048
 MOST_TOKENS = 256
 ROUNDS = (1, 4, 16)
-_TITLE = re.compile(r" ?= [^=].* = ?")  # of a document of WikiText
+_REPORTED = ("steps", "seconds", "start", "best", "best_step", "stopped", "epochs", "trained", "loss")
 
 Batch = Mapping[str, Tensor]
 
@@ -136,7 +136,7 @@ TARGETS: dict[str, Callable[..., Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A pretrained model.
 
@@ -178,8 +178,7 @@ def _encoder(texts: Path) -> Subject | str:
     tokenizer = load_tokenizer(directory)
     pooling = pooling_of(directory.path)
     assert pooling is not None
-    documents = _documents(read_text(texts / "valid.txt"))
-    learn = list(dict.fromkeys(split_sentences("\n".join(documents[::2]))))
+    learn = list(dict.fromkeys(split_sentences(read_text(texts / "valid.txt"))))
     test = sorted(set(split_sentences(read_text(texts / "test.txt"))) - set(learn))
     test = random.Random(0).sample(test, TEST_SENTENCES)
 
@@ -194,15 +193,16 @@ def _encoder(texts: Path) -> Subject | str:
     def embeddings(version: nn.Module) -> Tensor:
         with torch.inference_mode():
             version.eval()
-            return torch.cat([pooling(version(**b).last_hidden_state, b["attention_mask"]) for b in measured]).double()
+            found = [pooling(version(**batch).last_hidden_state, batch["attention_mask"]) for batch in measured]
+        return torch.cat(found).double()
 
     of_dense = embeddings(model)
-    dense_ranks = _ranks(_cosines(of_dense))
+    dense_ranks = ranks(pair_cosines(of_dense))
 
     def figures(version: nn.Module) -> dict[str, float]:
         found = embeddings(version)
         return {
-            "rank agreement": 100 * _correlation(dense_ranks, _ranks(_cosines(found))),
+            "rank agreement": 100 * _correlation(dense_ranks, ranks(pair_cosines(found))),
             "cosine": float((of_dense * found).sum(1).mean()),
         }
 
@@ -231,30 +231,35 @@ def _demo() -> Subject:
     return Subject(demo.model, lambda seed: list(demo.batches(seed)), batches, figures, figures(demo.model), None)
 
 
-def _documents(text: str) -> list[str]:
-    found = [""]
-    for line in text.splitlines():
-        if _TITLE.fullmatch(line.rstrip("\n")):
-            found.append("")
-        found[-1] += f"{line}\n"
-    return found[1:]
-
-
-def _cosines(embeddings: Tensor) -> Tensor:
-    """Of all pairs of normalised embeddings ``[count, width]``, each pair once."""
-    rows, columns = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
-    return (embeddings @ embeddings.T)[rows, columns]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0; equal values have the mean of theirs."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts + 1) / 2)[inverse].double()
-
-
 def _correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was pruned or shrunk, and not trained after that.
+
+    Args:
+        model: of which each run takes a copy.
+        report: of what was done to it.
+        figures: of it.
+        seconds: that it took.
+    """
+
+    model: nn.Module
+    report: Any
+    figures: Mapping[str, float]
+    seconds: float
+
+
+@lru_cache(maxsize=4)  # neighbours in the list of cells begin with the same model
+def prepared(subject: Subject, target: str, seed: int, rounds: int) -> Prepared:
+    """Prune or shrink a copy of a model."""
+    began = time.perf_counter()
+    model = copy.deepcopy(subject.model)
+    report = TARGETS[target](model, subject.calibration(seed), **({"rounds": rounds} if rounds > 1 else {}))
+    seconds = time.perf_counter() - began
+    return Prepared(model, report, subject.figures(model), seconds)
 
 
 def run_cell(cell: Cell, texts: Path) -> dict[str, Any] | str:
@@ -262,60 +267,51 @@ def run_cell(cell: Cell, texts: Path) -> dict[str, Any] | str:
     subject = subject_of(cell.subject, texts)
     if isinstance(subject, str):
         return subject
-    model = copy.deepcopy(subject.model)
     reports: list[Any] = []
 
-    def recover(version: nn.Module, minutes: float, history: Sequence[Any]) -> None:
-        before = _zeros(version)
-        reports.append(
-            secateur.recover_(
-                version,
-                subject.model,
-                subject.batches,
-                method=cell.method,
-                minutes=minutes,
-                pooling=subject.pooling,
-                history=history,
-                seed=cell.seed,
-            )
+    def recover(model: nn.Module, history: Sequence[Any] = ()) -> None:
+        before = _zeros(model)
+        report = secateur.recover_(
+            model,
+            subject.model,
+            subject.batches,
+            method=cell.method,
+            minutes=cell.minutes / cell.rounds,
+            pooling=subject.pooling,
+            history=history,
+            seed=cell.seed,
         )
-        assert all(torch.equal(before[name], zeros) for name, zeros in _zeros(version).items()), "zeros moved"
+        reports.append(report)
+        assert all(torch.equal(before[name], zeros) for name, zeros in _zeros(model).items()), "zeros moved"
 
-    began = time.perf_counter()
-    more: dict[str, Any] = {}
-    between_rounds = cell.rounds > 1 and cell.minutes > 0
-    if cell.rounds > 1:
-        more["rounds"] = cell.rounds
-    if between_rounds:
-        more["between"] = lambda version, number: recover(version, cell.minutes / cell.rounds, ())
-    made = TARGETS[cell.target](model, subject.calibration(cell.seed), **more)
-    prepared = time.perf_counter() - began - sum(report.seconds for report in reports)
-    start = subject.figures(model)
-    if cell.minutes and len(reports) < cell.rounds:  # the last round has none after it
-        recover(model, cell.minutes / cell.rounds, (made,))
+    start = prepared(subject, cell.target, cell.seed, 1 if cell.minutes else cell.rounds)
+    model, seconds = copy.deepcopy(start.model), start.seconds
+    if cell.minutes and cell.rounds > 1:
+        began = time.perf_counter()
+        model = copy.deepcopy(subject.model)
+        batches = subject.calibration(cell.seed)
+        TARGETS[cell.target](
+            model, batches, rounds=cell.rounds, between=lambda version, number: recover(version)
+        )  # called after every round but the last
+        seconds = time.perf_counter() - began - sum(report.seconds for report in reports)
+    if cell.minutes:
+        recover(model, (start.report,))
     after = subject.figures(model)
-    first = next(iter(start))
-    dense = subject.dense[first]
-    gap = (after[first] - start[first]) / (dense - start[first])
+    first = next(iter(after))
+    dense, before = subject.dense[first], start.figures[first]
     return {
         "name": cell.name,
         **asdict(cell),
         "figure": first,
         "dense": dense,
-        "start": start[first],
+        "start": before,
         "after": after[first],
-        "gap_closed": None if between_rounds else gap,
-        "all": {"start": start, "after": after},
-        "prepared_seconds": round(prepared, 1),
+        "gap_closed": (after[first] - before) / (dense - before),
+        "all": {"start": dict(start.figures), "after": after},
+        "prepared_seconds": round(seconds, 1),
         "recovery_seconds": round(sum(report.seconds for report in reports), 1),
         "steps": sum(report.steps for report in reports),
-        "reports": [
-            {
-                key: getattr(report, key)
-                for key in ("steps", "seconds", "start", "best", "best_step", "stopped", "epochs", "trained", "loss")
-            }
-            for report in reports
-        ],
+        "reports": [{key: getattr(report, key) for key in _REPORTED} for report in reports],
         "curve": [asdict(point) for point in reports[-1].curve] if reports else [],
         "machine": describe(),
         "secateur": secateur.__version__,
@@ -323,7 +319,8 @@ def run_cell(cell: Cell, texts: Path) -> dict[str, Any] | str:
 
 
 def _zeros(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().eq(0) for name, parameter in model.named_parameters()}
+    """Of all matrices. In norms and biases a zero is a value like any other."""
+    return {name: matrix.detach().eq(0) for name, matrix in model.named_parameters() if matrix.ndim > 1}
 
 
 # ---- tables ----
@@ -404,11 +401,14 @@ def main() -> None:
     parser.add_argument("--cells", default="*", help="glob of names of cells")
     parser.add_argument("--minutes", type=float, default=1.0, help="factor of all minutes")
     parser.add_argument("--method", default="full", help="of the parts that use one")
+    parser.add_argument("--threads", type=int, help="of each run; fewer than the machine has if other work is on it")
     parser.add_argument("--results", type=Path, default=Path("recover.jsonl"))
     parser.add_argument("--text-dir", type=Path, default=ROOT.parent / "shared" / "data" / "wikitext-2")
     parser.add_argument("--list", action="store_true", help="only name the cells, and which of them are done")
     options = parser.parse_args()
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     parts = options.parts.split(",")
     wanted = [
         cell
@@ -421,7 +421,10 @@ def main() -> None:
         if options.list or cell.name in done:
             print(f"{'done' if cell.name in done else 'to do'}: {cell.name}", flush=True)
             continue
-        line = run_cell(cell, options.text_dir)
+        try:
+            line = run_cell(cell, options.text_dir)
+        except secateur.SparsityError as error:  # such as a budget that is too small on a busy machine
+            line = str(error).splitlines()[0]
         if isinstance(line, str):
             print(f"skipped: {cell.name}: {line}", flush=True)
             continue

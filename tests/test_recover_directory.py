@@ -154,7 +154,8 @@ def test_what_is_on_disk_is_what_was_measured(home, text, tmp_path):
     again = recover_directory(out, tmp_path / "again", dense=home / "llama", calibration=text, evaluate=text, **STEPS)
     assert report.evaluation.metric == "perplexity"
     assert again.evaluation.before == report.evaluation.after
-    assert any("the dense model has a perplexity of" in note for note in report.notes)
+    assert any(note.startswith("perplexity of the dense model: ") for note in report.notes)
+    assert "text.txt is the text that the model learned from, so its figure says little" in report.notes
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -206,7 +207,7 @@ def test_an_embedding_model_is_pooled_as_it_says_and_keeps_its_folders(text, tmp
 def test_an_embedding_model_with_other_modules_is_refused(text, tmp_path):
     dense = bert(tmp_path / "dense")
     sentence_transformer(dense, "Dense")
-    with pytest.raises(RecipeError, match=r"modules\.json.*Dense"):
+    with pytest.raises(RecipeError, match=r"(?s)modules\.json.*Dense.*Recover it in Python"):
         recover_directory(dense, tmp_path / "out", dense=dense, calibration=text, steps=1)
 
 
@@ -244,7 +245,8 @@ def test_a_dense_model_without_a_tokenizer_will_do(home, text, tmp_path):
     dense = llama(tmp_path / "dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (dense / name).unlink()
-    assert recover_directory(home / "llama-zeros", tmp_path / "out", dense=dense, calibration=text, **STEPS).steps
+    report = recover_directory(home / "llama-zeros", tmp_path / "out", dense=dense, calibration=text, **STEPS)
+    assert "dense has no tokenizer, so that of llama-zeros was taken for its own" in report.notes
 
 
 @pytest.mark.parametrize(
@@ -303,6 +305,13 @@ def test_encoder_decoders_read_pairs(text, tmp_path):
     with_tokenizer(tmp_path / "t5")
     with pytest.raises(RecipeError, match="reads pairs of texts"):
         recover_directory(tmp_path / "t5", tmp_path / "out", dense=tmp_path / "t5", calibration=text, **STEPS)
+
+
+def test_several_processes_are_for_python(home, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="in one process, and this is one of several"):
+        recover_directory(home / "llama-zeros", tmp_path / "out", dense=home / "llama", calibration=text, **STEPS)
+    assert not any(tmp_path.iterdir())
 
 
 # Runs that end too early
@@ -432,7 +441,7 @@ def test_the_command_writes_a_model_json_and_a_page(home, text, tmp_path):
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the best state so far was written"),
-        (Terminated(), 130, "the same command goes on from the last state"),
+        (Terminated(), 130, "The same command goes on from there"),
     ],
 )
 def test_interrupts_have_their_exit_status(home, text, tmp_path, monkeypatch, error, status, message):

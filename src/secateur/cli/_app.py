@@ -97,6 +97,10 @@ def _listed(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what cleans up after an interrupt does so after this, too. What keeps its best state ends at once."""
+
+
 @contextmanager
 def _termination_is_raised() -> Iterator[Callable[[], bool]]:
     """Raise an interrupt on SIGTERM, unless the program around us has decided what it does. Yield whether it came."""
@@ -106,7 +110,7 @@ def _termination_is_raised() -> Iterator[Callable[[], bool]]:
         nonlocal came
         came = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning
-        raise KeyboardInterrupt  # what cleans up after an interrupt does so after this, too
+        raise _Terminated
 
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

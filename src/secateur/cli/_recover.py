@@ -48,7 +48,7 @@ def recover(
     as_json: AsJson = False,
 ) -> None:
     """Train a pruned or shrunk model to give again what the dense one gives. Zeros and sizes stay."""
-    with user_errors():
+    with user_errors(output):
         from secateur.files import check_file
         from secateur.huggingface import CalibrationText
         from secateur.recovery import recover_directory
@@ -56,33 +56,26 @@ def recover(
         if html is not None:
             check_file(html, output)
         text = calibration if samples is None else CalibrationText(calibration, samples, sequence_length, seed)
-        try:
-            with show_progress() as progress, use_threads(threads):
-                report = recover_directory(
-                    model,
-                    output,
-                    dense=dense,
-                    calibration=text,
-                    method=method,
-                    loss=loss,
-                    minutes=minutes,
-                    steps=steps,
-                    learning_rate=learning_rate,
-                    batch_size=batch_size,
-                    sequence_length=sequence_length,
-                    seed=seed,
-                    evaluate=evaluate,
-                    device=device,
-                    overwrite=overwrite,
-                    restart=restart,
-                    progress=progress,
-                )
-        except KeyboardInterrupt:
-            print(
-                "secateur: the same command goes on from the last state that was kept, if there is one.",
-                file=sys.stderr,
+        with show_progress() as progress, use_threads(threads):
+            report = recover_directory(
+                model,
+                output,
+                dense=dense,
+                calibration=text,
+                method=method,
+                loss=loss,
+                minutes=minutes,
+                steps=steps,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                seed=seed,
+                evaluate=evaluate,
+                device=device,
+                overwrite=overwrite,
+                restart=restart,
+                progress=progress,
             )
-            raise
         if not written_or_printed(report, html, as_json):
             show(*report.tables)
             say(f"{report}\nwritten to {output}")

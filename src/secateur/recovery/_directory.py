@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import read_text
-from secateur.evaluation import DataFile, DenseQuality, read_data
+from secateur.evaluation import DataFile, DenseQuality, Pooling, read_data
 from secateur.files import ModelDirectory, check_output, hash_files, work_folder
 from secateur.huggingface import (
     CalibrationText,
@@ -28,7 +29,7 @@ from secateur.huggingface import (
     sentence_length,
     transformers_library,
 )
-from secateur.recovery._directory_match import check_buffers, check_models, check_tokenizers
+from secateur.recovery._directory_match import check_buffers, check_models, check_processes, check_tokenizers
 from secateur.recovery._directory_text import LearningText
 from secateur.recovery._directory_write import freeze_unstored_, round_as_stored_
 from secateur.recovery._recover import recover_
@@ -95,13 +96,20 @@ def recover_directory(
         ImportError: transformers is missing.
     """
     asked = Settings(method=method, loss=loss, minutes=minutes, steps=steps, learning_rate=learning_rate, seed=seed)
+    check_processes()
+    if work is not None and restart:
+        raise RecipeError(
+            "restart concerns the state beside the output, and work= gives another folder. Leave out one."
+        )
     directory, original = open_model(source), open_model(dense)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     text = calibration if isinstance(calibration, CalibrationText) else Path(calibration)
     path = text.path if isinstance(text, CalibrationText) else text
-    check_tokenizers(directory, original, read_text(path))
+    known = check_tokenizers(directory, original, read_text(path))
     heldout = None if evaluate is None else read_data(evaluate)
-    pooling = pooling_of(directory.path)
+    if evaluate is not None and hash_files(evaluate) == hash_files(path):
+        known = (*known, f"{evaluate.name} is the text that the model learned from, so its figure says little")
+    pooling = _pooling(directory)
     if pooling is not None:
         sequence_length = sequence_length or sentence_length(directory.path)
 
@@ -161,7 +169,7 @@ def recover_directory(
             calibration=dict(learning.provenance),
             versions={**report.versions, "transformers": transformers_library().__version__},
             evaluation=evaluation,
-            notes=(*report.notes, *found, *_notes(frozen, kept)),
+            notes=(*report.notes, *known, *found, *_notes(frozen, kept)),
         )
         progress("writing", 0, 1)
         directory.write_pruned(output, stored, {PRUNING_REPORT: stages_to_json([*stages, report]) + "\n"}, overwrite)
@@ -185,6 +193,18 @@ def _state(output: Path, work: Path | None, restart: bool, facts: Mapping[str, s
                 stacklevel=4,
             )
         yield step.path
+
+
+def _pooling(directory: ModelDirectory) -> Pooling | None:
+    """The pooling of a sentence-transformers directory."""
+    try:
+        return pooling_of(directory.path)
+    except RecipeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RecipeError(
+            f"{reason}\nRecover it in Python: secateur.recover_(model, teacher, batches, pooling=...), with your own "
+            "way to embed."
+        ) from None
 
 
 def _since(stages: Sequence[Stage], before: Sequence[Stage]) -> Sequence[Stage]:
@@ -242,5 +262,5 @@ class _Quality:
         gap = found.before - self.start.after
         was_worse = gap < 0 if found.metric == "perplexity" else gap > 0
         closed = f"; {(found.after - self.start.after) / gap:.0%} of the gap is closed" if was_worse else ""
-        words = f"the dense model has a {found.metric} of {found.before:.4g}{closed}"
+        words = f"{found.metric} of the dense model: {found.before:.4g}{closed}"
         return replace(found, before=self.start.after), (*notes, words)

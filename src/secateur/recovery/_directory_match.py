@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from secateur._errors import RecipeError
 from secateur.files import ModelDirectory
@@ -50,12 +51,12 @@ def check_buffers(directory: ModelDirectory, model: nn.Module) -> None:
         )
 
 
-def check_tokenizers(source: ModelDirectory, dense: ModelDirectory, text: str) -> None:
-    """Raise unless the tokenizers of two directories cut text alike.
+def check_tokenizers(source: ModelDirectory, dense: ModelDirectory, text: str) -> tuple[str, ...]:
+    """Raise unless the tokenizers of two directories cut text alike. Return a note where that is not known.
 
     Args:
         source: of the model that learns.
-        dense: of the model that it learns from. Where it has no tokenizer, nothing is compared.
+        dense: of the model that it learns from. It may lack a tokenizer.
         text: some of it is cut by both.
 
     Raises:
@@ -63,7 +64,7 @@ def check_tokenizers(source: ModelDirectory, dense: ModelDirectory, text: str) -
         FormatError: a tokenizer cannot be loaded.
     """
     if not any((dense.path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
-        return
+        return (f"{dense.path.name} has no tokenizer, so that of {source.path.name} was taken for its own",)
     ours, theirs = load_tokenizer(source), load_tokenizer(dense)
     vocabularies = [{token: int(number) for token, number in one.get_vocab().items()} for one in (ours, theirs)]
     odd = dict(sorted(vocabularies[0].items() ^ vocabularies[1].items(), key=lambda item: item[1])[:1])
@@ -79,6 +80,21 @@ def check_tokenizers(source: ModelDirectory, dense: ModelDirectory, text: str) -
         raise RecipeError(
             f"the tokenizers of {source.path} and {dense.path} differ: {reason}, so one model cannot learn from the "
             f"other.\n{_ADVICE}"
+        )
+    return ()
+
+
+def check_processes() -> None:
+    """Raise where several processes were started to train one model: only one may write a directory.
+
+    Raises:
+        RecipeError: with how it is done instead.
+    """
+    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if together or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise RecipeError(
+            "a model directory recovers in one process, and this is one of several (torchrun, accelerate).\nStart it "
+            "without them, or write a script for them: secateur.recover_(model, teacher, batches) in each process."
         )
 
 
