@@ -513,6 +513,6 @@ def test_a_pretrained_encoder_recovers(tmp_path):
     shrink_directory(encoder.MODEL_DIR, small, remove={"layers": [1, 3]}, latency=False)
     some = CalibrationText(text, samples=600)
     report = recover_directory(small, out, dense=encoder.MODEL_DIR, calibration=some, steps=12)
-    assert report.best < 0.7 * report.start
+    assert report.best < 0.75 * report.start
     assert report.blocks["encoder.layer.3"] == "encoder.layer.5"
     assert (out / "1_Pooling" / "config.json").exists()

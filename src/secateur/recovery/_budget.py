@@ -32,7 +32,7 @@ class Clock:
 class Budget(Protocol):
     """A budget of a training."""
 
-    def used(self, step: float) -> float:
+    def used(self, step: int) -> float:
         """Return the part that is used after some steps, from 0 on; 1 or more when it is at its end."""
 
 
@@ -46,7 +46,7 @@ class Steps:
 
     total: int
 
-    def used(self, step: float) -> float:
+    def used(self, step: int) -> float:
         """Return the part of the steps that is done."""
         return step / self.total
 
@@ -65,7 +65,7 @@ class WorkingTime:
     begin: float
     end: float
 
-    def used(self, step: float) -> float:
+    def used(self, step: int) -> float:
         """Return the part of the time that is over."""
         return (self.clock.seconds - self.begin) / max(self.end - self.begin, 1e-9)
 

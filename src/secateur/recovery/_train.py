@@ -22,6 +22,7 @@ from secateur.reports import CurvePoint
 
 _POINTS = 16  # of the curve, beside the start
 _PATIENCE = 0.4  # of the budget, after which a run that has gained nothing more is stopped
+_FIRST_RATE = 0.05  # of the highest learning rate
 _FEWEST = 8  # steps before that: fewer do not show whether there is more to gain
 _MOST_MEASURING = 0.1  # of the working time
 
@@ -131,8 +132,8 @@ class Loop:
                 if used >= 1:
                     progress.stopped = USED
                     break
-                # That of the middle of the step: at its beginning that of the first one is zero.
-                rate = rate_at(agreed(min(1.0, limit.used(progress.step + 0.5)), self.device))
+                # Not zero in the first step, which may be the only one. It is small: AdamW knows no scale yet.
+                rate = rate_at(used) or _FIRST_RATE
                 for group, highest in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = highest * rate
                 loss = self._step(problem, leaves, optimizer, scaler, progress.step)
