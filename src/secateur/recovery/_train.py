@@ -24,6 +24,7 @@ _POINTS = 16  # of the curve, beside the start
 _PATIENCE = 0.4  # of the budget, after which a run that has gained nothing more is stopped
 _FIRST_RATE = 0.05  # of the highest learning rate
 _FEWEST = 8  # steps before that: fewer do not show whether there is more to gain
+_RECENT = 3  # points of a curve that falls: the lowest of them is below the lowest of as many before
 _MOST_MEASURING = 0.1  # of the working time
 
 USED, NOTHING_GAINED, NOT_FINITE, INTERRUPTED = (
@@ -251,7 +252,12 @@ class Loop:
         if held_out < progress.best:
             progress.best, progress.best_step, progress.best_used = held_out, progress.step, used
             to_the_end(lambda: copy_into_(best, leaves))
-        elif used < 1 and used - progress.best_used > _PATIENCE and progress.step - progress.best_step >= _FEWEST:
+        elif (
+            used < 1
+            and used - progress.best_used > _PATIENCE
+            and progress.step - progress.best_step >= _FEWEST
+            and not _falls(progress.curve)
+        ):
             progress.stopped = NOTHING_GAINED
 
     def _save(
@@ -350,6 +356,13 @@ def batches_of(step: int, accumulate: int, count: int, seed: int) -> Iterator[in
         epoch, place = divmod(position, count)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         yield int(torch.randperm(count, generator=generator)[place])
+
+
+def _falls(curve: Sequence[CurvePoint]) -> bool:
+    """Whether the held-out loss still falls: high learning rates may first raise it far above that of the start."""
+    recent = [point.held_out for point in curve[-_RECENT:]]
+    before = [point.held_out for point in curve[-2 * _RECENT : -_RECENT]]
+    return bool(before) and min(recent) < min(before)
 
 
 @contextmanager
