@@ -136,6 +136,11 @@ class WholeModel:
         """How many training batches there are."""
         return len(self.train)
 
+    @property
+    def measured(self) -> int:
+        """How many held-out batches there are."""
+        return len(self.measure)
+
     def loss(self, index: int) -> Tensor:
         """Return the loss on a training batch."""
         number = self.train[index]

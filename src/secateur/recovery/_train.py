@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.recovery._budget import Budget, Clock, rate_at
+from secateur.recovery._budget import Budget, Clock, Steps, WorkingTime, rate_at
 from secateur.recovery._checkpoint import Checkpoint, copy_into_, optimizer_state, restore_optimizer_
 from secateur.recovery._processes import agreed, mean_gradients_, total, world
 from secateur.recovery._settings import Settings
@@ -25,6 +25,7 @@ _PATIENCE = 0.4  # of the budget, after which a run that has gained nothing more
 _FIRST_RATE = 0.05  # of the highest learning rate
 _FEWEST = 8  # steps before that: fewer do not show whether there is more to gain
 _RECENT = 3  # points of a curve that falls: the lowest of them is below the lowest of as many before
+_FEWEST_POINTS = 8  # of a budget in steps
 _MOST_MEASURING = 0.1  # of the working time
 
 USED, NOTHING_GAINED, NOT_FINITE, INTERRUPTED = (
@@ -45,6 +46,10 @@ class Problem(Protocol):
     @property
     def count(self) -> int:
         """How many training batches there are."""
+
+    @property
+    def measured(self) -> int:
+        """How many held-out batches there are."""
 
     def loss(self, index: int) -> Tensor:
         """Return the loss of the model on a training batch, inside ``trained.using()``."""
@@ -126,7 +131,7 @@ class Loop:
                 self._begin_(progress, problem, part)
             measuring = progress.curve[0].seconds - progress.begin
             limit = budget(progress.curve[0].seconds, measuring)
-            points = self._points(measuring, limit)
+            points = self._points(measuring, limit, problem.measured)
             was_stopped = bool(progress.stopped)
             while not progress.stopped:
                 used = agreed(limit.used(progress.step), self.device)
@@ -190,12 +195,16 @@ class Loop:
                 raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
         return optimizer, [float(group["lr"]) for group in optimizer.param_groups]
 
-    def _points(self, measuring: float, limit: Budget) -> int:
+    def _points(self, measuring: float, limit: Budget, measured: int) -> int:
         """How often the held-out loss is measured: often enough for a curve, but little beside the work."""
-        length = getattr(limit, "end", 0.0) - getattr(limit, "begin", 0.0)
-        if length <= 0 or measuring <= 0:
-            return _POINTS
-        return int(agreed(max(2, min(_POINTS, int(_MOST_MEASURING * length / measuring))), self.device))
+        if isinstance(limit, WorkingTime):
+            length = limit.end - limit.begin
+            most = _MOST_MEASURING * length / measuring if length > 0 and measuring > 0 else _POINTS
+            return int(agreed(max(2, min(_POINTS, most)), self.device))
+        # By numbers alone, so that it is the same in each run. A step takes about three forward passes.
+        assert isinstance(limit, Steps)
+        batches = limit.total * self.settings.accumulate * world()[1]
+        return int(max(_FEWEST_POINTS, min(_POINTS, 3 * _MOST_MEASURING * batches / measured)))
 
     def _step(
         self,
@@ -360,9 +369,9 @@ def batches_of(step: int, accumulate: int, count: int, seed: int) -> Iterator[in
 
 def _falls(curve: Sequence[CurvePoint]) -> bool:
     """Whether the held-out loss still falls: high learning rates may first raise it far above that of the start."""
-    recent = [point.held_out for point in curve[-_RECENT:]]
-    before = [point.held_out for point in curve[-2 * _RECENT : -_RECENT]]
-    return bool(before) and min(recent) < min(before)
+    count = min(_RECENT, (len(curve) - 1) // 2)
+    recent, before = curve[len(curve) - count :], curve[len(curve) - 2 * count : len(curve) - count]
+    return count > 0 and min(point.held_out for point in recent) < min(point.held_out for point in before)
 
 
 @contextmanager
