@@ -452,7 +452,7 @@ def test_accumulated_halves_are_the_whole(method):
         model, dense = pair()
         report = recover_(
             model, dense, batches, method=method, steps=3, accumulate=accumulate, optimizer=OPTIMIZERS["sgd"],
-            loss=lambda ours, theirs, batch: (ours - theirs.float()).square().mean(),
+            autocast=None, loss=lambda ours, theirs, batch: (ours - theirs.float()).square().mean(),
         )  # fmt: skip
         assert (report.samples, report.held_out_samples) == (16, 16)
         results.append((report, state(model)))
@@ -817,3 +817,29 @@ def test_few_steps_are_all_made_and_none_is_lost(method):
     report = recover_(model, dense, rows(), method=method, steps=2, learning_rate=1e-3)
     assert report.steps == 2
     assert report.best < report.start
+
+
+# 12. What is decided by the model and its device.
+
+
+def test_training_is_in_bfloat16_where_the_device_multiplies_it(monkeypatch):
+    seen = []
+    for native in (True, False):
+        monkeypatch.setattr("secateur.recovery._settings.multiplies_bfloat16", lambda device, native=native: native)
+        model, dense = pair()
+        report = recover_(
+            model, dense, rows(), steps=2, loss=lambda ours, theirs, batch: seen.append(ours.dtype) or ours.mean()
+        )
+        assert report.settings["autocast"] == ("bfloat16" if native else None)
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+        assert seen[0] == torch.float32  # what is measured
+        assert (torch.bfloat16 in seen) is native
+        seen.clear()
+
+
+def test_the_learning_rate_follows_from_the_zeros():
+    rates = {}
+    for sparsity in (0.0, 0.8):
+        model, dense = pair(pattern="unstructured", sparsity=sparsity)
+        rates[sparsity] = recover_(model, dense, rows(), steps=2).settings["learning_rate"]
+    assert rates[0.8] > rates[0.0]

@@ -56,7 +56,7 @@ def figures(report):
 def run(folder=None, make=Chain, dtype=torch.float32, progress=None, method="full", **keywords):
     model, dense = pair(make, dtype=dtype)
     batches = images() if make is Convolutions else rows(dtype=dtype)
-    keywords = {"steps": STEPS, "seed": 1} | keywords
+    keywords = {"steps": STEPS, "seed": 1, "autocast": None} | keywords
     if "optimizer" not in keywords:
         keywords = {"learning_rate": 0.003} | keywords
     report = recover_(model, dense, batches, method=method, checkpoint=folder, progress=progress, **keywords)

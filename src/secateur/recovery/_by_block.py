@@ -159,7 +159,7 @@ def train_blocks_(
             def target(number: int, place: int = place) -> Tensor:
                 return targets[number * len(names) + place]["state"]
 
-            problem = _Block(trained, module, wide, seen, target, train, measure, settings.autocast)
+            problem = _Block(trained, module, wide, seen, target, train, measure, settings.precision)
             finished = passed - 1
             loop = Loop(
                 settings,

@@ -42,7 +42,7 @@ def recover_(
     top_k: int = 512,
     rank: int = 16,
     held_out: float = 0.1,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = "auto",
     gradient_checkpointing: bool = False,
     max_memory: int | str = "1GB",
     keep_teacher_outputs: bool = True,
@@ -89,7 +89,8 @@ def recover_(
         top_k: outcomes of the teacher that ``"logits"`` keeps for each token.
         rank: of the changes of ``"lora"``.
         held_out: part of the batches that is not trained on, spread evenly; at most 64 batches.
-        autocast: ``torch.bfloat16`` or ``torch.float16``, to compute forward and backward passes of the model in.
+        autocast: ``torch.bfloat16`` or ``torch.float16``, to compute training steps in; None for float32. ``"auto"``
+            takes bfloat16 where the device multiplies it natively. Weights, and what is measured, stay in float32.
         gradient_checkpointing: keep only the inputs of blocks for the backward pass, and compute the rest again.
         max_memory: bytes or a text such as ``"1GB"`` for the teacher's outputs, in half precision; the rest goes to
             disk.
@@ -152,6 +153,7 @@ def recover_(
         seed=seed,
     )
     student, dense = _plain(model, "model"), _plain(teacher, "teacher")
+    settings = settings.on(student)
     _check_pair(student, dense)
     read = Batches.of(student, batches, settings, forward)
     past = tuple(history) if isinstance(history, Iterable) else (history,)
@@ -161,15 +163,7 @@ def recover_(
     pair = correspondence(student, dense, past)
     run = forward or call_model
     recovery = Recovery(
-        # With "blocks" the whole model is only measured, in its own precision.
-        student=Runner(
-            student,
-            pair.blocks,
-            run,
-            padding,
-            None if settings.method == "blocks" else settings.autocast,
-            repeated_blocks(student),
-        ),
+        student=Runner(student, pair.blocks, run, padding, settings.precision, repeated_blocks(student)),
         teacher=Runner(dense, pair.teachers, run, padding),
         batches=read,
         pair=pair,

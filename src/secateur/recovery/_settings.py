@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur._checks import flag, integer, number, one_of
 from secateur._errors import RecipeError
 from secateur._types import dtype_name
+from secateur.layers import select_layers
 
 Loss: TypeAlias = Callable[[Any, Any, Any], Tensor]  # loss(student_output, teacher_output, batch)
 MakeOptimizer: TypeAlias = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -21,9 +22,16 @@ METHODS = ("full", "norms", "lora", "blocks", "batchnorm")
 LOSSES = ("auto", "logits", "embeddings", "outputs")
 MINUTES = 10.0  # where neither minutes nor steps are given
 
-# Learning rates that need no search: the highest from which held-out losses of the encoder and the language model of
-# our benchmarks still fell steadily. See docs/log.md.
-_RATES = {"full": 3e-4, "norms": 2e-3, "lora": 1e-3, "blocks": 3e-4, "batchnorm": 0.0}
+# Learning rates that need no search, of sparse models and of others: measured on the encoder and the language model of
+# our benchmarks, see docs/log.md. What lost most of its weights has further to go.
+_RATES = {
+    "full": (1e-3, 5e-4),
+    "norms": (2e-3, 2e-3),
+    "lora": (1e-3, 1e-3),
+    "blocks": (3e-4, 3e-4),
+    "batchnorm": (0.0, 0.0),
+}
+_SPARSE = 0.3  # of the weights that pruning considers
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB)?\s*", re.IGNORECASE)
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -45,7 +53,7 @@ class Settings:
     top_k: int = 512
     rank: int = 16
     held_out: float = 0.1
-    autocast: torch.dtype | None = None
+    autocast: torch.dtype | str | None = "auto"
     gradient_checkpointing: bool = False
     max_memory: int | str = "1GB"
     keep_teacher_outputs: bool = True
@@ -81,8 +89,8 @@ class Settings:
         integer("seed", self.seed, 0)
         flag("gradient_checkpointing", self.gradient_checkpointing)
         flag("keep_teacher_outputs", self.keep_teacher_outputs)
-        if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise RecipeError(f"autocast must be torch.bfloat16, torch.float16 or None, got {self.autocast}.")
+        if self.autocast not in (None, "auto", torch.bfloat16, torch.float16):
+            raise RecipeError(f"autocast must be torch.bfloat16, torch.float16, 'auto' or None, got {self.autocast!r}.")
         object.__setattr__(self, "max_memory", size_in_bytes("max_memory", self.max_memory))
 
     def _check_optimizer(self) -> None:
@@ -99,8 +107,25 @@ class Settings:
 
     @property
     def rate(self) -> float:
-        """The highest learning rate of AdamW."""
-        return _RATES[self.method] if self.learning_rate is None else self.learning_rate
+        """The highest learning rate of AdamW, after :meth:`on` has decided it."""
+        return _RATES[self.method][1] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The half precision to train in, or None."""
+        return self.autocast if isinstance(self.autocast, torch.dtype) else None
+
+    def on(self, model: nn.Module) -> Settings:
+        """Return the settings with all that is automatic decided for a model."""
+        decided = self
+        if self.autocast == "auto":
+            first = next((p for p in model.parameters() if p.is_floating_point()), None)
+            native = first is not None and first.dtype != torch.float64 and multiplies_bfloat16(first.device)
+            decided = replace(decided, autocast=torch.bfloat16 if native else None)
+        if self.learning_rate is None and self.optimizer is None:
+            is_sparse = _zeros(model) > _SPARSE
+            decided = replace(decided, learning_rate=_RATES[self.method][0 if is_sparse else 1] or None)
+        return decided
 
     @property
     def budget(self) -> dict[str, float]:
@@ -121,10 +146,29 @@ class Settings:
             "top_k": self.top_k,
             **({"rank": self.rank} if self.method == "lora" else {}),
             "held_out": self.held_out,
-            "autocast": None if self.autocast is None else dtype_name(self.autocast),
+            "autocast": dtype_name(self.autocast) if isinstance(self.autocast, torch.dtype) else self.autocast,
             "gradient_checkpointing": self.gradient_checkpointing,
             "seed": self.seed,
         }
+
+
+def _zeros(model: nn.Module) -> float:
+    """The part of the weights that pruning considers that is zero."""
+    weights = zeros = 0
+    for layer in select_layers(model)[0]:
+        matrix = layer.matrix()
+        weights, zeros = weights + matrix.numel(), zeros + matrix.numel() - int(matrix.count_nonzero())
+    return zeros / max(1, weights)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products in bfloat16, so that they are faster than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return False
 
 
 def _name(function: object) -> str:

@@ -120,7 +120,7 @@ class Loop:
         """
         leaves = problem.trained.leaves()
         optimizer, rates = self._optimizer(leaves)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.autocast == torch.float16)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == torch.float16)
         best = [leaf.detach().clone() for leaf in leaves]
         checkpoint.identify({"optimizer settings": _described_optimizer(optimizer, rates)})
         progress = Progress()
@@ -376,8 +376,11 @@ def _falls(curve: Sequence[CurvePoint]) -> bool:
 
 @contextmanager
 def computing(autocast: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Compute a forward pass in half precision where that is asked."""
-    if autocast is None:
+    """Compute a forward pass in half precision where that is asked, and gradients are.
+
+    What is only measured is computed in the model's own precision, in which it will be used.
+    """
+    if autocast is None or not torch.is_grad_enabled():
         yield
         return
     with torch.autocast(device.type, dtype=autocast):
