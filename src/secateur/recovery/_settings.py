@@ -26,8 +26,8 @@ MINUTES = 10.0  # where neither minutes nor steps are given
 # our benchmarks, see docs/log.md. What lost most of its weights has further to go.
 _RATES = {
     "full": (1e-3, 5e-4),
-    "norms": (2e-3, 2e-3),
-    "lora": (1e-3, 1e-3),
+    "norms": (1e-2, 5e-3),
+    "lora": (3e-3, 2e-3),
     "blocks": (3e-4, 3e-4),
     "batchnorm": (0.0, 0.0),
 }
