@@ -11,7 +11,7 @@ test: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # What to run while working: one file of laws for most rooms, without slow tests. `make test` runs everything.
 FAST = allocation batches dispatch docs formats gather group guards importance inspect io layers methods native_source packed \

@@ -358,7 +358,9 @@ def test_nan_at_padding_costs_time_but_changes_nothing():
                 halve_(layer)
 
 
-@pytest.mark.parametrize("needs", [set(), {"input_norm"}, {"gram"}, {"gram", "input_norm"}], ids=str)
+@pytest.mark.parametrize(
+    "needs", [set(), {"input_norm"}, {"gram"}, {"gram", "input_norm"}], ids=lambda needs: " ".join(sorted(needs))
+)
 def test_exactly_what_is_needed_is_gathered(needs):
     model = nn.Sequential(nn.Linear(4, 4))
     layers, _ = select_layers(model)
