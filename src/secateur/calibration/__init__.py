@@ -24,6 +24,7 @@ from secateur.calibration._statistics import LayerStatistics as LayerStatistics
 from secateur.calibration._statistics import Need as Need
 from secateur.calibration._text import Windows as Windows
 from secateur.calibration._text import batched as batched
+from secateur.calibration._text import json_lines as json_lines
 from secateur.calibration._text import longest_window as longest_window
 from secateur.calibration._text import read_file as read_file
 from secateur.calibration._text import read_text as read_text

@@ -51,14 +51,27 @@ def read_file(path: Path) -> str:
         raise StatisticsError(f"{path} is not UTF-8 text. Give plain text, or JSON lines with a text field.") from None
 
 
-def _text_fields(path: Path, content: str) -> Iterator[str]:
+def json_lines(path: Path, content: str) -> Iterator[tuple[int, Any]]:
+    """Yield the number of each line of a file, and the value that is in it.
+
+    Args:
+        path: of the file, for errors.
+        content: of the file.
+
+    Raises:
+        StatisticsError: a line is not JSON.
+    """
     for number, line in enumerate(content.split("\n"), 1):  # splitlines also cuts at characters that JSON may hold
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise StatisticsError(f"{path}, line {number}: not JSON: {error}.") from None
+
+
+def _text_fields(path: Path, content: str) -> Iterator[str]:
+    for number, entry in json_lines(path, content):
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise StatisticsError(f'{path}, line {number}: expected an object with a "text" field, {{"text": "..."}}.')
         if not entry["text"].isascii() and any("\ud800" <= character <= "\udfff" for character in entry["text"]):

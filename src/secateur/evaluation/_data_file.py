@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from secateur._errors import StatisticsError
-from secateur.calibration import read_file, read_text
+from secateur.calibration import json_lines, read_file, read_text
 
 Kind: TypeAlias = Literal["text", "pairs", "labels"]
 
@@ -144,13 +143,7 @@ def _listed(fields: Mapping[str, Any]) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(read_file(path).split("\n"), 1):  # JSON may hold what splitlines cuts at
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise StatisticsError(f"{path}, line {number}: not JSON: {error}.") from None
+    for number, entry in json_lines(path, read_file(path)):
         if not isinstance(entry, dict):
             raise StatisticsError(
                 f"{path}, line {number}: expected an object with the fields {_EXPECTED}, got a {type(entry).__name__}."
