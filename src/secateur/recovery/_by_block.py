@@ -64,16 +64,6 @@ class _Block:
     measure: Sequence[int]
     autocast: torch.dtype | None
 
-    @property
-    def count(self) -> int:
-        """How many training batches there are."""
-        return len(self.train)
-
-    @property
-    def measured(self) -> int:
-        """How many held-out batches there are."""
-        return len(self.measure)
-
     def loss(self, index: int) -> Tensor:
         """Return the normalised error of the block on a training batch."""
         return self._error(self.train[index])

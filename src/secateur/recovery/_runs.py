@@ -131,16 +131,6 @@ class WholeModel:
     outputs: TeacherOutputs
     again: bool = False
 
-    @property
-    def count(self) -> int:
-        """How many training batches there are."""
-        return len(self.train)
-
-    @property
-    def measured(self) -> int:
-        """How many held-out batches there are."""
-        return len(self.measure)
-
     def loss(self, index: int) -> Tensor:
         """Return the loss on a training batch."""
         number = self.train[index]

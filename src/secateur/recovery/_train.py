@@ -44,12 +44,12 @@ class Problem(Protocol):
         """What moves."""
 
     @property
-    def count(self) -> int:
-        """How many training batches there are."""
+    def train(self) -> Sequence[int]:
+        """Numbers of the training batches."""
 
     @property
-    def measured(self) -> int:
-        """How many held-out batches there are."""
+    def measure(self) -> Sequence[int]:
+        """Numbers of the held-out batches."""
 
     def loss(self, index: int) -> Tensor:
         """Return the loss of the model on a training batch, inside ``trained.using()``."""
@@ -131,7 +131,7 @@ class Loop:
                 self._begin_(progress, problem, part)
             measuring = progress.curve[0].seconds - progress.begin
             limit = budget(progress.curve[0].seconds, measuring)
-            points = self._points(measuring, limit, problem.measured)
+            points = self._points(measuring, limit, len(problem.measure))
             was_stopped = bool(progress.stopped)
             while not progress.stopped:
                 used = agreed(limit.used(progress.step), self.device)
@@ -218,7 +218,7 @@ class Loop:
         settings = self.settings
         optimizer.zero_grad(set_to_none=True)
         mean = 0.0
-        for index in batches_of(step, settings.accumulate, problem.count, settings.seed):
+        for index in batches_of(step, settings.accumulate, len(problem.train), settings.seed):
             with torch.enable_grad(), problem.trained.using():
                 loss = problem.loss(index) / settings.accumulate
                 scaler.scale(loss).backward()
