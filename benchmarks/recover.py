@@ -10,8 +10,8 @@ the dense model. Gap closed = (after - start) / (dense - start) of a figure on t
 
 Parts: ``methods`` (a: all methods, 5 minutes), ``targets`` (b: one method on all targets, 10 minutes), ``budgets``
 (c: 2, 5 and 10 minutes, three seeds), ``rounds`` (d: pruned in 1, 4 and 16 rounds, 5 minutes of recovery in total, and
-without). Each cell is one line of JSON in the file of results. A cell whose line is there is not run again, so that the
-benchmark can be stopped at any time and goes on.
+without). A cell can belong to several parts and runs once. Each is one line of JSON in the file of results. A cell whose
+line is there is not run again, so that the benchmark can be stopped at any time and goes on.
 
     python benchmarks/recover.py [--parts methods,targets,budgets,rounds] [--cells GLOB] [--minutes SCALE]
         [--method full] [--threads N] [--results FILE] [--text-dir DIR] [--list]
@@ -61,7 +61,6 @@ class Cell:
     """One run.
 
     Args:
-        part: of the benchmark.
         subject: which model.
         target: what it becomes.
         method: of recovery.
@@ -70,7 +69,6 @@ class Cell:
         rounds: in how many rounds it is pruned.
     """
 
-    part: str
     subject: str
     target: str
     method: str
@@ -80,37 +78,39 @@ class Cell:
 
     @property
     def name(self) -> str:
-        rounds = f"/{self.rounds}rounds" if self.part == "rounds" else ""
-        return f"{self.part}/{self.subject}/{self.target}{rounds}/{self.method}/{self.minutes:g}min/seed{self.seed}"
+        return (
+            f"{self.subject}/{self.target}/{self.rounds}rounds/{self.method}/{self.minutes:g}min/seed{self.seed}"
+        ).replace("/1rounds", "")
 
 
-def cells(scale: float, method: str) -> list[Cell]:
-    """All cells, in order.
+def cells(scale: float, method: str) -> dict[str, list[Cell]]:
+    """All cells of each part, in order.
 
     Args:
         scale: factor of all minutes.
         method: of the parts that use one only.
     """
-    found = [
-        Cell("methods", subject, target, by, 5 * scale)
-        for subject in SUBJECTS
-        for target in ("unstructured-80", "2:4", "half-layers")
-        for by in METHODS
-    ]
-    found += [Cell("targets", subject, target, method, 10 * scale) for subject in SUBJECTS for target in TARGETS]
-    found += [
-        Cell("budgets", "encoder", target, method, minutes * scale, seed)
-        for target in ("unstructured-80", "half-layers")
-        for minutes in (2, 5, 10)
-        for seed in range(3)
-    ]
-    found += [
-        Cell("rounds", "encoder", f"unstructured-{percent}", method, minutes, 0, rounds)
-        for percent in (70, 80, 90)
-        for minutes in (0, 5 * scale)
-        for rounds in ROUNDS
-    ]
-    return found
+    return {
+        "methods": [
+            Cell(subject, target, by, 5 * scale)
+            for subject in SUBJECTS
+            for target in ("unstructured-80", "2:4", "half-layers")
+            for by in METHODS
+        ],
+        "targets": [Cell(subject, target, method, 10 * scale) for subject in SUBJECTS for target in TARGETS],
+        "budgets": [
+            Cell("encoder", target, method, minutes * scale, seed)
+            for target in ("unstructured-80", "half-layers")
+            for minutes in (2, 5, 10)
+            for seed in range(3)
+        ],
+        "rounds": [
+            Cell("encoder", f"unstructured-{percent}", method, minutes, 0, rounds)
+            for percent in (70, 80, 90)
+            for minutes in (0, 5 * scale)
+            for rounds in ROUNDS
+        ],
+    }
 
 
 def _pruned(**how: Any) -> Callable[..., Any]:
@@ -409,12 +409,12 @@ def main() -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    parts = options.parts.split(",")
-    wanted = [
-        cell
-        for cell in cells(options.minutes, options.method)
-        if cell.part in parts and fnmatch.fnmatch(cell.name, options.cells)
-    ]
+    every = cells(options.minutes, options.method)
+    parts = {
+        part: [cell for cell in every[part] if fnmatch.fnmatch(cell.name, options.cells)]
+        for part in options.parts.split(",")
+    }
+    wanted = dict.fromkeys(cell for found in parts.values() for cell in found)
     print(f"{describe()}, secateur {secateur.__version__}", flush=True)
     done = {line["name"]: line for line in read_results(options.results)}
     for cell in wanted:
@@ -432,8 +432,8 @@ def main() -> None:
         with options.results.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(line)}")  # a line that a killed run left half ends here
         print(f"{cell.name}: {line['start']:.2f} -> {line['after']:.2f} ({line['dense']:.2f} dense)", flush=True)
-    for part in parts:
-        if lines := [done[cell.name] for cell in wanted if cell.part == part and cell.name in done]:
+    for part, found in parts.items():
+        if lines := [done[cell.name] for cell in found if cell.name in done]:
             print(f"\n### {part}\n", *table(part, lines), sep="\n", flush=True)
 
 
