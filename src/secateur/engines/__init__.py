@@ -1,0 +1,7 @@
+"""How do other engines run a model that was exported for them?"""
+
+from secateur.engines._engine import ENGINES as ENGINES
+from secateur.engines._engine import Engine as Engine
+from secateur.engines._engine import Session as Session
+from secateur.engines._engine import engine_for as engine_for
+from secateur.engines._model import EngineModel as EngineModel
