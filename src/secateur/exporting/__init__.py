@@ -1,1 +1,5 @@
 """How does a model get into another engine?"""
+
+from secateur.exporting._export import export as export
+from secateur.exporting._opened import is_exported as is_exported
+from secateur.exporting._opened import open_exported as open_exported

@@ -1,0 +1,94 @@
+"""Write a function as an ONNX file, with PyTorch's exporter. What it prints and warns of stays inside."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from secateur._errors import FormatError
+from secateur.calibration import quiet
+from secateur.exporting._function import ExportedFunction
+
+DATA = "model.onnx_data"  # beside the file, of weights that do not fit into one: the name that other libraries look for
+_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def check_exporter() -> None:
+    """Raise unless the packages that write and read ONNX files are here.
+
+    Raises:
+        ImportError: one is missing; the message names the extra to install.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'exporting needs {" and ".join(missing)}; install what it needs with: pip install "secateur[onnx]"'
+        )
+
+
+def write_onnx(function: ExportedFunction, path: Path) -> None:
+    """Write a function as an ONNX file; weights of more than 1.5 GB lie beside it.
+
+    Raises:
+        FormatError: PyTorch's exporter cannot follow the model, with its reason.
+    """
+    inputs = function.inputs
+    sizes = tuple({place: size for place, size in inputs.sizes.get(name, {}).items()} for name in inputs.names)
+    with _silence(), quiet(function):
+        try:
+            program = torch.onnx.export(
+                function,
+                tuple(inputs.tensors.values()),
+                dynamo=True,
+                verbose=False,
+                input_names=list(inputs.names),
+                output_names=list(function.outputs),
+                dynamic_shapes=(sizes,),
+            )
+            assert program is not None
+            program.save(path)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # the exporter's own classes, and whatever a model raises while it is traced
+            raise FormatError(
+                f"{type(function.model).__name__} cannot be exported: PyTorch's exporter says: {_reason(error)}\nA model "
+                "that decides by the values of its inputs, or that takes inputs of one size only, cannot be followed. "
+                "Give dynamic={} if one size is enough."
+            ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of an error, in a line: the exporter wraps it in advice on whom to tell."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in _STYLE.sub("", str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason'}"[:400]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what the exporter prints, logs and warns of: it is about its own code, or about what is checked later."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
