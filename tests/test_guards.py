@@ -382,7 +382,7 @@ def test_public_callables_have_examples():
         "Choice",
         "Evaluation",
         "EvaluationReport",
-    "ExportReport",
+        "ExportReport",
         "Figure",
         "Histogram",
         "LayerReport",

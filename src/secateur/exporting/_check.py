@@ -73,9 +73,9 @@ def _sizes(inputs: Inputs) -> Iterator[dict[str, int]]:
         for place, name in inputs.sizes.get(key, {}).items()
     }
     if inputs.reads_tokens:
-        for (rows, length), past in zip(_TEXTS, _PASTS, strict=True):
-            length = min(length, inputs.longest or length)
-            past = min(past, (inputs.longest or length + past) - length)
+        for (rows, tokens), before in zip(_TEXTS, _PASTS, strict=True):
+            length = min(tokens, inputs.longest or tokens)
+            past = min(before, (inputs.longest or length + before) - length)
             yield {BATCH: rows, SEQUENCE: length, **({PAST: past, TOTAL: past + length} if PAST in names else {})}
         return
     yield usual
@@ -99,5 +99,7 @@ def _difference(found: Tensor, right: Tensor) -> tuple[float, float]:
     if not (a.isfinite().all() and b.isfinite().all()):
         return float("inf"), 0.0
     scale = float(b.abs().max()) or 1.0
-    cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0)) if a.any() and b.any() else float(torch.equal(a, b))
+    cosine = (
+        float(torch.nn.functional.cosine_similarity(a, b, dim=0)) if a.any() and b.any() else float(torch.equal(a, b))
+    )
     return float((a - b).abs().max()) / scale, cosine

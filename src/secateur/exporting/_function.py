@@ -90,15 +90,18 @@ class ExportedFunction(nn.Module):
     def _take_cache(self) -> None:
         """Add the keys and values of earlier tokens to the inputs, if the model keeps them as plain tensors."""
         given = self.inputs.tensors
-        if set(given) - {"input_ids", "attention_mask", "position_ids"} or SEQUENCE not in self.inputs.sizes.get(
-            "input_ids", {}
-        ).values():
+        if (
+            set(given) - {"input_ids", "attention_mask", "position_ids"}
+            or SEQUENCE not in self.inputs.sizes.get("input_ids", {}).values()
+        ):
             self.notes += ("exported without a cache, because it has other inputs than tokens",)
             return
         ids = given["input_ids"]
         with quiet(self.model):
             cache = self.model(input_ids=ids, use_cache=True).past_key_values
-        parts = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
+        parts = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())
+        ]
         plain = [isinstance(t, Tensor) and t.ndim == 4 and t.shape[0] == len(ids) for pair in parts for t in pair]
         if not parts or not all(plain):
             self.notes += (f"exported without a cache: a {type(cache).__name__} is not keys and values alone",)
@@ -139,9 +142,9 @@ class ExportedFunction(nn.Module):
 
 def _uses_cache(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
-    return getattr(config, "use_cache", False) is True and "past_key_values" in inspect.signature(
-        model.forward
-    ).parameters
+    return (
+        getattr(config, "use_cache", False) is True and "past_key_values" in inspect.signature(model.forward).parameters
+    )
 
 
 def _tensors_of(output: Any) -> Iterator[tuple[str, Tensor]]:

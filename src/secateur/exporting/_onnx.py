@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,6 +56,7 @@ def write_onnx(function: ExportedFunction, path: Path) -> None:
                 dynamic_shapes=(sizes,),
             )
             assert program is not None
+            _forget_origin(program.model)
             program.save(path)
         except (OSError, MemoryError):
             raise
@@ -64,6 +66,19 @@ def write_onnx(function: ExportedFunction, path: Path) -> None:
                 "that decides by the values of its inputs, or that takes inputs of one size only, cannot be followed. "
                 "Give dynamic={} if one size is enough."
             ) from None
+
+
+def _forget_origin(model: Any) -> None:
+    """Take out where in the source code each node comes from: long texts, with paths of this machine."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def _reason(error: BaseException) -> str:

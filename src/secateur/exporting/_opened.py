@@ -18,7 +18,6 @@ from secateur.files import EXPORTED, is_there, read_config, read_json
 from secateur.reports import ExportedInput, ExportReport
 
 
-
 def is_exported(path: str | Path) -> bool:
     """Return whether a directory has a model that was exported for another engine.
 

@@ -146,7 +146,9 @@ class ExportReport:
         else:
             lines.append(f"equal to PyTorch {checked_at}: largest error {self.error:.1e} of the outputs' scale")
         if self.fused:
-            lines.append("rewritten in the graph: " + ", ".join(f"{count} {name}" for name, count in self.fused.items()))
+            lines.append(
+                "rewritten in the graph: " + ", ".join(f"{count} {name}" for name, count in self.fused.items())
+            )
         return [*lines, *self.notes]
 
     def __str__(self) -> str:
