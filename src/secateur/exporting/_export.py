@@ -45,8 +45,8 @@ def export(
     """Write a model as a directory that ONNX Runtime or OpenVINO runs, and check it against the model.
 
     The graph is made with ``torch.onnx.export``. Its outputs are compared with those of the model in float32 on inputs
-    of several sizes, with padding. Packed layers are written dense, and a shrunk model keeps its sizes. The model is not
-    changed.
+    of several sizes, with padding. Packed layers are written dense, and a shrunk model keeps its sizes. The model
+    itself is not changed.
 
     A causal language model that uses a cache gets its keys and values as inputs ``past_key_values.N.key`` and
     ``past_key_values.N.value``, and returns ``present.N.key`` and ``present.N.value``. Set ``model.config.use_cache``
@@ -93,8 +93,8 @@ def export(
     model = check_model(getattr(model, "_orig_mod", model))  # of a compiled one
     if is_sentence_transformer(model):
         raise RecipeError(
-            "a SentenceTransformer reads dicts, and an exported model takes tensors.\nSave it, and export its directory: "
-            "secateur export MODEL_DIR --to onnx --output OUT."
+            "a SentenceTransformer reads dicts, and an exported model takes tensors.\nSave it, and export its "
+            "directory: secateur export MODEL_DIR --to onnx --output OUT."
         )
     if pooling is not None:
         instance("pooling", pooling, Pooling)

@@ -146,9 +146,9 @@ def inputs_of(
 
 def _positions(model: nn.Module) -> Iterator[str]:
     """Names of the arguments of a model by position, without end."""
-    P = inspect.Parameter
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind in (P.POSITIONAL_ONLY, P.POSITIONAL_OR_KEYWORD):
+        if parameter.kind in by_position:
             yield parameter.name
     number = 0
     while True:

@@ -36,6 +36,29 @@ def check_exporter() -> None:
         )
 
 
+def place(graph: Path, file: Path) -> None:
+    """Move a graph to where other libraries look for it, with its weights if they lie beside it.
+
+    Args:
+        graph: an ``.onnx`` file, with nothing but its weights in its folder.
+        file: where it goes; the folder is made.
+    """
+    file.parent.mkdir(parents=True)
+    beside = [entry for entry in graph.parent.iterdir() if entry != graph]
+    if beside:
+        import onnx
+
+        model = onnx.load(graph, load_external_data=False)
+        for tensor in onnx.external_data_helper._get_all_tensors(model):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = DATA
+        onnx.save(model, graph)
+        (weights,) = beside
+        weights.rename(file.with_name(DATA))
+    graph.rename(file)
+
+
 def write_onnx(function: ExportedFunction, path: Path) -> None:
     """Write a function as an ONNX file; weights of more than 1.5 GB lie beside it.
 
@@ -43,7 +66,7 @@ def write_onnx(function: ExportedFunction, path: Path) -> None:
         FormatError: PyTorch's exporter cannot follow the model, with its reason.
     """
     inputs = function.inputs
-    sizes = tuple({place: size for place, size in inputs.sizes.get(name, {}).items()} for name in inputs.names)
+    sizes = tuple(dict(inputs.sizes.get(name, {})) for name in inputs.names)
     with _silence(), quiet(function):
         try:
             program = torch.onnx.export(
@@ -62,9 +85,9 @@ def write_onnx(function: ExportedFunction, path: Path) -> None:
             raise
         except Exception as error:  # the exporter's own classes, and whatever a model raises while it is traced
             raise FormatError(
-                f"{type(function.model).__name__} cannot be exported: PyTorch's exporter says: {_reason(error)}\nA model "
-                "that decides by the values of its inputs, or that takes inputs of one size only, cannot be followed. "
-                "Give dynamic={} if one size is enough."
+                f"{type(function.model).__name__} cannot be exported: PyTorch's exporter says: {_reason(error)}\nA "
+                "model that decides by the values of its inputs, or that takes inputs of one size only, cannot be "
+                "followed.\nGive dynamic={} if one size is enough."
             ) from None
 
 

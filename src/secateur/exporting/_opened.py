@@ -54,6 +54,20 @@ def read_report(path: str | Path) -> ExportReport:
     return report
 
 
+def exported_bytes(path: str | Path) -> int:
+    """Return the size of the files of the model in a directory that was exported.
+
+    Raises:
+        FormatError: see :func:`read_report`.
+    """
+    return files_bytes(Path(path) / read_report(path).file)
+
+
+def files_bytes(file: Path) -> int:
+    """Return the size of a file of an engine, and of those with its weights beside it."""
+    return sum(entry.stat().st_size for entry in file.parent.iterdir() if entry.is_file())
+
+
 def open_exported(path: str | Path, *, precision: str | None = None, threads: int | None = None) -> EngineModel:
     """Open a directory that :func:`secateur.export` or ``secateur export`` wrote, to be called like a PyTorch model.
 

@@ -45,8 +45,8 @@ class ExportSettings:
         flag("int8", self.int8)
         if flag("bfloat16", self.bfloat16) and self.to != "openvino":
             raise RecipeError(
-                f"ONNX Runtime computes nothing in bfloat16 on CPUs, so that bfloat16 does not go with to={self.to!r}.\n"
-                "Give to='openvino' (--to openvino), or int8."
+                f"ONNX Runtime computes nothing in bfloat16 on CPUs, so that bfloat16 does not go with to={self.to!r}."
+                "\nGive to='openvino' (--to openvino), or int8."
             )
         number("tolerance", self.tolerance, above=0.0, finite=True)
         for rows, length in self.shapes or ():

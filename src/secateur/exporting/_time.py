@@ -62,12 +62,11 @@ def _wanted(inputs: Inputs, shapes: Sequence[tuple[int, int]] | None) -> Iterato
         rows = dict.fromkeys(rows for rows, _ in asked) if BATCH in names else [1] if asked else []
         yield from ({BATCH: number} for number in rows)
         return
-    for rows, length in asked:
-        if inputs.longest is not None and length > inputs.longest:
-            if shapes is not None:
-                raise RecipeError(
-                    f"the shape {rows}x{length} is longer than the {inputs.longest} tokens that the model takes. Give "
-                    "a shorter one."
-                )
-            length = inputs.longest
+    for rows, tokens in asked:
+        if shapes is not None and inputs.longest is not None and tokens > inputs.longest:
+            raise RecipeError(
+                f"the shape {rows}x{tokens} is longer than the {inputs.longest} tokens that the model takes. Give a "
+                "shorter one."
+            )
+        length = min(tokens, inputs.longest or tokens)
         yield {BATCH: rows, SEQUENCE: length, **({PAST: 0, TOTAL: length} if PAST in names else {})}

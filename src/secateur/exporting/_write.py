@@ -1,4 +1,4 @@
-"""From a function to a directory for another engine: the graph, rewritten, rounded, converted, and checked each time."""
+"""From a function to a directory for another engine: the graph, rewritten, rounded, converted, and checked."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from secateur._types import Progress
 from secateur.engines import ENGINES
 from secateur.exporting._check import compare
 from secateur.exporting._function import ExportedFunction
-from secateur.exporting._onnx import write_onnx
-from secateur.exporting._opened import open_file
+from secateur.exporting._onnx import place, write_onnx
+from secateur.exporting._opened import files_bytes, open_file
 from secateur.exporting._quantize import quantize
 from secateur.exporting._settings import ExportSettings
 from secateur.exporting._time import measure
@@ -77,7 +77,8 @@ def write_exported(
         rounded = _folder(work, "int8") / "model.onnx"
         quantized = quantize(graph, rounded)
         graph, report = rounded, replace(report, int8=True, left=dict(quantized.left))
-    file = _placed(graph, made / report.file)
+    file = made / report.file
+    place(graph, file)
     report = replace(report, precision=settings.precision)
     progress("checking what was written", 3, steps)
     engine = open_file(file, report, precision=None, threads=None)
@@ -87,7 +88,7 @@ def write_exported(
     timings, notes = measure(function, engine, settings.shapes, progress)
     report = replace(
         report,
-        nbytes=sum(entry.stat().st_size for entry in file.parent.iterdir()),
+        nbytes=files_bytes(file),
         checks=tuple(checks),
         timings=tuple(timings),
         notes=(*report.notes, *notes),
@@ -110,14 +111,6 @@ def _folder(work: Path, name: str) -> Path:
     folder = work / name
     folder.mkdir()
     return folder
-
-
-def _placed(graph: Path, file: Path) -> Path:
-    """Move a graph, and the file of weights beside it if there is one, to where other libraries look for them."""
-    file.parent.mkdir(parents=True)
-    for entry in sorted(graph.parent.iterdir()):
-        entry.rename(file.parent / entry.name)
-    return file
 
 
 def _machine() -> dict[str, str]:
