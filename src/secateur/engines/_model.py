@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur._checks import instance
 from secateur._errors import StatisticsError
 from secateur.engines._engine import Session
 
@@ -73,8 +74,10 @@ class EngineModel(nn.Module):
                 + (f" from {len(args)} positions" if args else "")
                 + ". Give each of its inputs once."
             )
-        made = {name: self._defaults[name](given) for name in missing}
-        feeds = {name: _array(name, {**given, **made}[name]) for name in self.inputs}
+        for name, value in given.items():
+            instance(name, value, Tensor, "a tensor")
+        whole = {**given, **{name: self._defaults[name](given) for name in missing}}
+        feeds = {name: _array(whole[name]) for name in self.inputs}
         try:
             found = self._session(feeds)
         except Exception as error:  # classes of its own for each kind of failure
@@ -97,9 +100,7 @@ class _Forward:
         return self._call(*args, **inputs)
 
 
-def _array(name: str, value: object) -> Any:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+def _array(value: Tensor) -> Any:
     if value.dtype == torch.bfloat16:
         value = value.float()  # numpy has no such numbers
     return value.detach().cpu().numpy()

@@ -19,6 +19,7 @@ from secateur.calibration import quiet
 from secateur.exporting._function import ExportedFunction
 
 DATA = "model.onnx_data"  # beside the file, of weights that do not fit into one: the name that other libraries look for
+LARGEST = 1_500_000_000  # bytes of weights in one file, which cannot have more than 2 GiB
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -49,7 +50,7 @@ def place(graph: Path, file: Path) -> None:
         import onnx
 
         model = onnx.load(graph, load_external_data=False)
-        for tensor in onnx.external_data_helper._get_all_tensors(model):
+        for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = DATA
@@ -60,7 +61,7 @@ def place(graph: Path, file: Path) -> None:
 
 
 def write_onnx(function: ExportedFunction, path: Path) -> None:
-    """Write a function as an ONNX file; weights of more than 1.5 GB lie beside it.
+    """Write a function as an ONNX file; weights of more than ``LARGEST`` bytes lie beside it.
 
     Raises:
         FormatError: PyTorch's exporter cannot follow the model, with its reason.
@@ -80,7 +81,7 @@ def write_onnx(function: ExportedFunction, path: Path) -> None:
             )
             assert program is not None
             _forget_origin(program.model)
-            program.save(path)
+            program.save(path, external_data=sum(tensor.nbytes for tensor in function.state_dict().values()) > LARGEST)
         except (OSError, MemoryError):
             raise
         except Exception as error:  # the exporter's own classes, and whatever a model raises while it is traced

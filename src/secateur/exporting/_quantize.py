@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_LARGEST = 1_500_000_000  # bytes of a file without external data
+from secateur.exporting._onnx import LARGEST
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def quantize(source: Path, output: Path, *, embeddings: bool = True) -> Quantize
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    large = sum(entry.stat().st_size for entry in source.parent.iterdir()) > _LARGEST
+    large = sum(entry.stat().st_size for entry in source.parent.iterdir()) > LARGEST
     with _silence():
         quantize_dynamic(
             source,
