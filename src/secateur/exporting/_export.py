@@ -107,9 +107,10 @@ def export(
     inputs = inputs_of(copied, batch, dynamic, longest_text(copied))
     function = ExportedFunction(copied, inputs, pooling)
     with whole_directory(output, overwrite=overwrite) as made:
-        for described in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
-            if hasattr(described, "save_pretrained"):
-                described.save_pretrained(made)
+        described: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+        for entry in (*described, tokenizer):
+            if hasattr(entry, "save_pretrained"):
+                entry.save_pretrained(made)
         return write_exported(function, made, settings, Source(nbytes, (), began), progress)
 
 
@@ -122,7 +123,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 def longest_text(model: nn.Module) -> int | None:
     """Return how many tokens a model of transformers takes; None if nothing limits them."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:

@@ -99,8 +99,9 @@ class ExportedFunction(nn.Module):
         ids = given["input_ids"]
         with quiet(self.model):
             cache = self.model(input_ids=ids, use_cache=True).past_key_values
-        parts = [
-            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())
+        layers = getattr(cache, "layers", ())
+        parts: list[tuple[Any, Any]] = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers
         ]
         plain = [isinstance(t, Tensor) and t.ndim == 4 and t.shape[0] == len(ids) for pair in parts for t in pair]
         if not parts or not all(plain):

@@ -46,8 +46,8 @@ def measure(
         times = time_in_turn(calls, "pytorch", keep=("engine",))
         second_per_size = median(times["pytorch"]) / amount
         low, middle, high = ratios(times, "pytorch", "engine")
-        milliseconds = (1e3 * median(times[name]) for name in ("engine", "pytorch"))
-        found.append(ExportTiming(shape, *milliseconds, middle, low, high))
+        engine_ms, pytorch_ms = (1e3 * median(times[name]) for name in ("engine", "pytorch"))
+        found.append(ExportTiming(shape, engine_ms, pytorch_ms, middle, low, high))
     return found, notes
 
 
@@ -59,8 +59,8 @@ def _wanted(inputs: Inputs, shapes: Sequence[tuple[int, int]] | None) -> Iterato
     asked = SHAPES if shapes is None else shapes
     names = {name for sizes in inputs.sizes.values() for name in sizes.values()}
     if not inputs.reads_tokens:
-        rows = dict.fromkeys(rows for rows, _ in asked) if BATCH in names else [1] if asked else []
-        yield from ({BATCH: number} for number in rows)
+        numbers = list(dict.fromkeys(rows for rows, _ in asked)) if BATCH in names else [1] if asked else []
+        yield from ({BATCH: number} for number in numbers)
         return
     for rows, tokens in asked:
         if shapes is not None and inputs.longest is not None and tokens > inputs.longest:
