@@ -100,9 +100,7 @@ class ExportedFunction(nn.Module):
         with quiet(self.model):
             cache = self.model(input_ids=ids, use_cache=True).past_key_values
         layers = getattr(cache, "layers", ())
-        parts: list[tuple[Any, Any]] = [
-            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers
-        ]
+        parts: list[tuple[Any, Any]] = [(getattr(k, "keys", None), getattr(k, "values", None)) for k in layers]
         plain = [isinstance(t, Tensor) and t.ndim == 4 and t.shape[0] == len(ids) for pair in parts for t in pair]
         if not parts or not all(plain):
             self.notes += (f"exported without a cache: a {type(cache).__name__} is not keys and values alone",)
