@@ -148,14 +148,13 @@ def _uses_cache(model: nn.Module) -> bool:
 
 def _tensors_of(output: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in what a model returned, by name: those of a mapping, ``output``, or ``output.0`` and so on."""
-    if isinstance(output, Tensor):
-        yield "output", output
-        return
-    named = output.items() if isinstance(output, Mapping) else [("output", output)]
-    for name, value in named:
-        if isinstance(value, Tensor):
-            yield str(name), value
-        elif isinstance(value, tuple | list):
-            for number, part in enumerate(value):
-                if isinstance(part, Tensor):
-                    yield f"{name}.{number}", part
+    for name, value in output.items() if isinstance(output, Mapping) else [("output", output)]:
+        yield from _parts(str(name), value)
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for number, part in enumerate(value):
+            yield from _parts(f"{name}.{number}", part)
