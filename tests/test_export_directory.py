@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_cases import registry_is_read_once  # noqa: F401 - a fixture
 from tiny import with_tokenizer
 from torch import Tensor
 from typer.testing import CliRunner

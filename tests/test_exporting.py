@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from export_cases import registry_is_read_once  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import secateur
