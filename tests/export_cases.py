@@ -11,5 +11,7 @@ from torch.onnx._internal.exporter import _registration
 def registry_is_read_once() -> Iterator[None]:
     """PyTorch's exporter parses its 500 functions anew in each call, which takes more time than all that is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_registration.ONNXRegistry, "from_torchlib", cache(_registration.ONNXRegistry.from_torchlib))
+        patch.setattr(
+            _registration.ONNXRegistry, "from_torchlib", staticmethod(cache(_registration.ONNXRegistry.from_torchlib))
+        )
         yield
