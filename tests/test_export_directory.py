@@ -100,13 +100,8 @@ def test_the_directory_has_all_that_a_user_of_the_model_needs(exported: Path) ->
 
 
 def _shrunk(source: Path, output: Path) -> Any:
-    shrink_directory(source, output, keep={"ffn": 0.5}, method="magnitude", latency=False)
-    return secateur.load(output) if not (output / "model.safetensors").exists() else _plain(output)
-
-
-def _unequal(source: Path, output: Path) -> Any:
     """Layers of different sizes, which no config can say."""
-    shrink_directory(source, output, remove={"encoder.layer.0.intermediate.dense": 16}, latency=False)
+    shrink_directory(source, output, keep={"ffn": 0.5}, allocation="global", method="magnitude", latency=False)
     assert (output / "model.shrunk.safetensors").exists()
     return secateur.load(output)
 
@@ -131,6 +126,7 @@ def test_shrunk_and_packed_models_are_exported(make: Any, encoder: Path, tmp_pat
     torch.testing.assert_close(found, _embedded(model, batch), rtol=1e-4, atol=1e-5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
+    assert not (tmp_path / "out" / "README.md").exists()
     assert not (tmp_path / "out" / "secateur.pack.json").exists()
 
 
@@ -309,8 +305,8 @@ def test_a_pipeline_exports_and_measures(encoder: Path, text: Path, tmp_path: Pa
 
         [[stage]]
         run = "export"
-        to = "onnx"
-        gates = ["rank >= 1", "speedup > 0.001", "bytes <= 100%"]
+        int8 = true
+        gates = ["rank >= 1", "speedup > 0.001", "bytes <= dense"]
 
         [[stage]]
         run = "evaluate"
@@ -323,7 +319,7 @@ def test_a_pipeline_exports_and_measures(encoder: Path, text: Path, tmp_path: Pa
     export = report.stages[1]
     assert export.figures["parameters"] == report.stages[0].figures["parameters"]
     assert export.figures["bytes"] == (tmp_path / "out" / "onnx" / "model.onnx").stat().st_size
-    assert "BertModel for ONNX Runtime in float32" in "\n".join(export.summary)
+    assert "BertModel for ONNX Runtime in int8" in "\n".join(export.summary)
     assert report.stages[2].figures["rank"] == pytest.approx(export.figures["rank"])
     assert (tmp_path / "out" / "secateur.json").exists()
     assert open_exported(tmp_path / "out")(**_batch()).sentence_embedding.shape == (3, 32)
