@@ -79,9 +79,7 @@ def test_a_pattern_is_packed_in_its_own_format(pattern):
         assert packed.pattern == pattern
         assert torch.equal(packed.mask(), mask)
         assert same_bits(packed.to_dense(), cleared(weight, mask))
-    found = from_torch(tensor)
-    assert same_bits(found.to_dense(), cleared(weight, mask))
-    assert found.nbytes <= packed.nbytes
+    assert same_bits(from_torch(tensor).to_dense(), cleared(weight, mask))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -191,7 +189,7 @@ def test_entries_of_one_place_are_added_up_and_a_sum_of_zero_is_kept():
 
 
 def test_stored_zeros_are_kept_unless_they_are_not_wanted():
-    tensor = torch.sparse_csr_tensor(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0.0, 1, -0.0]))
+    tensor = csr([0, 2, 3], [0, 2, 1], (0.0, 1.0, -0.0), (2, 3))
     for packed in (from_torch(tensor), from_scipy(from_torch(tensor).to_scipy())):
         assert packed.mask().int().tolist() == [[1, 0, 1], [0, 1, 0]]
         assert packed.to_dense().signbit().tolist() == [[False] * 3, [False, True, False]]
@@ -199,7 +197,7 @@ def test_stored_zeros_are_kept_unless_they_are_not_wanted():
 
 
 @pytest.mark.parametrize("kind", ["matrix", "array"])
-@pytest.mark.parametrize("dtype", [">f4", "<f4", "f8", "f2"])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_arrays_that_scipy_made(kind, dtype):
     weight = np.array([[0, 1.5, 0, 0], [2, 0, 0, -1]], dtype)
     for name in SCIPY:
@@ -243,15 +241,17 @@ import torch, warnings
 warnings.simplefilter("error")
 from secateur.formats import FORMATS, from_torch, pack
 from secateur import Block
-layout = getattr(torch, {!r})
 packed = FORMATS["block"].from_dense(torch.eye(4), pattern=Block(2, 2))
-assert from_torch(packed.to_torch(layout)).to_dense().equal(torch.eye(4))
+for layout in (torch.sparse_csr, torch.sparse_coo, torch.sparse_bsr, torch.sparse_csc, torch.sparse_bsc):
+    assert from_torch(packed.to_torch(layout)).to_dense().equal(torch.eye(4))
+at = torch.tensor([[0, 0], [1, 1]])
+twice = torch.sparse_coo_tensor(at, torch.ones(2), (4, 4), check_invariants=False)
+assert from_torch(twice).to_dense()[0, 1] == 2
 assert not [f for f in warnings.filters if f[1] is not None and "beta" in f[1].pattern]
 """
-    for layout in ("sparse_coo", "sparse_csr", "sparse_bsr"):  # each may be the first, and PyTorch warns at the first
-        run = subprocess.run([sys.executable, "-c", code.format(layout)], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        assert not run.stderr
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr
 
 
 # Mistakes
@@ -271,7 +271,7 @@ WRONG = {
     "a negative column": (lambda: csr([0, 1, 2], [0, -1]), FormatError, r"indices have -1"),
     "a place twice": (lambda: csr([0, 2, 2], [1, 1]), FormatError, "two entries for one place"),
     "rows that fall": (lambda: csr([0, 2, 1], [0, 1]), FormatError, r"3 numbers that start at 0.*\[0, 2, 1\]"),
-    "rows beyond the values": (lambda: csr([0, 1, 3], [0, 1]), FormatError, "end at most at 2"),
+    "rows beyond the values": (lambda: csr([0, 1, 3], [0, 1]), FormatError, "end at 2"),
     "rows that start late": (lambda: csr([1, 1, 2], [0, 1]), FormatError, "start at 0"),
     "too few rows": (lambda: csr([0, 2], [0, 1]), FormatError, "3 numbers"),
     "a row of COO beyond the last": (lambda: coo([[0, 2], [0, 0]]), FormatError, "row indices have 2"),
@@ -283,6 +283,14 @@ WRONG = {
         FormatError,
         "2x3 do not divide a weight of 2x4",
     ),
+    "blocks that are numbers": (
+        lambda: torch.sparse_bsr_tensor(
+            torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), size=(2, 4), check_invariants=False
+        ),
+        FormatError,
+        "values of 1 dimensions",
+    ),
+    "fewer values than indices": (lambda: csr([0, 1, 2], [0, 1], (1.0,)), FormatError, "1 values for 2 indices"),
     "three dimensions": (lambda: torch.ones(2, 2, 2).to_sparse(), FormatError, "got 3 dimensions"),
     "a batch": (lambda: torch.ones(2, 2, 2).to_sparse_csr(), FormatError, "got 3 dimensions"),
     "dense dimensions": (lambda: torch.ones(2, 2).to_sparse(1), FormatError, "hybrid"),
@@ -295,6 +303,8 @@ WRONG = {
     "float8": (lambda: csr([0, 1, 2], [0, 1]).to(torch.float8_e4m3fn), FormatError, "Multiply it by its scale"),
     "float64": (lambda: csr([0, 1, 2], [0, 1]).double(), FormatError, "Give one of these as value_dtype"),
     "codes without scales": (lambda: csr([0, 1, 2], [0, 1]).to(torch.int8), RecipeError, "Give scales="),
+    "too many rows": (lambda: coo([[0, 1], [0, 1]], size=(2**40, 4)), FormatError, "out of range"),
+    "too many weights": (lambda: coo([[0, 1], [0, 1]], size=(2**30, 2**30)), FormatError, "out of range"),
     "the meta device": (lambda: torch.ones(2, 4).to_sparse_csr().to("meta"), FormatError, "meta device"),
 }  # fmt: skip
 
@@ -326,6 +336,12 @@ def test_what_is_no_weight_of_scipy_is_refused(case):
     make, error, message = WRONG_SCIPY[case]
     with pytest.raises(error, match=message):
         from_scipy(make())
+
+
+def test_arrays_of_scipy_may_have_room_to_spare():
+    array = sparse.csr_array(np.eye(4, dtype="f4"))
+    array.data, array.indices = np.append(array.data, [5, 5]).astype("f4"), np.append(array.indices, [9, 9])
+    assert torch.equal(from_scipy(array).to_dense(), torch.eye(4))
 
 
 def test_indices_of_scipy_are_checked():
@@ -376,6 +392,9 @@ def test_scales_that_are_none():
     ):
         with pytest.raises(error, match="scales"):
             from_torch(codes, scales=scales)
+    twice = torch.tensor([[0, 0], [1, 1]]), torch.tensor([100, 100], dtype=torch.int8)
+    with pytest.raises(FormatError, match="codes cannot be added up"):
+        from_torch(torch.sparse_coo_tensor(*twice, (4, 4), check_invariants=True), scales=torch.ones(4))
     with pytest.raises(RecipeError, match="Leave value_dtype out"):
         from_torch(codes, scales=torch.ones(4), value_dtype=torch.float32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,10 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError, RecipeError
 from secateur._types import Mask, Weight, dtype_name
-from secateur.formats._arrays import NO_VALUES, expect
+from secateur.formats._arrays import NO_VALUES, check_shape, expect
 from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_scipy_sparse, to_torch_sparse
 from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
 from secateur.patterns import NM, Block, SparsityPattern
-
-MAX_SIDE = 2**31 - 1  # indices are int32
-# Far above any layer. Without a limit, a file of a few bytes could make its reader allocate any amount of memory.
-MAX_WEIGHTS = 2**36
-MAX_EMPTY_SIDE = 2**20  # beside a side of 0, where no byte of the file stands for the rows or columns
-_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -414,38 +407,6 @@ class Format(ABC):
                 f"{cls.__name__} holds groups of up to {cls._largest_group} weights, got {pattern}. Use Bitmask."
             )
         return pattern
-
-
-def check_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return a shape from a file as two sizes.
-
-    Raises:
-        FormatError: not two sizes, a negative one, or more weights than a format may have.
-    """
-    sizes = tuple(shape)
-    if len(sizes) != 2 or any(type(size) is not int for size in sizes):
-        raise FormatError(f"the shape should be two integers (out, in), got {str(sizes)[:200]}.")
-    rows, columns = check_sizes(sizes)
-    return rows, columns
-
-
-def check_sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of a tensor from a file, of any number of dimensions.
-
-    Raises:
-        FormatError: a size that is no integer, negative or too large, or more elements than a format may have.
-    """
-    sizes = tuple(shape)
-    if any(type(size) is not int for size in sizes) or len(sizes) > _MAX_DIMENSIONS:
-        raise FormatError(f"the shape should be integers, at most {_MAX_DIMENSIONS} of them, got {str(sizes)[:200]}.")
-    elements = math.prod(sizes)
-    most = MAX_SIDE if elements else MAX_EMPTY_SIDE
-    if min(sizes, default=0) < 0 or max(sizes, default=0) > most or elements > MAX_WEIGHTS:
-        raise FormatError(
-            f"the shape {'x'.join(map(str, sizes))[:200]} is out of range: a size is 0 to {MAX_SIDE} (beside one of 0, "
-            f"to {MAX_EMPTY_SIDE}), and a weight has up to {MAX_WEIGHTS} elements."
-        )
-    return sizes
 
 
 def check_weight(weight: Weight) -> None:

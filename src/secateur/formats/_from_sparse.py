@@ -11,7 +11,7 @@ from secateur._checks import flag
 from secateur._errors import FormatError, RecipeError
 from secateur.formats._arrays import expect
 from secateur.formats._choose import made_for, smallest
-from secateur.formats._format import Format, check_shape
+from secateur.formats._format import Format
 from secateur.formats._nm import NMPacked
 from secateur.formats._sparse import Entries, from_scipy_sparse, from_torch_sparse
 from secateur.formats._values import as_value_dtype, is_scaled
@@ -99,7 +99,7 @@ def _packed(
     scales: Tensor | None,
     keep_zeros: bool,
 ) -> Format:
-    dense, shape = entries.dense, check_shape(entries.dense.shape)
+    dense = entries.dense
     wanted = as_value_dtype(value_dtype)
     mask = entries.stored if flag("keep_zeros", keep_zeros) else entries.stored & (dense != 0)
     pattern = Block(*entries.tile) if given is None and entries.tile else None if given is None else as_pattern(given)
@@ -116,13 +116,13 @@ def _packed(
     if pattern is None:
         format_type, pattern = smallest(mask, dtype, None)
     else:
-        pattern.validate(shape)
+        pattern.validate(dense.shape)
         format_type = made_for(pattern)
         if isinstance(pattern, NM) and format_type is not NMPacked:  # NMPacked checks its groups itself
             pattern.check(mask)
     if scales is None:
         return format_type.from_dense(dense, mask, pattern, wanted)
-    expect("scales", scales, torch.float32, (shape[0],))
+    expect("scales", scales, torch.float32, (len(dense),))
     if not bool((scales.isfinite() & (scales >= 0)).all()):
         raise FormatError("scales should be finite and not negative, but some are not.")
     return format_type._pack(dense.where(mask, 0), mask, pattern, scales.detach().clone().to(dense.device))

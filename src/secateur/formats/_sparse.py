@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur._checks import instance, integer, one_of
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Mask, dtype_name
-from secateur.formats._arrays import NO_VALUES
+from secateur.formats._arrays import NO_VALUES, check_shape
 
 _BLOCKED = (torch.sparse_bsr, torch.sparse_bsc)
 _BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
@@ -133,16 +133,13 @@ def from_torch_sparse(tensor: Tensor) -> Entries:
             f"a sparse weight is one matrix [out, in] whose entries are single or in blocks, got {kind}. Give one "
             "matrix, made by .to_dense().to_sparse() where need be."
         )
-    rows, columns = tensor.shape
+    size = check_shape(tensor.shape)
     if tensor.layout == torch.sparse_coo:
-        return _from_coordinates(tensor._indices(), _storable(tensor._values()), (rows, columns))
-    if tensor.values().ndim != (3 if tensor.layout in _BLOCKED else 1):
-        raise FormatError("the entries of a sparse weight are numbers, got tensors. Give one matrix [out, in].")
-    _storable(tensor.values())
+        return _from_coordinates(tensor._indices(), _storable(tensor._values()), size)
     by_column = tensor.layout in _BY_COLUMN
     starts = tensor.ccol_indices() if by_column else tensor.crow_indices()
     at = tensor.row_indices() if by_column else tensor.col_indices()
-    return _expanded(starts, at, tensor.values(), (rows, columns), tensor.layout)
+    return _expanded(starts, at, _storable(tensor.values()), size, tensor.layout)
 
 
 def from_scipy_sparse(matrix: Any) -> Entries:
@@ -160,11 +157,12 @@ def from_scipy_sparse(matrix: Any) -> Entries:
         raise TypeError(f"from_scipy takes {', '.join(_SCIPY)}, got {matrix.format}. Call .tocsr() first")
     if matrix.ndim != 2:
         raise FormatError(f"a sparse weight is one matrix [out, in], got {matrix.ndim} dimensions.")
-    size = int(matrix.shape[0]), int(matrix.shape[1])
+    size = check_shape([int(side) for side in matrix.shape])
     if matrix.format == "coo":
         at = torch.stack([_tensor(matrix.row).long(), _tensor(matrix.col).long()])
         return _from_coordinates(at, _storable(_tensor(matrix.data)), size)
-    starts, at, values = _tensor(matrix.indptr), _tensor(matrix.indices), _storable(_tensor(matrix.data))
+    starts, held = _tensor(matrix.indptr), int(matrix.indptr[-1])  # the arrays may be longer than what they hold
+    at, values = _tensor(matrix.indices[:held]), _storable(_tensor(matrix.data[:held]))
     return _expanded(starts, at, values, size, _LAYOUTS[matrix.format], adds_up=True)
 
 
@@ -191,21 +189,25 @@ def _expanded(
     starts: Tensor, at: Tensor, values: Tensor, size: tuple[int, int], layout: torch.layout, adds_up: bool = False
 ) -> Entries:
     """The inverse of :func:`_compressed`, for indices in any order; ``adds_up`` allows two of one place."""
+    if values.ndim != (3 if layout in _BLOCKED else 1):
+        raise FormatError(f"{layout} has values of {values.ndim} dimensions. Give numbers, or blocks for BSR and BSC.")
     tile = (values.shape[1], values.shape[2]) if layout in _BLOCKED else (1, 1)
     if not all(tile) or size[0] % tile[0] or size[1] % tile[1]:
         raise FormatError(f"blocks of {tile[0]}x{tile[1]} do not divide a weight of {size[0]}x{size[1]}.")
     down, across = size[0] // tile[0], size[1] // tile[1]
     lines, limit = (across, down) if layout in _BY_COLUMN else (down, across)
-    ends, most = starts.tolist(), min(len(at), len(values))  # scipy's arrays may be longer than what they hold
-    if len(ends) != lines + 1 or ends[0] != 0 or ends[-1] > most or bool((starts.diff() < 0).any()):
+    ends = starts.tolist()
+    if len(ends) != lines + 1 or ends[0] != 0 or ends[-1] != len(at) or bool((starts.diff() < 0).any()):
         raise FormatError(
-            f"the compressed indices should be {lines + 1} numbers that start at 0, do not fall and end at most at "
-            f"{most}; they are {str(ends)[:60]}."
+            f"the compressed indices should be {lines + 1} numbers that start at 0, do not fall and end at {len(at)}; "
+            f"they are {str(ends)[:60]}."
         )
+    if len(values) != len(at):
+        raise FormatError(f"there are {len(values)} values for {len(at)} indices. Give one for each.")
     line = torch.repeat_interleave(torch.arange(lines, device=at.device), starts.long().diff())
-    _check_range("the indices", at[: len(line)], limit)
-    places = torch.stack([line, at[: len(line)].long()])
-    tiles, stored = _placed(places, values[: len(line)].reshape(-1, *tile), (lines, limit), adds_up)
+    _check_range("the indices", at, limit)
+    places = torch.stack([line, at.long()])
+    tiles, stored = _placed(places, values.reshape(-1, *tile), (lines, limit), adds_up)
     dense, mask = (_untiled(each, layout, size) for each in (tiles, stored))
     return Entries(dense, mask, tile if layout in _BLOCKED else None)
 
@@ -225,6 +227,8 @@ def _placed(at: Tensor, values: Tensor, size: tuple[int, int], adds_up: bool) ->
                 "the sparse tensor has two entries for one place, which its layout does not allow. Make it from a COO "
                 "tensor, which adds them up."
             )
+        if values.dtype == torch.int8:
+            raise FormatError("int8 codes have two entries for one place, and codes cannot be added up. Give one.")
         whole = (*size, *values.shape[1:])
         with _quiet():
             summed = torch.sparse_coo_tensor(at, values, whole, check_invariants=False).coalesce()
@@ -260,10 +264,9 @@ def _storable(values: Tensor) -> Tensor:
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
-    """An array of scipy, in the byte order of this machine."""
     if array.dtype.kind not in "fi" or array.dtype.itemsize > 8:
         raise TypeError(f"a sparse weight has values of a dtype of PyTorch, got {array.dtype}. Call .astype('float32')")
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    return torch.from_numpy(array.copy())
 
 
 @contextmanager
