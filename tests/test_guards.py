@@ -106,6 +106,7 @@ PUBLIC = [
     "Verification",
     "Wanda",
     "apply_masks_",
+    "bucket",
     "densify_",
     "evaluate",
     "load",
@@ -348,7 +349,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers"}
+HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers", "scipy"}
 
 
 def test_import_is_light():
