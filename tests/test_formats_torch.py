@@ -10,13 +10,12 @@ import torch
 from cases import FORMATS as CASES
 from cases import PATTERNS
 from hypothesis import given
+from scipy import sparse
 from test_formats import FLOATS, ONE_OF_EACH, bits, cleared, problems, random_bits, random_mask, same_bits
 
 import secateur
 from secateur import NM, Block, Column, FormatError, PatternError, RecipeError, Row, Unstructured
 from secateur.formats import Bitmask, BlockPacked, NMPacked, RowPacked, from_scipy, from_torch, pack
-
-sparse = pytest.importorskip("scipy.sparse")
 
 SINGLE = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc]
 BLOCKED = [torch.sparse_bsr, torch.sparse_bsc]
