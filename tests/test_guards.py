@@ -107,6 +107,7 @@ PUBLIC = [
     "Verification",
     "Wanda",
     "apply_masks_",
+    "bucket",
     "densify_",
     "evaluate",
     "export",
@@ -350,7 +351,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers"}
+HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers", "scipy"}
 
 
 def test_import_is_light():
