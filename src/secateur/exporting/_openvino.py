@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur._errors import RecipeError
 
 
-def convert(source: Path, folder: Path, *, int8: bool) -> None:
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Args:
+        notes: what stayed in floating point, and why.
+    """
+
+    notes: tuple[str, ...] = ()
+
+
+def convert(source: Path, folder: Path, *, int8: bool) -> Converted:
     """Write ``openvino_model.xml`` and ``.bin``.
 
     Args:
@@ -21,3 +33,4 @@ def convert(source: Path, folder: Path, *, int8: bool) -> None:
         raise RecipeError("8 bits in OpenVINO are not written yet. Leave out int8, or give to='onnx' (--to onnx).")
     folder.mkdir(parents=True)
     openvino.save_model(openvino.convert_model(source), folder / "openvino_model.xml", compress_to_fp16=False)
+    return Converted()
