@@ -14,9 +14,11 @@ from export_cases import registry_is_read_once  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import secateur
-from secateur import FormatError, Pooling, RecipeError
+from secateur import FormatError, Pooling, RecipeError, StatisticsError
 from secateur.evaluation import POOLING_MODES
 from secateur.exporting import is_exported, open_exported
+from secateur.exporting._calibration import named
+from secateur.exporting._inputs import inputs_of
 from secateur.reports import ExportCheck, ExportedInput, ExportReport, ExportTiming
 
 pytest.importorskip("onnxscript")
@@ -501,3 +503,35 @@ def test_warnings_of_the_exporter_stay_inside(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         exported(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "out")
     assert not [str(warning.message) for warning in found if "secateur" not in warning.filename]
+
+
+# Ranges of 8 bits
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ({"input_ids": tokens(2, 3), "labels": torch.ones(2)}, (2, 3)),
+        ((tokens(2, 5),), (2, 5)),
+        (tokens(1, 4), (1, 4)),
+    ],
+    ids=["by name", "by position", "a tensor"],
+)
+def test_batches_for_ranges_have_all_inputs(batch: Any, found: tuple[int, int]) -> None:
+    inputs = inputs_of(nn.Identity(), {**text(2, 6), "token_type_ids": torch.zeros(2, 6, dtype=torch.long)}, None, None)
+    (whole,) = named(inputs, [batch])
+    assert list(whole) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert {tuple(tensor.shape) for tensor in whole.values()} == {found}
+    assert whole["attention_mask"].all()
+    assert not whole["token_type_ids"].any()
+    with pytest.raises(StatisticsError, match="calibration batch 0 lacks input_ids"):
+        list(named(inputs, [{"attention_mask": torch.ones(1, 2)}]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"int8": True}, "ONNX Runtime finds ranges in each call"), ({"to": "openvino"}, "int8 is off")],
+)
+def test_ranges_go_with_8_bits_of_openvino(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"calibration sets the ranges of 8 bits in OpenVINO, and {message}"):
+        exported(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "out", calibration=[torch.randn(1, 4)], **arguments)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from secateur._errors import RecipeError
 
@@ -19,13 +21,16 @@ class Converted:
     notes: tuple[str, ...] = ()
 
 
-def convert(source: Path, folder: Path, *, int8: bool) -> Converted:
+def convert(
+    source: Path, folder: Path, *, int8: bool, calibration: Iterable[Mapping[str, Any]] | None = None
+) -> Converted:
     """Write ``openvino_model.xml`` and ``.bin``.
 
     Args:
         source: an ``.onnx`` file of float32 numbers.
         folder: to make.
         int8: compute products in 8 bits.
+        calibration: inputs by name, for ranges of products' inputs.
     """
     import openvino
 

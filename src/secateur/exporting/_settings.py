@@ -68,6 +68,19 @@ class ExportSettings:
         """What runs the files."""
         return ENGINES["onnxruntime" if self.to == "onnx" else "openvino"]
 
+    def check_calibration(self, given: object) -> None:
+        """Raise unless inputs for ranges go with the format, if there are some.
+
+        Raises:
+            RecipeError: they do not.
+        """
+        if given is not None and not (self.int8 and self.to == "openvino"):
+            why = "ONNX Runtime finds ranges in each call" if self.to == "onnx" else "int8 is off"
+            raise RecipeError(
+                f"calibration sets the ranges of 8 bits in OpenVINO, and {why}.\nLeave it out, or give to='openvino' "
+                "with int8 (--to openvino --int8)."
+            )
+
     def check_installed(self) -> None:
         """Raise ``ImportError`` with the extra to install, unless all that this needs is here."""
         check_exporter()
