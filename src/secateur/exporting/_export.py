@@ -116,13 +116,7 @@ def export(
         for entry in (*described, tokenizer):
             if hasattr(entry, "save_pretrained"):
                 entry.save_pretrained(made)
-        return write_exported(
-            function,
-            made,
-            settings,
-            Source(nbytes, (), began, None if calibration is None else list(calibration)),
-            progress,
-        )
+        return write_exported(function, made, settings, source, progress)
 
 
 def plain(model: nn.Module) -> nn.Module:
