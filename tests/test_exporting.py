@@ -489,7 +489,7 @@ def test_a_report_says_size_error_and_speed() -> None:
         (REPORT, "int8", "beside PyTorch in float32"),
         (replace(REPORT, precision="bfloat16"), "int8 and bfloat16", "beside PyTorch in float32"),
         (replace(REPORT, int8=False, precision="bfloat16"), "bfloat16", "beside PyTorch in float32"),
-        (replace(REPORT, int8=False), "float32", "equal to PyTorch at 2 input shapes"),
+        (replace(REPORT, int8=False), "float32", "equal to PyTorch in float32 on made-up inputs of 2 shapes"),
     ],
 )
 def test_a_report_says_in_which_numbers(report: ExportReport, numbers: str, text: str) -> None:

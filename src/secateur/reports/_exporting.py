@@ -135,7 +135,7 @@ class ExportReport:
         engine = EXPORT_TARGETS.get(self.to, self.to)
         size = f"{self.nbytes:,} bytes, from {self.bytes_before:,} bytes of weights"
         lines = [f"{self.model} for {engine} in {self.numbers}: {self.file}, {size}; {self.seconds:.1f} s"]
-        checked_at = f"at {len(self.checks)} input shapes"
+        checked_at = f"on made-up inputs of {len(self.checks)} shapes"
         if self.int8 or self.precision != "float32":
             lines.append(
                 f"beside PyTorch in float32 {checked_at}: largest error {self.error:.1e} of the outputs' scale "
@@ -144,7 +144,9 @@ class ExportReport:
                 else f"largest error before rounding {self.float32_error:.1e} of the outputs' scale"
             )
         else:
-            lines.append(f"equal to PyTorch {checked_at}: largest error {self.error:.1e} of the outputs' scale")
+            lines.append(
+                f"equal to PyTorch in float32 {checked_at}: largest error {self.error:.1e} of the outputs' scale"
+            )
         if self.fused:
             lines.append(
                 "rewritten in the graph: " + ", ".join(f"{count} {name}" for name, count in self.fused.items())
