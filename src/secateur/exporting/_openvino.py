@@ -120,6 +120,7 @@ def convert(
         raise FormatError(f"{source} is not a model that OpenVINO takes: {error}") from None
     done = Converted((), 0)
     if int8:
+        _simplify(model)
         uses = list(_uses(model))
         ranges = {} if calibration is None else _observe(model.clone(), calibration)
         done = _to_8_bits(model, uses, ranges)
@@ -128,6 +129,49 @@ def convert(
     openvino.save_model(model, files[0], compress_to_fp16=half and not int8)
     nbytes = sum(file.stat().st_size for file in files)
     return Converted(files, nbytes, done.in_8_bits, done.ranges, done.notes)
+
+
+def _simplify(model: Any) -> None:
+    """Rewrite what OpenVINO's own passes over 8 bits, or ours, do not take, without changing a number.
+
+    Products read their constants themselves, and not what a reshaping or a transposition makes of them. One part of a
+    tensor is taken out as a slice and then squeezed: OpenVINO moves scales of a product behind what takes its parts,
+    and leaves them in the rank of before, so that outputs get a dimension too many.
+    """
+    ops = import_openvino().opset13
+    for node in model.get_ops():
+        if node.get_type_name() == "Gather" and node.input_value(1).get_partial_shape() == _scalar():
+            index = ops.unsqueeze(node.input_value(1), ops.constant([0]))
+            part = ops.gather(node.input_value(0), index, node.input_value(2))
+            part.set_friendly_name(f"{node.get_friendly_name()}/slice")
+            _replace(node, ops.squeeze(part, node.input_value(2)))
+            continue
+        if node.get_type_name() not in ("MatMul", "Convolution", "GroupConvolution"):
+            continue
+        between = node.input_value(1).get_node()
+        constant = between.input_value(0).get_node() if between.get_input_size() else between
+        if constant.get_type_name() != "Constant" or not between.output(0).get_partial_shape().is_static:
+            continue
+        if between.get_type_name() == "Reshape":
+            copy = ops.constant(constant.data.reshape(list(between.output(0).get_shape())))
+            copy.set_friendly_name(constant.get_friendly_name())
+            node.input(1).replace_source_output(copy.output(0))
+        elif between.get_type_name() == "Transpose" and node.get_type_name() == "MatMul" and constant.data.ndim == 2:
+            turned = node.get_attributes()
+            product = ops.matmul(node.input_value(0), constant, turned["transpose_a"], not turned["transpose_b"])
+            _replace(node, product)
+
+
+def _scalar() -> Any:
+    return import_openvino().PartialShape([])
+
+
+def _replace(node: Any, by: Any) -> None:
+    """Put a node in the place of another, under its names."""
+    names = node.output(0).get_names()
+    by.set_friendly_name(node.get_friendly_name())
+    node.output(0).replace(by.output(0))
+    by.output(0).set_names(names)
 
 
 def _uses(model: Any) -> Iterator[_Use]:
@@ -166,7 +210,9 @@ def _summed(node: Any, index: int, dims: int) -> tuple[int, ...]:
 
 def _has_range(use: _Use) -> bool:
     """Whether the file can say the range of a product's inputs."""
-    return not use.is_table and not use.node.get_attributes().get("transpose_a", False)
+    if use.is_table or use.node.get_attributes().get("transpose_a", False):
+        return False
+    return bool(use.node.input_value(0).get_partial_shape().rank.is_static)
 
 
 def _observe(model: Any, calibration: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], _Range]:
@@ -249,6 +295,7 @@ def _rounded(ops: Any, group: list[_Use], seen: _Range) -> tuple[Any, np.ndarray
     """What products of a group take in, rounded to 8 bits; and by what its channels are divided first."""
     low, high = seen.low, seen.high
     inputs = group[0].node.input_value(0)
+    one = [1] * inputs.get_partial_shape().rank.get_length()  # in the rank of the inputs, else OpenVINO may change it
     smooth = np.ones(1, dtype=np.float32)
     if len(low) > 1:  # of channels
         largest = np.maximum(-low, high)
@@ -258,7 +305,7 @@ def _rounded(ops: Any, group: list[_Use], seen: _Range) -> tuple[Any, np.ndarray
         smooth = np.where(usable, ratio / np.exp(np.log(ratio[usable]).mean()) if usable.any() else 1, 1)
         smooth = smooth.astype(np.float32)
         low, high = low / smooth, high / smooth
-        inputs = ops.multiply(inputs, ops.constant(1 / smooth)).output(0)
+        inputs = ops.multiply(inputs, ops.constant((1 / smooth).reshape([*one[:-1], -1]))).output(0)
     least, most = float(low.min()), float(high.max())
     if len(low) == 1 and least < 0:  # of convolutions, whose padding is zero: as many steps on both sides of it
         step = max(-least, most) / (_LEVELS // 2 - 1)
@@ -267,7 +314,7 @@ def _rounded(ops: Any, group: list[_Use], seen: _Range) -> tuple[Any, np.ndarray
         step = (most - least) / (_LEVELS - 1) or 1.0
         least = round(least / step) * step
         most = least + (_LEVELS - 1) * step
-    ends = [ops.constant(np.float32(end)) for end in (least, most)]
+    ends = [ops.constant(np.full(one, end, dtype=np.float32)) for end in (least, most)]
     return ops.fake_quantize(inputs, *ends, *ends, _LEVELS).output(0), smooth
 
 
