@@ -14,7 +14,8 @@ from export_cases import registry_is_read_once  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import secateur
-from secateur import FormatError, Pooling, RecipeError, StatisticsError
+from secateur import FormatError, KernelError, Pooling, RecipeError, StatisticsError
+from secateur.engines import ENGINES
 from secateur.evaluation import POOLING_MODES
 from secateur.exporting import is_exported, open_exported
 from secateur.exporting._calibration import named
@@ -285,6 +286,41 @@ def test_speed_is_measured_beside_pytorch(rounded: tuple[nn.Module, Path, Export
     assert [timing.shape for timing in report.timings] == ["1x64", "4x64"]
     assert all(timing.engine > 0 and timing.pytorch > 0 for timing in report.timings)
     assert report.machine["threads"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "numbers"),
+    [
+        ({}, "float32"),
+        ({"int8": True}, "int8"),
+        ({"int8": True, "calibration": [torch.randn(64, 64)]}, "int8"),
+        ({"bfloat16": True}, "bfloat16"),
+    ],
+    ids=["float32", "int8", "int8 with ranges", "bfloat16"],
+)
+def test_openvino_runs_what_was_exported(arguments: dict[str, Any], numbers: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    if ENGINES["openvino"].lacks("bfloat16" if "bfloat16" in arguments else "float32"):
+        pytest.skip("this processor has no bfloat16")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    report = exported(model, torch.randn(2, 64), tmp_path / "out", to="openvino", **arguments)
+    assert report.numbers == numbers
+    assert report.file == "openvino/openvino_model.xml"
+    assert report.nbytes == sum(file.stat().st_size for file in (tmp_path / "out" / "openvino").iterdir())
+    x = torch.randn(20, 64)
+    found, right = open_exported(tmp_path / "out")(x).output, model(x).detach()
+    error = float((found - right).abs().max() / right.abs().max())
+    assert error < (1e-4 if numbers == "float32" else 0.1)
+    assert report.float32_error < 1e-4
+
+
+def test_a_processor_without_bfloat16_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    lacking = replace(ENGINES["openvino"], lacks=lambda precision: "it is too old")
+    monkeypatch.setattr("secateur.exporting._settings.ENGINES", {**ENGINES, "openvino": lacking})
+    with pytest.raises(KernelError, match="nothing can be checked in bfloat16: it is too old"):
+        exported(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "out", to="openvino", bfloat16=True)
 
 
 # What cannot be exported

@@ -80,6 +80,7 @@ def export(
         FormatError: the exporter cannot follow the model, what it made is another function, or the output cannot be
             written. Nothing is written then.
         RecipeError: arguments that do not go together, or inputs that no exported model can have.
+        KernelError: the processor has no bfloat16.
         TypeError: no module, or no batch.
         ImportError: a package is missing; the message names the extra to install.
 

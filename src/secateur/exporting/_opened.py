@@ -84,6 +84,7 @@ def open_exported(path: str | Path, *, precision: str | None = None, threads: in
     Raises:
         FormatError: the directory is not such a one, or the engine does not take the file.
         RecipeError: the engine does not compute in that precision.
+        KernelError: the processor does not.
         ImportError: the engine is not installed.
 
     Example:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur._checks import flag, integer, number, one_of
-from secateur._errors import RecipeError
+from secateur._errors import KernelError, RecipeError
 from secateur.engines import ENGINES, Engine
 from secateur.exporting._onnx import check_exporter
 from secateur.reports import EXPORT_TARGETS
@@ -82,6 +82,13 @@ class ExportSettings:
             )
 
     def check_installed(self) -> None:
-        """Raise ``ImportError`` with the extra to install, unless all that this needs is here."""
+        """Raise unless all that this needs is here.
+
+        Raises:
+            ImportError: a package is missing; the message names the extra to install.
+            KernelError: the processor cannot compute in the precision.
+        """
         check_exporter()
         self.engine.check()
+        if reason := self.engine.lacks(self.precision):
+            raise KernelError(f"nothing can be checked in {self.precision}: {reason}.\nLeave out bfloat16.")
