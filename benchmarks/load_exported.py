@@ -11,6 +11,7 @@ where OUT is what `secateur export DENSE --to onnx --output OUT` wrote. Nothing 
 import importlib.util
 import sys
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,9 @@ def main() -> None:
     if len(sys.argv) != 3 or importlib.util.find_spec("optimum") is None:
         print("left out: it needs two directories, and an environment with 'sentence-transformers[onnx]'")
         return
-    from sentence_transformers import SentenceTransformer
-
-    exported, dense = (SentenceTransformer(path, backend=kind) for path, kind in zip(sys.argv[1:], ("onnx", "torch")))
+    library: Any = importlib.import_module("sentence_transformers")  # which is not installed where types are checked
+    exported = library.SentenceTransformer(sys.argv[1], backend="onnx")
+    dense = library.SentenceTransformer(sys.argv[2])
     found, right = exported.encode(TEXTS), dense.encode(TEXTS)
     cosines = np.sum(found * right, axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(right, axis=1)
     print(", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
