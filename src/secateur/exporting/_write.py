@@ -106,8 +106,8 @@ def _placed(graph: Path, made: Path, settings: ExportSettings, report: ExportRep
     """Write the files of the engine from a graph in float32, and say so in the report."""
     report = replace(report, int8=settings.int8, precision=settings.precision)
     if settings.to == "openvino":
-        convert(graph, (made / OPENVINO).parent, int8=settings.int8)
-        return replace(report, file=OPENVINO)
+        done = convert(graph, (made / OPENVINO).parent, int8=settings.int8, half=settings.bfloat16)
+        return replace(report, file=OPENVINO, notes=(*report.notes, *done.notes))
     if settings.int8:
         rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
         quantized = quantize(graph, rounded)
