@@ -119,7 +119,9 @@ def _placed(
     """Write the files of the engine from a graph in float32, and say so in the report."""
     report = replace(report, int8=settings.int8, precision=settings.precision)
     if settings.to == "openvino":
-        converted = convert(graph, (made / OPENVINO).parent, int8=settings.int8, calibration=calibration)
+        converted = convert(
+            graph, (made / OPENVINO).parent, int8=settings.int8, half=settings.bfloat16, calibration=calibration
+        )
         return replace(report, file=OPENVINO, notes=(*report.notes, *converted.notes))
     if settings.int8:
         rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
