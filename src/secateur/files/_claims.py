@@ -78,13 +78,9 @@ def with_claim(config: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str,
     return {**config, "quantization_config": dict(claim), _WEIGHTS_FILE: IMPORT_FIRST}
 
 
-def packed_claim(prefix: str) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a directory with packed weights.
-
-    Args:
-        prefix: name of the base model in the model that is stored; empty if it is one.
-    """
-    return {"quant_method": SHRUNK_METHOD, _PACKED: 1, "prefix": prefix}
+def packed_claim() -> dict[str, Any]:
+    """Return the ``quantization_config`` of a directory with packed weights."""
+    return {"quant_method": SHRUNK_METHOD, _PACKED: 1}
 
 
 def is_shrunk_claim(value: object) -> bool:
