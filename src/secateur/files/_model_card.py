@@ -72,5 +72,11 @@ def forget_how_to_load(folder: Path) -> None:
 
 def _auto(model: str) -> str:
     """The class of transformers that people load a model by."""
-    heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForImageClassification")
+    heads = (
+        "ForCausalLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForMaskedLM",
+        "ForImageClassification",
+    )
     return f"AutoModel{next((head for head in heads if model.endswith(head)), '')}"

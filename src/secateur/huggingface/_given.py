@@ -34,7 +34,7 @@ class Taken:
 
 
 class _Hidden(nn.Module):
-    """Stands for a module that is complete. It has no weights, and what initialises those of modules leaves it alone."""
+    """Stands for a module that is complete. It has no weights, and initialisers of weights leave it alone."""
 
     _is_hf_initialized = True
 

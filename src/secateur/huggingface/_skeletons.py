@@ -58,8 +58,8 @@ class Changed:
 
 
 # Changes the skeleton of a model as the settings in its config say. Gets the file of weights, None if there is none,
-# and the dtype that was asked for, None for the stored ones.
-ChangeSkeleton: TypeAlias = Callable[[nn.Module, Mapping[str, Any], Path | None, torch.dtype | None], Changed]
+# and the dtype of the model.
+ChangeSkeleton: TypeAlias = Callable[[nn.Module, Mapping[str, Any], Path | None, torch.dtype], Changed]
 _changes: dict[str, ChangeSkeleton] = {}
 
 
@@ -69,7 +69,7 @@ def change_skeletons(file: str, change: ChangeSkeleton) -> None:
     Args:
         file: name of the file with the weights of such models, ``PACKED`` or ``SHRUNK``.
         change: is given the model, without memory for values, the ``quantization_config`` of its config, the file of
-            weights, and the dtype that was asked for.
+            weights, and the dtype that the model gets.
     """
     _changes[file] = change
     if _REGISTRY in sys.modules:
@@ -123,8 +123,7 @@ def _register() -> None:
             self.file = PACKED if is_packed_claim(quantization_config.to_dict()) else SHRUNK
             self.refused: Callable[[], str | None] = lambda: self.file
             self._device: Any = None
-            self._usual_dtype: Any = None
-            self._dtype: torch.dtype | None = None
+            self._dtype = torch.float32
 
         def __reduce__(self) -> Any:
             return _loader, (self.quantization_config.to_dict(),)
@@ -147,15 +146,13 @@ def _register() -> None:
                     "Load the model without distributed_config and tp_plan."
                 )
             config.transformers_weights = self.file  # asked for before the weights are looked for
-            self._usual_dtype = getattr(config, "dtype", None)
             return config
 
         def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
             if self.file == PACKED and dtype not in _FLOATS:
                 known = ", ".join(sorted(map(dtype_name, _FLOATS)))
                 raise RecipeError(f"dtype={dtype_name(dtype)} was asked for; a packed model computes in {known}.")
-            # What the config says is what is stored, and "auto" asks for no other.
-            self._dtype = None if str(dtype) in (str(self._usual_dtype), f"torch.{self._usual_dtype}") else dtype
+            self._dtype = dtype
             return dtype
 
         def _process_model_before_weight_loading(

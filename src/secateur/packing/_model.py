@@ -174,7 +174,9 @@ def _write_config(model: Any, made: Path, table: dict[str, Any], contents: Conte
     stored = {entry.dtype for entry in contents.entries.values()}
     stored |= {contents.layers[name].dense_dtype for name in contents.sparse}
     stored |= {tensor.dtype for tensor in contents.tensors.values() if tensor.is_floating_point()}
-    names = [dtype_name(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if dtype in stored]
+    names = [
+        dtype_name(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if dtype in stored
+    ]
     if names and table.get("dtype", table.get("torch_dtype")) not in names:  # in which transformers loads it
         table.pop("torch_dtype", None)
         table["dtype"] = names[0]

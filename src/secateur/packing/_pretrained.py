@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, naming
-from secateur.files import PACKED, SHRUNK, read_config
-from secateur.huggingface import Changed, change_skeletons, check_counts, check_size, model_class, skeleton
+from secateur._types import dtype_name
+from secateur.files import PACKED, SHRUNK, is_there, read_config
+from secateur.huggingface import Changed, change_skeletons, check_size, model_class, skeleton
 from secateur.nn import PackedStack, packed_layers, packed_stacks
 from secateur.packing._contents import Contents
 from secateur.packing._file import DAMAGED, read_packed
@@ -30,14 +31,13 @@ def refused(model: nn.Module) -> Callable[[], str | None]:
     return lambda: PACKED if packed_layers(model) or packed_stacks(model) else SHRUNK if facts_of(model) else None
 
 
-def _change(model: nn.Module, settings: Mapping[str, Any], path: Path | None, dtype: torch.dtype | None) -> Changed:
+def _change(model: nn.Module, settings: Mapping[str, Any], path: Path | None, dtype: torch.dtype) -> Changed:
     if path is None:
         raise FormatError("the config is that of packed weights, but there is no file with them. Give their directory.")
     with naming(path, DAMAGED):
         contents = Contents.of(read_packed(path))
     shapes: list[tuple[int, ...]] = [packed.shape for packed in contents.layers.values()]
     shapes += [tuple(tensor.shape) for tensor in contents.tensors.values()]
-    check_counts(path.parent, read_config(path.parent), shapes)
     saved = model if type(model).__name__ == contents.model else _saved_class(model, contents, path)
     if contents.shrunk:
         with naming(path):
@@ -48,7 +48,7 @@ def _change(model: nn.Module, settings: Mapping[str, Any], path: Path | None, dt
     check_size(path.parent, lambda: saved, shapes)
     before = dict(saved.named_modules(remove_duplicate=False))
     parameters = dict(saved.named_parameters(remove_duplicate=False))
-    fill_(saved, contents, dense=False, dtype=dtype, path=path)
+    fill_(saved, contents, dense=False, dtype=_asked(dtype, path), path=path)
     modules = _made(saved, before)
     values = {
         name: tensor
@@ -74,6 +74,12 @@ def _change(model: nn.Module, settings: Mapping[str, Any], path: Path | None, dt
 
     kept = list({id(modules[name]): modules[name] for name in names if name in modules}.values())
     return Changed(finish, refused(model), given, kept, _left_out(contents, given, modules, names))
+
+
+def _asked(dtype: torch.dtype, path: Path) -> torch.dtype | None:
+    """The dtype that was asked for; None for that of the config, because it stands for those that are stored."""
+    config = read_config(path.parent) if is_there(path.parent / "config.json") else {}
+    return None if dtype_name(dtype) == config.get("dtype", config.get("torch_dtype")) else dtype
 
 
 def _saved_class(model: Any, contents: Contents, path: Path) -> nn.Module:

@@ -54,7 +54,7 @@ def resize_any_(model: nn.Module, facts: Facts, prefix: object) -> Facts:
     return facts
 
 
-def _change(model: nn.Module, settings: Mapping[str, Any], path: Path | None, dtype: torch.dtype | None) -> Changed:
+def _change(model: nn.Module, settings: Mapping[str, Any], path: Path | None, dtype: torch.dtype) -> Changed:
     with naming("quantization_config of config.json"):
         facts = resize_any_(model, Facts.from_dict(settings.get("shrunk")), settings.get("prefix"))
     return Changed(lambda: remember_facts(model, facts), lambda: SHRUNK)
