@@ -189,7 +189,7 @@ with torch.no_grad():
     expected = (states * mask).sum(1) / mask.sum(1)
 torch.testing.assert_close(torch.from_numpy(model.encode(text)), expected)
 
-scores = pipeline("text-classification", model=root + "/classifier", top_k=None)(text[0])
+(scores,) = pipeline("text-classification", model=root + "/classifier", top_k=None)(text[:1])
 with torch.no_grad():
     expected = secateur.load(root + "/classifier")(**tokenizer(text[:1], return_tensors="pt")).logits.softmax(-1)[0]
 assert sorted(entry["score"] for entry in scores) == sorted(expected.tolist())
