@@ -5,9 +5,9 @@
 
 ``SentenceTransformer(OUT, backend="onnx")`` needs optimum-onnx, and ``backend="openvino"`` needs optimum-intel. Both
 need an older transformers than secateur. So each runs in an environment of its own, in the folder ``--environments``,
-which is made once. It sees the packages of this environment, such as torch, behind its own. The embeddings are compared
-with those of ``SentenceTransformer(MODEL_DIR)`` in this environment; MODEL_DIR may be packed or shrunk. OpenVINO computes
-in bfloat16 where the processor can, so that its embeddings are also compared with float32 asked for.
+which is made once. It sees the packages of this environment, such as torch, behind its own. The embeddings are
+compared with those of ``SentenceTransformer(MODEL_DIR)`` in this environment; MODEL_DIR may be packed or shrunk.
+OpenVINO computes in bfloat16 where the processor can, so that its embeddings in float32 are compared, too.
 
 A backend is run if OUT has its file: ``onnx/model.onnx`` or ``openvino/openvino_model.xml``. Exits with 1 if an
 embedding in float32 differs by more than ``--tolerance``.

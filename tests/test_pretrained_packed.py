@@ -498,7 +498,7 @@ def test_saving_over_the_model_card_of_a_shrunk_directory_leaves_one_section(tmp
     secateur.save(model, tmp_path / "shrunk")
     card = tmp_path / "shrunk" / "README.md"
     old = card.read_text().replace("<!-- end of how to load -->\n", "")
-    # as version 0.2 wrote it
+    # as it was written at first
     card.write_text(f"{old.rpartition('Without')[0]}Without the import\nnamed `model.safetensors`.\n\n# Mine\n")
     pack(secateur.load(tmp_path / "shrunk"), tmp_path / "packed", source=tmp_path / "shrunk")
     text = (tmp_path / "packed" / "README.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 from secateur.files._reading import is_there
 
 _END = "<!-- end of how to load -->\n"
-# Up to version 0.2 the section had no mark at its end.
+# At first the section had no mark at its end.
 _SECTION = re.compile(
     rf"## How to load this model\n.*?(?:{re.escape(_END)}|\nnamed `model\.safetensors`\.\n)\n?", re.DOTALL
 )
