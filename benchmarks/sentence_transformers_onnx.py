@@ -20,9 +20,9 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import venv
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
@@ -101,15 +101,10 @@ def environment(folder: Path, backend: Backend) -> Path:
         capture_output=True,
         text=True,
     )
-    Path(mine.stdout.strip(), "zz_shared.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    shared = [entry for entry in sys.path if Path(entry).name == "site-packages"]
+    Path(mine.stdout.strip(), "zz_shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
     constraints = folder / "constraints.txt"
-    torch = subprocess.run(
-        [sys.executable, "-c", "from importlib.metadata import version; print(version('torch').partition('+')[0])"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    constraints.write_text(f"torch=={torch.stdout.strip()}\n", encoding="utf-8")
+    constraints.write_text(f"torch=={version('torch').partition('+')[0]}\n", encoding="utf-8")
     pip = [python, "-m", "pip", "--quiet"]
     subprocess.run([*pip, "install", "-c", constraints, *backend.packages], check=True)
     for package in backend.unwanted:

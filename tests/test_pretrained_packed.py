@@ -157,11 +157,11 @@ print("all equal")
 
 @pytest.mark.parametrize("first", ["secateur.huggingface", "secateur"])
 def test_from_pretrained_gives_what_load_does_bit_for_bit(directories, first):
-    given = [part for name, (_, head) in MODELS.items() for part in (directories / name, head)]
+    names = MODELS if first == "secateur.huggingface" else ("classifier",)
+    given = [part for name in names for part in (directories / name, MODELS[name][1])]
     done = run(LOADED.format(first=first), *given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "all equal"
-    assert "LOAD REPORT" not in done.stderr.replace("BertModel LOAD REPORT", "").replace("MixtralModel LOAD REPORT", "")
     assert not re.search("Unknown quantization|MISSING|corrupted", done.stderr), done.stderr
 
 
@@ -401,8 +401,9 @@ def test_a_head_of_another_size_is_refused(directories):
         load(directories / "classifier", transformers.AutoModelForTokenClassification, num_labels=5)
 
 
-def test_a_checkpoint_without_a_trained_head_stays_one(tmp_path):
+def test_a_checkpoint_without_a_trained_head_stays_one(tmp_path, monkeypatch):
     """What the checkpoint lacked is missing here, too, and is told."""
+    kernels_win(monkeypatch)
     encoder().save_pretrained(tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     config["architectures"] = ["BertForSequenceClassification"]
@@ -561,8 +562,7 @@ def test_the_real_encoder_in_sentence_transformers(tmp_path):
 def test_a_dense_directory_is_left_alone(tmp_path):
     encoder().save_pretrained(tmp_path / "dense")
     model = load(tmp_path / "dense")
-    assert same(model.state_dict().values(), load_file(tmp_path / "dense" / "model.safetensors").values()) or all(
-        torch.equal(tensor, model.state_dict()[name])
-        for name, tensor in load_file(tmp_path / "dense" / "model.safetensors").items()
-    )
+    stored = load_file(tmp_path / "dense" / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in stored.items())
     model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "README.md").exists()
