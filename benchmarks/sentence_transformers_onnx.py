@@ -105,8 +105,8 @@ def environment(folder: Path, backend: Backend) -> Path:
     Path(mine.stdout.strip(), "zz_shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
     constraints = folder / "constraints.txt"
     constraints.write_text(f"torch=={version('torch').partition('+')[0]}\n", encoding="utf-8")
-    pip = [python, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "install", "-c", constraints, *backend.packages], check=True)
+    pip = [str(python), "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "install", "-c", str(constraints), *backend.packages], check=True)
     for package in backend.unwanted:
         subprocess.run([*pip, "uninstall", "--yes", package], check=True)
     (folder / "complete").touch()
