@@ -18,9 +18,6 @@ from secateur.exporting._onnx_graph import OnnxGraph, attributes, standard
 
 # The first with the operator Attention. ONNX Runtime 1.23 is the first that computes it on a CPU.
 _OPSET = 23
-# What changed its meaning between opset 20 and 23.
-_CHANGED = frozenset({"GroupNormalization"})
-_OLDEST = 18
 
 _FLOAT, _BOOL = 1, 9
 
@@ -46,7 +43,7 @@ def fuse_attention(graph: OnnxGraph) -> tuple[int, dict[str, str]]:
         How often, and why something that looks like it was left, by the name of a value.
     """
     left: dict[str, str] = {}
-    if not _may_be_raised(graph):
+    if not graph.can_be(_OPSET):
         return 0, {"the file": f"opset {graph.opset} cannot be raised to {_OPSET}, which has the operator Attention"}
     count = 0
     for node in list(graph.nodes):
@@ -61,12 +58,6 @@ def fuse_attention(graph: OnnxGraph) -> tuple[int, dict[str, str]]:
     if count:
         graph.require("", _OPSET)
     return count, left
-
-
-def _may_be_raised(graph: OnnxGraph) -> bool:
-    if graph.opset >= _OPSET:
-        return True
-    return graph.opset >= _OLDEST and not any(node.op_type in _CHANGED for node in graph.nodes)
 
 
 def _operator(graph: OnnxGraph, node: Any) -> _Found | None:

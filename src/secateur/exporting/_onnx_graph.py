@@ -14,6 +14,9 @@ from secateur._errors import FormatError
 # Protobuf messages end at 2 GiB. A file that is near it has its weights in a second file.
 _LARGEST_MESSAGE = 1_900_000_000
 
+# Graphs of older versions of the standard operators are not raised to a newer one.
+_OLDEST = 18
+
 
 class OnnxGraph:
     """The graph of a file, to be rewritten.
@@ -63,6 +66,11 @@ class OnnxGraph:
     def opset(self) -> int:
         """The version of the standard operators; 0 if the file does not say."""
         return max((entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+    def can_be(self, version: int) -> bool:
+        """Whether the graph means the same in a version of the standard operators up to 23."""
+        changed = any(node.op_type == "GroupNormalization" for node in self.nodes)
+        return self.opset >= version or (self.opset >= _OLDEST and not changed)
 
     def require(self, domain: str, version: int) -> None:
         """Ask for a version of a set of operators at least."""
