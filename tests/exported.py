@@ -105,8 +105,15 @@ def export(model: nn.Module, inputs: dict[str, Any], path: Path, shapes: Any = N
         warnings.simplefilter("ignore")  # of the exporter, about itself
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            model, (), kwargs=inputs, dynamo=True, opset_version=opset, dynamic_shapes=shapes,
-            verbose=False, input_names=list(inputs), output_names=["output"],
+            model,
+            (),
+            kwargs=inputs,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            verbose=False,
+            input_names=list(inputs),
+            output_names=["output"],
         )
     assert program is not None
     program.save(path)
