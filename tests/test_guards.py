@@ -59,6 +59,7 @@ PUBLIC = [
     "Column",
     "Evaluation",
     "EvaluationReport",
+    "ExportReport",
     "Figure",
     "FormatError",
     "GroupSparsity",
@@ -106,8 +107,10 @@ PUBLIC = [
     "Verification",
     "Wanda",
     "apply_masks_",
+    "bucket",
     "densify_",
     "evaluate",
+    "export",
     "load",
     "masks",
     "pack_",
@@ -308,7 +311,12 @@ KNOWLEDGE = {
         ("kernels", "timing._machine"),  # the latter reads "key: value" from the system
         'name, _, size = text.partition(":")',
     ),
-    "scales of int8": Knowledge(knows_the_range_of_int8, ("formats._values",), "scale = largest / 127"),
+    # Other engines have 8 bits of their own.
+    "scales of int8": Knowledge(
+        knows_the_range_of_int8,
+        ("formats._values", "exporting._quantize", "exporting._openvino"),
+        "scale = largest / 127",
+    ),
     "replacing files": Knowledge(makes_files_appear, ("files._whole",), "os.replace(partial, path)"),
 }
 
@@ -348,7 +356,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers"}
+HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers", "scipy"}
 
 
 def test_import_is_light():
@@ -380,6 +388,7 @@ def test_public_callables_have_examples():
         "Choice",
         "Evaluation",
         "EvaluationReport",
+        "ExportReport",
         "Figure",
         "Histogram",
         "LayerReport",

@@ -2,10 +2,14 @@
 
 from secateur.files._claims import SHRUNK_METHOD as SHRUNK_METHOD
 from secateur.files._claims import first_part as first_part
+from secateur.files._claims import is_packed_claim as is_packed_claim
 from secateur.files._claims import is_part as is_part
 from secateur.files._claims import is_shrunk_claim as is_shrunk_claim
+from secateur.files._claims import packed_claim as packed_claim
+from secateur.files._claims import with_claim as with_claim
 from secateur.files._claims import without_claims as without_claims
 from secateur.files._directory import INDEX as INDEX
+from secateur.files._directory import PACKED as PACKED
 from secateur.files._directory import SHRUNK as SHRUNK
 from secateur.files._directory import SINGLE as SINGLE
 from secateur.files._directory import ModelDirectory as ModelDirectory
@@ -15,14 +19,18 @@ from secateur.files._directory import read_config as read_config
 from secateur.files._inspect import TensorSummary as TensorSummary
 from secateur.files._inspect import inspect as inspect
 from secateur.files._inspect import summarize as summarize
+from secateur.files._model_card import forget_how_to_load as forget_how_to_load
+from secateur.files._model_card import say_how_to_load as say_how_to_load
 from secateur.files._place import check_file as check_file
 from secateur.files._place import check_output as check_output
 from secateur.files._reading import is_there as is_there
+from secateur.files._reading import read_json as read_json
 from secateur.files._safetensors import MAX_NAME as MAX_NAME
 from secateur.files._safetensors import open_safetensors as open_safetensors
 from secateur.files._safetensors import parse_header as parse_header
 from secateur.files._safetensors import parse_json as parse_json
 from secateur.files._safetensors import read_header as read_header
+from secateur.files._source import EXPORTED as EXPORTED
 from secateur.files._source import copy_all_but_weights as copy_all_but_weights
 from secateur.files._temporary import locked as locked
 from secateur.files._temporary import scratch_folder as scratch_folder

@@ -1,5 +1,7 @@
 """Which sizes does a model have that became smaller, and how is it stored and loaded?"""
 
+from secateur.shapes._claim import prefix_of as prefix_of
+from secateur.shapes._claim import resize_any_ as resize_any_
 from secateur.shapes._facts import Facts as Facts
 from secateur.shapes._resize import drop_blocks_ as drop_blocks_
 from secateur.shapes._resize import facts_of as facts_of
