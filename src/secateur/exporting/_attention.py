@@ -18,9 +18,6 @@ from secateur.exporting._onnx_graph import OnnxGraph, attributes, standard
 
 # The first with the operator Attention. ONNX Runtime 1.23 is the first that computes it on a CPU.
 _OPSET = 23
-# What changed its meaning between opset 20 and 23.
-_CHANGED = frozenset({"GroupNormalization"})
-_OLDEST = 18
 
 _FLOAT, _BOOL = 1, 9
 
@@ -46,7 +43,7 @@ def fuse_attention(graph: OnnxGraph) -> tuple[int, dict[str, str]]:
         How often, and why something that looks like it was left, by the name of a value.
     """
     left: dict[str, str] = {}
-    if not _may_be_raised(graph):
+    if not graph.can_be(_OPSET):
         return 0, {"the file": f"opset {graph.opset} cannot be raised to {_OPSET}, which has the operator Attention"}
     count = 0
     for node in list(graph.nodes):
@@ -61,12 +58,6 @@ def fuse_attention(graph: OnnxGraph) -> tuple[int, dict[str, str]]:
     if count:
         graph.require("", _OPSET)
     return count, left
-
-
-def _may_be_raised(graph: OnnxGraph) -> bool:
-    if graph.opset >= _OPSET:
-        return True
-    return graph.opset >= _OLDEST and not any(node.op_type in _CHANGED for node in graph.nodes)
 
 
 def _operator(graph: OnnxGraph, node: Any) -> _Found | None:
@@ -98,15 +89,41 @@ def _written_out(graph: OnnxGraph, softmax: Any) -> _Found | None:
     product = graph.only_reader(last, "MatMul")
     if product is None or product.input[0] != last:
         return None
-    scores, mask = softmax.input[0], None
-    if (add := graph.maker(scores, "Add")) is not None:
-        first = _scores(graph, add.input[0])
-        scores, mask = (add.input[0], add.input[1]) if first is not None else (add.input[1], add.input[0])
-    parts = _scores(graph, scores)
-    if parts is None:
+    found = _with_masks(graph, softmax.input[0])
+    if found is None:
         return None
+    parts, masks = found
+    mask = _sum_of(graph, masks)
     query, keys, scale = parts
     return _Found(query, keys, product.input[1], mask, scale, False, product.output[0], product)
+
+
+def _with_masks(graph: OnnxGraph, name: str, depth: int = 0) -> tuple[tuple[str, str, float], list[str]] | None:
+    """Scores, and all that is added to them before the softmax: a mask, and biases of positions."""
+    if (parts := _scores(graph, name)) is not None:
+        return parts, []
+    add = graph.maker(name, "Add")
+    if add is None or depth > 1:
+        return None
+    for inner, mask in (add.input, reversed(add.input)):
+        if (found := _with_masks(graph, inner, depth + 1)) is not None:
+            return found[0], [mask, *found[1]]
+    return None
+
+
+def _sum_of(graph: OnnxGraph, masks: list[str]) -> str | None:
+    """One mask that does what several do."""
+    if len(masks) < 2:
+        return masks[0] if masks else None
+    first, second = masks
+    wish = f"{first}_and_{second}"
+    if graph.maker(wish, "Add") is None:
+        graph.add("Add", [first, second], [wish])
+        shapes = [graph.shape(name) for name in masks]
+        if all(shape is not None and len(shape) == 4 for shape in shapes):
+            sizes = tuple(y if x == 1 else x for x, y in zip(shapes[0] or (), shapes[1] or (), strict=True))
+            graph.know(wish, _FLOAT, sizes)
+    return wish
 
 
 def _behind_softmax(graph: OnnxGraph, softmax: Any) -> str:
@@ -213,7 +230,7 @@ def _write(graph: OnnxGraph, found: _Found) -> str:
     inputs = [_by_positions(graph, name) for name in (found.query, found.keys, found.values)]
     behind = _joined(graph, found.output)
     flat = all(name is not None for name in inputs) and behind is not None
-    mask = _mask(graph, found.mask, found.query) if found.mask else ""
+    mask = _mask(graph, found.mask, found.query, inputs[0] if flat else None) if found.mask else ""
     if mask is None:
         return "the shape of its mask is not known"
     fields: dict[str, Any] = {"scale": found.scale}
@@ -263,7 +280,7 @@ def _splits_last(whole: tuple[int | str, ...] | None, parts: tuple[int | str, ..
     return whole[:2] == parts[:2] and last == heads * size
 
 
-def _mask(graph: OnnxGraph, name: str, query: str) -> str | None:
+def _mask(graph: OnnxGraph, name: str, query: str, flat: str | None) -> str | None:
     """The mask in float32, with as many rows as there are queries: ONNX Runtime does not spread its last two axes."""
     shape, positions = graph.shape(name), graph.shape(query)
     if shape is None or positions is None or not 2 <= len(shape) <= 4 or "" in (shape[-2], positions[2]):
@@ -272,7 +289,7 @@ def _mask(graph: OnnxGraph, name: str, query: str) -> str | None:
         name = _in_float(graph, name)
     if shape[-2] == positions[2]:
         return name
-    return _spread(graph, name, query) if shape[-2] == 1 else None
+    return _spread(graph, name, *((query, 2) if flat is None else (flat, 1))) if shape[-2] == 1 else None
 
 
 def _in_float(graph: OnnxGraph, name: str) -> str:
@@ -286,13 +303,13 @@ def _in_float(graph: OnnxGraph, name: str) -> str:
     return wish
 
 
-def _spread(graph: OnnxGraph, name: str, query: str) -> str:
+def _spread(graph: OnnxGraph, name: str, query: str, axis: int) -> str:
     """A mask of one row, repeated for each query."""
     wish = f"{name}_for_each_query"
     if graph.maker(wish, "Expand") is None:
         rows, sizes = f"{wish}_rows", f"{wish}_sizes"
         one = graph.add_constant(f"{wish}_one", np.ones(1, np.int64))
-        graph.add("Shape", [query], [rows], start=2, end=3)
+        graph.add("Shape", [query], [rows], start=axis, end=axis + 1)
         graph.add("Concat", [rows, one], [sizes], axis=0)
         graph.add("Expand", [name, sizes], [wish])
     return wish

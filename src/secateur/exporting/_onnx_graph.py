@@ -14,6 +14,9 @@ from secateur._errors import FormatError
 # Protobuf messages end at 2 GiB. A file that is near it has its weights in a second file.
 _LARGEST_MESSAGE = 1_900_000_000
 
+# Graphs of older versions of the standard operators are not raised to a newer one.
+_OLDEST = 18
+
 
 class OnnxGraph:
     """The graph of a file, to be rewritten.
@@ -64,6 +67,11 @@ class OnnxGraph:
         """The version of the standard operators; 0 if the file does not say."""
         return max((entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
+    def can_be(self, version: int) -> bool:
+        """Whether the graph means the same in a version of the standard operators up to 23."""
+        changed = any(node.op_type == "GroupNormalization" for node in self.nodes)
+        return self.opset >= version or (self.opset >= _OLDEST and not changed)
+
     def require(self, domain: str, version: int) -> None:
         """Ask for a version of a set of operators at least."""
         import onnx
@@ -99,6 +107,9 @@ class OnnxGraph:
         node = self.maker(name, "Constant")
         if node is not None and "value" in (fields := attributes(node)):
             return np.asarray(onnx.numpy_helper.to_array(fields["value"]))
+        node = self.maker(name, "Transpose")
+        if node is not None and node.input[0] in self.initializers:  # a weight that is an embedding as well
+            return self.constant(node.input[0]).transpose(attributes(node).get("perm"))  # type: ignore[union-attr]
         return None
 
     def scalar(self, name: str) -> float | None:
@@ -164,15 +175,11 @@ class OnnxGraph:
         for name in node.input:
             self._readers[name] = [entry for entry in self._readers[name] if entry is not node]
 
-    def read_instead(self, node: Any, index: int, name: str) -> None:
-        """Let a node read another value."""
-        old = node.input[index]
-        self._readers[old] = [entry for entry in self._readers[old] if entry is not node]
-        node.input[index] = name
-        for value in node.input:
-            if value == old:
-                self._readers[old].append(node)
-        self._readers.setdefault(name, []).append(node)
+    def drop_unread(self) -> None:
+        """Take out the nodes that lead to no output."""
+        needed = {id(node) for node in self._needed()}
+        for node in [node for node in self.nodes if id(node) not in needed]:
+            self.remove(node)
 
     def save(self, path: Path) -> None:
         """Write the graph, sorted, without what nothing reads.
@@ -186,13 +193,13 @@ class OnnxGraph:
         nodes = self._needed()
         read = {name for node in nodes for name in _read_by(node)} | set(self.outputs)
         kept = {name: entry for name, entry in self.initializers.items() if name in read}
+        for entry in (*nodes, *kept.values(), *graph.value_info, *graph.input, *graph.output):
+            del entry.metadata_props[:]  # stack traces, with the paths of the machine that exported
         del graph.node[:], graph.initializer[:]
         graph.node.extend(nodes)
         graph.initializer.extend(kept.values())
         made = {name for node in nodes for name in node.output}
         known = [entry for entry in graph.value_info if entry.name in made]
-        for entry in nodes:
-            del entry.metadata_props[:]  # stack traces, with the paths of the machine that exported
         del graph.value_info[:]
         graph.value_info.extend(known)
         large = self.external or sum(entry.ByteSize() for entry in kept.values()) > _LARGEST_MESSAGE
