@@ -19,6 +19,7 @@ def compare_page(
     lines: Sequence[str],
     ways: Sequence[WayResult],
     reference: int,
+    models: tuple[str, str],
     metric: tuple[str, bool],
     views: Mapping[View, Shown],
     tables: Sequence[Table],
@@ -29,16 +30,15 @@ def compare_page(
         lines: of the summary.
         ways: all of them.
         reference: number of the way that the others are compared with.
+        models: names of the given and of the dense model; the second is empty if there is one model.
         metric: name of the figure, and whether higher is better.
         views: for each view, first that which is shown first, the points and the numbers of the ways on the frontier.
         tables: to show below.
     """
-    models = [way.model for way in ways if not way.is_dense]
-    title = models[0] if models else ways[reference].model if ways else "Comparison"
     lead = [f"{sentence(line).rstrip('.')}." for line in lines]
     shown = {view: found for view, found in views.items() if found[0]}
-    pictures = (_figure(ways, reference, metric, shown),) if shown else ()
-    return tables_page(f"Ways to run {title}", lead, _facts(ways, metric, views), tables, pictures)
+    pictures = (_figure(ways, reference, models, metric, shown),) if shown else ()
+    return tables_page(f"Ways to run {models[0]}", lead, _facts(ways, metric, views), tables, pictures)
 
 
 def _facts(ways: Sequence[WayResult], metric: tuple[str, bool], views: Mapping[View, Shown]) -> list[Fact]:
@@ -68,31 +68,34 @@ def _facts(ways: Sequence[WayResult], metric: tuple[str, bool], views: Mapping[V
     return found
 
 
-def _figure(ways: Sequence[WayResult], reference: int, metric: tuple[str, bool], views: Mapping[View, Shown]) -> str:
+def _figure(
+    ways: Sequence[WayResult],
+    reference: int,
+    models: tuple[str, str],
+    metric: tuple[str, bool],
+    views: Mapping[View, Shown],
+) -> str:
     """A picture for each view, of which a reader chooses one; on a narrow screen another drawing of it."""
     choices, panels = [], []
     for number, (view, (points, frontier)) in enumerate(views.items()):
         checked = ' checked="checked"' if number == 0 else ""
         choices.append(f'<input type="radio" name="view" id="view-{number}"{checked}/>')
-        drawn = "\n".join(
-            picture(canvas, ways, view, points, frontier, reference, metric) for canvas in (WIDE, NARROW)
-        )
+        drawn = "\n".join(picture(canvas, ways, view, points, frontier, reference, metric) for canvas in (WIDE, NARROW))
         panels.append(f'<div class="panel" id="panel-{number}">\n{drawn}\n</div>')
     names = "".join(
         f'<label for="view-{number}">{escape(shape_text(view))}</label>' for number, view in enumerate(views)
     )
     rules = "\n".join(
         f"#view-{number}:checked ~ #panel-{number} {{ display: block; }}\n"
-        f'#view-{number}:checked ~ .views label[for="view-{number}"] {{ color: var(--paper); background: var(--ink); }}\n'
+        f'#view-{number}:checked ~ .views label[for="view-{number}"] '
+        "{ color: var(--paper); background: var(--ink); }\n"
         f'#view-{number}:focus-visible ~ .views label[for="view-{number}"] {{ outline: 2px solid var(--accent); }}'
         for number in range(len(views))
     )
-    dense = next((way.model for way in ways if way.is_dense), "")
-    ours = next((way.model for way in ways if not way.is_dense), "")
     keys = "".join(
-        f'<span class="key"><i class="{kind}"></i>{escape(model)}</span>'
-        for kind, model in (("ours", ours), ("dense-model", dense))
-        if model
+        f'<span class="key"><i class="{kind}"></i>{escape(text)}</span>'
+        for kind, text in (("ours", models[0]), ("dense-model", f"dense: {models[1]}" if models[1] else ""))
+        if text
     )
     chooser = f'<div class="views" role="presentation">{names}</div>' if len(views) > 1 else ""
     return (

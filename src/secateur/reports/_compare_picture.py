@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 from secateur.reports._compare_records import WayResult, shape_text
 from secateur.reports._compare_rows import View, megabytes, milliseconds
@@ -240,7 +241,7 @@ def _labels(
     texts = {number: _lines(canvas, ways[number], number in frontier, scale, points[number][1]) for number in shown}
     labels = [Label(places[number], _size(texts[number])) for number in shown]
     discs = [(*places[number], _radius(number in frontier) + 1.5) for number in points]
-    lines: list[Line] = [(*one, *other) for one, other in zip(steps, steps[1:], strict=False)]
+    lines: list[Line] = [(*one, *other) for one, other in pairwise(steps)]
     area = (2.0, 24.0, canvas.width - 2.0, canvas.area[3])
     parts = []
     for number, place in zip(shown, label_places(labels, discs, lines, area), strict=True):
@@ -302,7 +303,8 @@ def _hover(
     return (
         f'<g class="way {_kind(way, False)}" tabindex="0" role="img" aria-label="{label}">'
         f'<circle class="hit" cx="{x:g}" cy="{y:g}" r="13"/>'
-        f'<g class="tip"><rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height}" rx="6"/>{texts}</g></g>'
+        f'<g class="tip"><rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height}" rx="6"/>{texts}'
+        "</g></g>"
     )
 
 

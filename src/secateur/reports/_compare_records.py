@@ -39,7 +39,7 @@ class WayResult:
     Args:
         way: its name, such as ``"onnx-int8"``.
         title: in words, such as ``"ONNX Runtime int8"``.
-        model: that is run, by the name of its directory or class.
+        model: that is run, by the name of its directory or class; ``"dense"`` for the dense one beside another.
         is_dense: whether that is the dense model, which the other is compared with.
         timings: by shape. A shape that it does not take is not among them.
         nbytes: of the weights on the disk, as they would be deployed; None if they were not written.

@@ -44,12 +44,12 @@ def ways_table(
     views: list[View] = [None, *shapes] if len(shapes) > 1 else list(shapes)
     columns = (
         TableColumn("way"),
-        TableColumn("model"),
+        TableColumn("model", is_name=True),
         *(TableColumn(shape_text(view), is_number=True) for view in views),
         TableColumn(metric.replace("_", " "), is_number=True),
-        TableColumn("MB on disk", is_number=True),
-        TableColumn("MB in memory", is_number=True),
-        TableColumn("on the frontier"),
+        TableColumn("disk, MB", is_number=True),
+        TableColumn("memory, MB", is_number=True),
+        TableColumn("frontier", is_name=True),
         TableColumn("notes", is_note=True),
     )
     rows, strong = [], []
@@ -61,7 +61,6 @@ def ways_table(
             for speed in [way.times_at(view, shapes)]
         ]
         on = [index for index, view in enumerate(views) if number in marks.get(view, ())]
-        everywhere = len(on) == len(views) > 1
         rows.append(
             (
                 way.title,
@@ -70,7 +69,7 @@ def ways_table(
                 figure(way.quality),
                 megabytes(way.nbytes),
                 megabytes(way.memory),
-                "everywhere" if everywhere else ", ".join(shape_text(views[index]) for index in on),
+                ("everywhere" if len(on) == len(views) else f"{len(on)} of {len(views)}") if on else "",
                 "; ".join(way.notes),
             )
         )
@@ -82,7 +81,9 @@ def ways_table(
             "stands out is on the frontier: no other way is both faster and at least as good."
         )
     if any(way.memory is not None for _, way in run):
-        notes.append("In memory: what a process of its own gains by loading and running the model; libraries do not count.")
+        notes.append(
+            "In memory: what a process of its own gains by loading and running the model; libraries do not count."
+        )
     return Table("Ways to run the model", columns, tuple(rows), (*notes, *_noise(ways)), _sections(run), tuple(strong))
 
 
@@ -96,7 +97,7 @@ def milliseconds_table(ways: Sequence[WayResult], shapes: Sequence[tuple[int, ..
     run = [(number, way) for number, way in enumerate(ways) if not way.absence]
     columns = (
         TableColumn("way"),
-        TableColumn("model"),
+        TableColumn("model", is_name=True),
         *(TableColumn(shape_text(shape), is_number=True) for shape in shapes),
     )
     rows = []
@@ -124,7 +125,7 @@ def figures_of_ways_table(ways: Sequence[WayResult]) -> Table:
     files = {file for _, file in names}
     columns = (
         TableColumn("way"),
-        TableColumn("model"),
+        TableColumn("model", is_name=True),
         *(
             TableColumn(metric.replace("_", " ") + (f", {file}" if len(files) > 1 else ""), is_number=True)
             for metric, file in names
@@ -140,7 +141,7 @@ def figures_of_ways_table(ways: Sequence[WayResult]) -> Table:
 
 def absent_table(ways: Sequence[WayResult]) -> Table:
     """Return a table of the ways that could not be run, and why. Models that share a reason share a row."""
-    columns = (TableColumn("way"), TableColumn("model"), TableColumn("reason"))
+    columns = (TableColumn("way"), TableColumn("model", is_name=True), TableColumn("reason"))
     models: dict[tuple[str, str], list[str]] = {}
     for way in ways:
         if way.absence:

@@ -23,6 +23,8 @@ class ComparisonReport:
         ways: to run the dense model and the given one, those that could not be run among them.
         shapes: of the inputs, in the order of the tables.
         reference: number of the way that all others are compared with: the dense model in PyTorch.
+        model: name of the directory or class of the given model.
+        dense: the same of the dense one; empty if there is only one model.
         metric: the figure that the comparison is about.
         higher_is_better: of that figure.
         threads: that every way computed with.
@@ -39,12 +41,14 @@ class ComparisonReport:
         >>> _ = secateur.prune_(model, sparsity=0.5, method="magnitude")
         >>> report = secateur.compare(model, [torch.randn(8, 64)], dense=dense, ways=["torch"], memory=False)
         >>> report.metric, [way.name for way in report.ways]
-        ('similarity', ['PyTorch, dense Sequential', 'PyTorch, Sequential'])
+        ('similarity', ['PyTorch, dense', 'PyTorch, Sequential'])
     """
 
     ways: tuple[WayResult, ...]
     shapes: tuple[tuple[int, ...], ...]
     reference: int
+    model: str
+    dense: str
     metric: str
     higher_is_better: bool
     threads: int = 1
@@ -107,10 +111,8 @@ class ComparisonReport:
             f"model, {name} {figure(fastest.quality)}"
         )
         if len(best) > 1:
-            good = best[0]
-            lines.append(
-                f"best {name}: {good.name}, {figure(good.quality)}, {good.times_at(view, self.shapes):.2f} times"
-            )
+            good, times = best[0], best[0].times_at(view, self.shapes)
+            lines.append(f"best {name}: {good.name}, {figure(good.quality)}; {times:.2f} times as fast")
         return lines
 
     def _lines(self) -> list[str]:
@@ -140,6 +142,8 @@ class ComparisonReport:
             "ways": [way.to_dict() for way in self.ways],
             "shapes": self.shapes,
             "reference": self.reference,
+            "model": self.model,
+            "dense": self.dense,
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
             "threads": self.threads,
@@ -200,10 +204,14 @@ class ComparisonReport:
 
     def to_html(self) -> str:
         """Return one self-contained HTML page with the picture; it loads nothing and runs nothing."""
-        views = {
-            view: (self._points(view), self._frontier(view)) for view in self._views
-        }
+        views = {view: (self._points(view), self._frontier(view)) for view in self._views}
         lines = [line for line in self._lines() if line not in self._headlines()]
         return compare_page(
-            lines, self.ways, self.reference, (self.metric, self.higher_is_better), views, self.tables
+            lines,
+            self.ways,
+            self.reference,
+            (self.model, self.dense),
+            (self.metric, self.higher_is_better),
+            views,
+            self.tables,
         )
