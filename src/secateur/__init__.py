@@ -14,6 +14,7 @@ from secateur._errors import SolverError as SolverError
 from secateur._errors import SparsityError as SparsityError
 from secateur._errors import StatisticsError as StatisticsError
 from secateur.calibration import LayerStatistics as LayerStatistics
+from secateur.comparison import compare as compare
 from secateur.evaluation import Pooling as Pooling
 from secateur.evaluation import evaluate as evaluate
 from secateur.layers import LayerKind as LayerKind
@@ -39,6 +40,7 @@ from secateur.pruning import Recipe as Recipe
 from secateur.pruning import prune_ as prune_
 from secateur.recovery import recover_ as recover_
 from secateur.reports import Choice as Choice
+from secateur.reports import ComparisonReport as ComparisonReport
 from secateur.reports import Evaluation as Evaluation
 from secateur.reports import EvaluationReport as EvaluationReport
 from secateur.reports import Figure as Figure

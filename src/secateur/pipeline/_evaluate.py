@@ -110,23 +110,39 @@ class DirectoryEvaluation:
             ImportError: transformers is missing.
         """
         began = time.perf_counter()
-        outcomes = self._run_dense(progress) if self._has_dense else [None] * len(self._inputs)
+        self._outcomes(progress)  # before the other model takes its memory
         progress("loading the model", 0, 1)
         model = load_to_measure(path, any(inputs.needs_head for inputs in self._inputs), self._device, self._dtype)
-        figures: list[Figure] = []
-        notes = list(self.notes)
-        for inputs, dense in zip(self._inputs, outcomes, strict=True):
-            measured = measure(inputs, model, dense, progress)
-            figures += measured.figures
-            notes += measured.notes
+        figures, notes = self.measure_model(model, progress)
         return EvaluationReport(
-            tuple(figures),
+            figures,
             Path(path).name,
             self._reference.name if self._has_dense else "",
             time.perf_counter() - began,
-            tuple(notes),
+            (*self.notes, *notes),
             {**versions(), "transformers": transformers_library().__version__},
         )
+
+    def measure_model(
+        self, model: nn.Module, progress: Progress = lambda what, done, total: None
+    ) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
+        """Return the figures of a model that was loaded already, and notes on what could not be measured.
+
+        Args:
+            model: with the head of its class where files have labels.
+            progress: called with a description, and how much of how much is done.
+        """
+        figures: list[Figure] = []
+        notes: list[str] = []
+        for inputs, dense in zip(self._inputs, self._outcomes(progress), strict=True):
+            measured = measure(inputs, model, dense, progress)
+            figures += measured.figures
+            notes += measured.notes
+        return tuple(figures), tuple(notes)
+
+    def _outcomes(self, progress: Progress) -> Sequence[DenseOutcome | None]:
+        """What the dense model gives for each file; None for each without one."""
+        return self._run_dense(progress) if self._has_dense else [None] * len(self._inputs)
 
     def _run_dense(self, progress: Progress) -> list[DenseOutcome]:
         if self._dense is None:
