@@ -75,8 +75,9 @@ def look(program: str, page: Path, output: Path) -> bool:
                         (folder / "page.html").write_text(open_page.replace("</body>", PROBE + "</body>"))
                         dom = run(program, folder, width, "--dump-dom", "--virtual-time-budget=3000")
                         found = re.search(r"data-probe=\"([^\"]*)\"", dom)
-                        row["probe"] = json.loads(found[1].replace("&quot;", '"')) if found else None
-                        fits &= bool(found) and row["probe"]["page"] <= row["probe"]["window"]
+                        probe = json.loads(found[1].replace("&quot;", '"')) if found else {"page": 1, "window": 0}
+                        row["probe"] = probe
+                        fits &= probe["page"] <= probe["window"] and not probe["beyond"]
                     print(json.dumps(row), flush=True)
     return fits
 

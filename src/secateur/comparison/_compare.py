@@ -97,8 +97,7 @@ def compare(
             progress=progress,
         )
     instance("model", model, nn.Module, "a module or a directory")
-    if dense is not None:
-        instance("dense", dense, nn.Module, "a module, as the model is")
+    known = None if dense is None else instance("dense", dense, nn.Module, "a module, as the model is")
     if shapes is not None:
         raise RecipeError("shapes are for directories. Give batches for a module: one input for each shape.")
     if isinstance(data, str | Path):
@@ -109,7 +108,7 @@ def compare(
     return compare_modules(
         model,
         data,
-        dense=dense,
+        dense=known,
         batches=batches,
         ways=ways,
         metric=metric,

@@ -161,7 +161,8 @@ def _path(name: str, corners: Sequence[tuple[float, float]], close: bool = False
 def _axes(scale: _Scale, name: str, higher_is_better: bool) -> list[str]:
     left, top, right, bottom = scale.canvas.area
     parts = []
-    for tick in _time_ticks(*(math.exp(end) for end in scale.times), most=9 if scale.canvas.labels_all else 5):
+    slow, fast = (math.exp(end) for end in scale.times)
+    for tick in _time_ticks(slow, fast, most=9 if scale.canvas.labels_all else 5):
         x, _ = scale.at(tick, scale.quality[0])
         kind = "one" if tick == 1 else "grid"
         parts.append(f'<path class="{kind}" d="M{x:g} {top:g}V{bottom:g}"/>')
