@@ -94,6 +94,7 @@ class DirectorySubject:
         if (to, int8) not in self._exported:
             output = folder / "exported"
             report = export_directory(self._plain(), output, to=to, int8=int8, shapes=())
+            assert report is not None  # it is for packed directories that are written dense
             self._exported[to, int8] = Deployed(output, report.nbytes)
         return self._exported[to, int8]
 
