@@ -267,7 +267,7 @@ def test_the_page_has_every_figure_of_every_way():
     for found in report().ways:
         assert found.title in text
         assert found.absence in text
-    for expected in ("5.00 x", "98.50", "12.3", "4 (3.6 to 4.8)", "dense-model", NASTY, f"note {NASTY}"):
+    for expected in ("5.00 x", "98.50", "12.3", "4 (3.6 to 4.8)", "dense-model", NASTY, f"Note {NASTY}"):
         assert expected in text
     # What a pointer shows of a point is in the page for everybody: one group for each way, view and drawing.
     groups = re.findall(r'<g class="way [^>]*aria-label="([^"]*)"', page)
@@ -295,7 +295,7 @@ def test_a_way_far_below_does_not_hide_the_others():
     page = with_ways(outlier).to_html()
     ticks = {float(text) for text in re.findall(r'class="tick"[^>]*text-anchor="end">([\d.]+)<', page)}
     assert min(ticks) > 60
-    assert re.search(r'class="size"[^>]*>39\.50<', page)
+    assert re.search(r'class="size"[^>]*>23.0 MB, 39\.50<', page)
 
 
 def boxes_overlap(one, other):

@@ -120,10 +120,14 @@ def _scale(
     sign = 1 if higher_is_better else -1
     values = [sign * value for _, value in points.values()]
     best = max(values)
-    kept = [sign * points[number][1] for number in frontier] or values
-    span = (best - min(kept)) or 0.02 * abs(best) or 1.0
+    span = 0.0
+    for value in sorted((sign * points[number][1] for number in frontier), reverse=True):
+        if best - value > (1 + _FAR) * max(span, 0.1 * abs(best)):
+            break  # however fast it is, it is no model any more
+        span = best - value
+    span = span or 0.02 * abs(best) or 1.0
     floor = best - (1 + _FAR) * span
-    inside = [value for value in values if value >= floor]
+    inside = [value for value in values if value >= floor]  # the best is always among them
     worst = min(inside)
     spread = (best - worst) or span
     off = 0.22 * spread if len(inside) < len(values) else 0.0

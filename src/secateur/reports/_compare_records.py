@@ -80,7 +80,9 @@ class WayResult:
         known = {timing.shape: timing.times[1] for timing in self.timings}
         wanted = [tuple(one) for one in shapes] if shape is None else [tuple(shape)]
         found = [known[one] for one in wanted if one in known]
-        return geometric_mean(found) if found and len(found) == len(wanted) and min(found) > 0 else None
+        if not found or len(found) < len(wanted) or min(found) <= 0:
+            return None
+        return found[0] if len(found) == 1 else geometric_mean(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the way as a JSON-ready dict."""

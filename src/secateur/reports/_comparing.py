@@ -107,8 +107,8 @@ class ComparisonReport:
         lines = []
         fastest = best[-1]
         lines.append(
-            f"fastest {over}: {fastest.name}, {fastest.times_at(view, self.shapes):.2f} times PyTorch with the dense "
-            f"model, {name} {figure(fastest.quality)}"
+            f"fastest {over}: {fastest.name}, {fastest.times_at(view, self.shapes):.2f} times as fast as "
+            f"{self.ways[self.reference].name}; {name} {figure(fastest.quality)}"
         )
         if len(best) > 1:
             good, times = best[0], best[0].times_at(view, self.shapes)
