@@ -34,6 +34,7 @@ from secateur.huggingface import example_inputs, load_model, open_model, pooling
 from secateur.packing import FILE, REPORT, load_directory
 from secateur.packing import export_directory as write_dense
 from secateur.reports import EXPORT_TARGETS, ExportReport
+from secateur.shapes import forget_how_to_load
 
 _MODULES = "modules.json"
 _UNTRAINED = "pooler_output"  # of what a checkpoint often lacks the weights
@@ -101,6 +102,7 @@ def export_directory(
     function, notes = function_of(source)
     with whole_directory(output, overwrite=overwrite) as made:
         copy_all_but_weights(source, made, (*shards, INDEX, REPORT))
+        forget_how_to_load(made)
         return write_exported(function, made, settings, Source(nbytes, notes, began), progress)
 
 

@@ -14,6 +14,7 @@ from secateur._errors import RecipeError
 from secateur.calibration import quiet
 from secateur.evaluation import Pooling, is_language_model
 from secateur.exporting._inputs import BATCH, PAST, SEQUENCE, TOTAL, Inputs
+from secateur.huggingface import cache_after, call_with_cache, keeps_cache
 
 EMBEDDING, STATES, SCORES = "sentence_embedding", "last_hidden_state", "logits"
 OF_TOKENS = (STATES,)  # outputs with a row for each token
@@ -43,7 +44,7 @@ class ExportedFunction(nn.Module):
         self.notes: tuple[str, ...] = ()
         self._leave_out = frozenset(leave_out)
         self.inputs = inputs
-        if pooling is None and is_language_model(type(model).__name__) and _uses_cache(model):
+        if pooling is None and is_language_model(type(model).__name__) and keeps_cache(model):
             self._take_cache()
         for module in model.modules():  # of a copy, or of a model that was loaded for this
             if getattr(getattr(module, "config", None), "use_cache", False) is True:
@@ -98,12 +99,9 @@ class ExportedFunction(nn.Module):
             return
         ids = given["input_ids"]
         with quiet(self.model):
-            cache = self.model(input_ids=ids, use_cache=True).past_key_values
-        layers = getattr(cache, "layers", ())
-        parts: list[tuple[Any, Any]] = [(getattr(k, "keys", None), getattr(k, "values", None)) for k in layers]
-        plain = [isinstance(t, Tensor) and t.ndim == 4 and t.shape[0] == len(ids) for pair in parts for t in pair]
-        if not parts or not all(plain):
-            self.notes += (f"exported without a cache: a {type(cache).__name__} is not keys and values alone",)
+            parts, instead = cache_after(self.model, ids)
+        if not parts:
+            self.notes += (f"exported without a cache: {instead}",)
             return
         self.cached = len(parts)
         rows, length = ids.shape
@@ -124,38 +122,26 @@ class ExportedFunction(nn.Module):
         self.inputs = replace(self.inputs, tensors=tensors, sizes=sizes, positional=0, defaults=defaults)
 
     def _run_cached(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        import transformers
-
-        cache: Any = transformers.DynamicCache()
-        for number in range(self.cached):
-            key, value = (tensors.pop(f"past_key_values.{number}.{part}") for part in _PARTS)
-            cache.update(key, value, number)
-        output = self.model(**tensors, past_key_values=cache, use_cache=True)
+        names = [[f"past_key_values.{number}.{part}" for part in _PARTS] for number in range(self.cached)]
+        before = [(tensors.pop(key), tensors.pop(value)) for key, value in names]
+        logits, after = call_with_cache(self.model, tensors, before)
         present = {
             f"present.{number}.{part}": tensor
-            for number, layer in enumerate(output.past_key_values.layers)
-            for part, tensor in zip(_PARTS, (layer.keys, layer.values), strict=True)
+            for number, pair in enumerate(after)
+            for part, tensor in zip(_PARTS, pair, strict=True)
         }
-        return {SCORES: output.logits, **present}
-
-
-def _uses_cache(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return (
-        getattr(config, "use_cache", False) is True and "past_key_values" in inspect.signature(model.forward).parameters
-    )
+        return {SCORES: logits, **present}
 
 
 def _tensors_of(output: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors in what a model returned, by name: those of a mapping, ``output``, or ``output.0`` and so on."""
-    if isinstance(output, Tensor):
-        yield "output", output
-        return
-    named = output.items() if isinstance(output, Mapping) else [("output", output)]
-    for name, value in named:
-        if isinstance(value, Tensor):
-            yield str(name), value
-        elif isinstance(value, tuple | list):
-            for number, part in enumerate(value):
-                if isinstance(part, Tensor):
-                    yield f"{name}.{number}", part
+    for name, value in output.items() if isinstance(output, Mapping) else [("output", output)]:
+        yield from _parts(str(name), value)
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for number, part in enumerate(value):
+            yield from _parts(f"{name}.{number}", part)

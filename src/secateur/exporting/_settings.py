@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from secateur._checks import flag, integer, number, one_of
 from secateur._errors import RecipeError
-from secateur.engines import ENGINES
+from secateur.engines import ENGINES, Engine
 from secateur.exporting._onnx import check_exporter
 from secateur.reports import EXPORT_TARGETS
 
@@ -58,8 +58,17 @@ class ExportSettings:
         """In which the engine computes what is not in 8 bits."""
         return "bfloat16" if self.bfloat16 else "float32"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether numbers have fewer bits than those of PyTorch, so that the outputs differ."""
+        return self.int8 or self.bfloat16
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the files."""
+        return ENGINES["onnxruntime" if self.to == "onnx" else "openvino"]
+
     def check_installed(self) -> None:
         """Raise ``ImportError`` with the extra to install, unless all that this needs is here."""
         check_exporter()
-        if self.to == "openvino":
-            ENGINES["openvino"].check()
+        self.engine.check()

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from secateur._types import Progress
-from secateur.engines import ENGINES
 from secateur.exporting._check import compare
 from secateur.exporting._function import ExportedFunction
+from secateur.exporting._fuse import fuse
 from secateur.exporting._onnx import place, write_onnx
 from secateur.exporting._opened import files_bytes, open_file
+from secateur.exporting._openvino import convert
 from secateur.exporting._quantize import quantize
 from secateur.exporting._settings import ExportSettings
 from secateur.exporting._time import measure
@@ -23,6 +24,7 @@ from secateur.timing import describe_machine
 
 ONNX, OPENVINO = "onnx/model.onnx", "openvino/openvino_model.xml"  # where other libraries look for them
 _WORK = ".work"
+_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,6 @@ def write_exported(
     """
     work = made / _WORK
     work.mkdir()
-    steps = 4
     report = ExportReport(
         model=type(function.model).__name__,
         to=settings.to,
@@ -65,35 +66,34 @@ def write_exported(
         float32_error=0.0,
         notes=(*source.notes, *function.notes),
     )
-    progress("following the model", 0, steps)
+    progress("following the model", 0, _STEPS)
     graph = _folder(work, "graph") / "model.onnx"
     write_onnx(function, graph)
-    progress("checking the graph", 1, steps)
+    if settings.to == "onnx":
+        progress("rewriting the graph", 1, _STEPS)
+        rewritten = _folder(work, "rewritten") / "model.onnx"
+        report = replace(report, fused=dict(fuse(graph, rewritten).counts))
+        graph = rewritten
+    progress("checking the graph", 2, _STEPS)
     engine = open_file(graph, report, precision=None, threads=None)
     checks = compare(function, engine, settings.tolerance, "the graph in float32")
-    report = replace(report, float32_error=max(check.error for check in checks))
-    if settings.int8 and settings.to == "onnx":
-        progress("rounding to 8 bits", 2, steps)
-        rounded = _folder(work, "int8") / "model.onnx"
-        quantized = quantize(graph, rounded)
-        graph, report = rounded, replace(report, int8=True, left=dict(quantized.left))
-    file = made / report.file
-    place(graph, file)
-    report = replace(report, precision=settings.precision)
-    progress("checking what was written", 3, steps)
-    engine = open_file(file, report, precision=None, threads=None)
-    rounds = settings.int8 or settings.bfloat16
-    checks = compare(function, engine, None if rounds else settings.tolerance, report.file)
+    report = replace(report, checks=tuple(checks), float32_error=max(check.error for check in checks))
+    del engine
+    progress("writing", 3, _STEPS)
+    report = _placed(graph, made, settings, report)
+    engine = open_file(made / report.file, report, precision=None, threads=None)
+    if settings.to != "onnx" or settings.int8:  # else it is the graph that was checked
+        tolerance = None if settings.rounds else settings.tolerance
+        report = replace(report, checks=tuple(compare(function, engine, tolerance, report.file)))
     shutil.rmtree(work)
     timings, notes = measure(function, engine, settings.shapes, progress)
     report = replace(
         report,
-        nbytes=files_bytes(file),
-        checks=tuple(checks),
+        nbytes=files_bytes(made / report.file),
         timings=tuple(timings),
         notes=(*report.notes, *notes),
         machine=_machine() if timings else {},
-        versions={**versions(), settings_engine(settings): ENGINES[settings_engine(settings)].version},
+        versions={**versions(), settings.engine.name: settings.engine.version},
         seconds=time.perf_counter() - source.began,
     )
     (made / EXPORTED).write_text(report.to_json() + "\n", encoding="utf-8")
@@ -102,9 +102,18 @@ def write_exported(
     return report
 
 
-def settings_engine(settings: ExportSettings) -> str:
-    """Return the name of the engine that runs what the settings make."""
-    return "onnxruntime" if settings.to == "onnx" else "openvino"
+def _placed(graph: Path, made: Path, settings: ExportSettings, report: ExportReport) -> ExportReport:
+    """Write the files of the engine from a graph in float32, and say so in the report."""
+    report = replace(report, int8=settings.int8, precision=settings.precision)
+    if settings.to == "openvino":
+        convert(graph, (made / OPENVINO).parent, int8=settings.int8)
+        return replace(report, file=OPENVINO)
+    if settings.int8:
+        rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
+        quantized = quantize(graph, rounded)
+        graph, report = rounded, replace(report, left=dict(quantized.left))
+    place(graph, made / ONNX)
+    return report
 
 
 def _folder(work: Path, name: str) -> Path:
