@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -571,3 +572,10 @@ def test_modules_that_cannot_be_pickled_are_run_here(monkeypatch):
     assert made["torch"].memory is None
     assert made["torch"].notes == ("memory was not measured: the module cannot be written for another process",)
     assert made["torch"].timings
+
+
+def test_the_page_of_the_documents_describes_every_way():
+    text = (Path(__file__).parents[1] / "docs" / "comparing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \|", text, re.MULTILINE)
+    assert rows == [(name, way.title) for name, way in WAYS.items()]
+    assert all(name == way.name for name, way in WAYS.items())

@@ -94,7 +94,7 @@ def _figure(
     )
     keys = "".join(
         f'<span class="key"><i class="{kind}"></i>{escape(text)}</span>'
-        for kind, text in (("ours", models[0]), ("dense-model", f"dense: {models[1]}" if models[1] else ""))
+        for kind, text in (("ours", models[0]), ("dense-model", f"{models[1]} (dense)" if models[1] else ""))
         if text
     )
     chooser = f'<div class="views" role="presentation">{names}</div>' if len(views) > 1 else ""
