@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from fake_timing import routes_take
@@ -12,8 +13,9 @@ import secateur
 from secateur import ComparisonReport, RecipeError, StatisticsError
 from secateur.cli import app
 from secateur.comparison import SHAPES, compare_directory
+from secateur.engines import EngineModel
 from secateur.packing import pack_directory
-from secateur.pipeline import evaluate_directory
+from secateur.pipeline import DirectoryEvaluation, evaluate_directory
 from secateur.pruning import Recipe, prune_directory
 
 transformers = pytest.importorskip("transformers")
@@ -133,6 +135,25 @@ def test_another_engine_gives_the_same_figure(bert, pruned, files, precision):
     assert found.quality == pytest.approx(report["torch"].quality, abs=0 if precision == "onnx" else 0.41)
     assert found.nbytes < 1.3 * report["torch"].nbytes
     assert "onnxruntime" in report.versions
+
+
+@pytest.mark.parametrize(("outputs", "fits"), [(("last_hidden_state", "logits"), True), (("logits",), False)])
+def test_an_exported_head_is_not_taken_for_an_embedding(bert, files, outputs, fits):
+    class Session:
+        inputs = ("input_ids", "attention_mask")
+
+        def __call__(self, feeds):
+            states = np.random.default_rng(0).standard_normal((*feeds["input_ids"].shape, 8)).astype(np.float32)
+            return {name: states if name == "last_hidden_state" else states[:, 0, :2] for name in outputs}
+
+    session = Session()
+    session.outputs = outputs
+    evaluation = DirectoryEvaluation(bert, [files["text"]], has_dense=True, metrics=["rank"], device="cpu")
+    if fits:
+        assert evaluation.measure_model(EngineModel(session))[0][0].metric == "rank"
+        return
+    with pytest.raises(StatisticsError, match="gives logits, and rank needs the states of tokens"):
+        evaluation.measure_model(EngineModel(session))
 
 
 @pytest.mark.parametrize(

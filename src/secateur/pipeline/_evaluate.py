@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from secateur._checks import one_of
-from secateur._errors import RecipeError
+from secateur._errors import RecipeError, StatisticsError
 from secateur._types import Progress
+from secateur.engines import EngineModel
 from secateur.evaluation import METRICS, DenseOutcome, Inputs, measure, read_data, run_dense
 from secateur.exporting import is_exported, open_exported
 from secateur.files import is_there
@@ -26,6 +27,8 @@ from secateur.huggingface import (
 )
 from secateur.packing import FILE, load
 from secateur.reports import EvaluationReport, Figure, versions
+
+_STATES = ("last_hidden_state", "sentence_embedding")  # outputs that embeddings are made of
 
 
 class DirectoryEvaluation:
@@ -132,10 +135,14 @@ class DirectoryEvaluation:
         Args:
             model: with the head of its class where files have labels.
             progress: called with a description, and how much of how much is done.
+
+        Raises:
+            StatisticsError: the model fails on a file, or does not give what is measured.
         """
         figures: list[Figure] = []
         notes: list[str] = []
         for inputs, dense in zip(self._inputs, self._outcomes(progress), strict=True):
+            _check_outputs(model, inputs)
             measured = measure(inputs, model, dense, progress)
             figures += measured.figures
             notes += measured.notes
@@ -195,6 +202,16 @@ def evaluate_directory(
     )
     directory_without_weights(source)  # a mistake in its name is found before the dense model is run
     return evaluation.measure(source, progress)
+
+
+def _check_outputs(model: nn.Module, inputs: Inputs) -> None:
+    """Raise if a model in another engine was exported with its head, and a file needs what is below it."""
+    needs = [name for name in inputs.metrics if name not in ("perplexity", "accuracy")]
+    if isinstance(model, EngineModel) and needs and not set(_STATES) & set(model.outputs):
+        raise StatisticsError(
+            f"the exported model gives {', '.join(model.outputs)}, and {needs[0].replace('_', ' ')} needs the states "
+            f"of tokens ({_STATES[0]}).\nMeasure it on a file of labels; or export a model without a head."
+        )
 
 
 def load_to_measure(
