@@ -21,6 +21,7 @@ from secateur.calibration import call_model
 from secateur.comparison._open import open_deployed
 from secateur.comparison._subject import Deployed
 from secateur.comparison._ways import WAYS, Way
+from secateur.huggingface import load_code
 
 _PATIENCE = 900  # seconds for one process
 
@@ -104,9 +105,9 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     way = WAYS[request["way"]]
     batches = torch.load(request["batches"])
-    libraries = [way.engine] if way.engine else ["transformers.models.auto"] * request["is_directory"]
-    for library in libraries:
-        importlib.import_module(library)
+    importlib.import_module(way.engine or "torch.ao.quantization")
+    if request["is_directory"] and not way.engine:
+        load_code(Path(request["path"]))
     _ = torch.randn(64, 64) @ torch.randn(64, 64)  # what the first product of a process loads
     before = resident() or 0
     deployed = Deployed(Path(request["path"]), 0)

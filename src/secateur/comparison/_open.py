@@ -10,7 +10,8 @@ from torch import nn
 
 from secateur.comparison._subject import Deployed
 from secateur.comparison._ways import Way
-from secateur.exporting import is_exported, open_exported
+from secateur.engines import engine_for
+from secateur.exporting import is_exported, open_exported, read_report
 from secateur.pipeline import load_to_measure
 
 
@@ -49,14 +50,17 @@ def open_deployed(
     if deployed.module is not None:
         return way.wrap(deployed.module.eval())
     assert deployed.path is not None
-    return way.wrap(_opened(deployed.path, way.precision, with_head, threads, is_directory).eval())
+    return way.wrap(_opened(deployed.path, way, with_head, threads, is_directory).eval())
 
 
-def _opened(path: Path, precision: str | None, with_head: bool, threads: int | None, is_directory: bool) -> nn.Module:
+def _opened(path: Path, way: Way, with_head: bool, threads: int | None, is_directory: bool) -> nn.Module:
     if path.suffix == ".pt":
         module: nn.Module = torch.load(path, weights_only=False)  # written by this run, in a folder of its own
         return module
     if is_exported(path):
-        model = open_exported(path, precision=precision, threads=threads)
+        engine = engine_for(path / read_report(path).file)
+        if engine.name != way.engine:
+            raise RuntimeError(f"what was exported is a file for {engine.title}")
+        model = open_exported(path, precision=way.precision, threads=threads)
         return model if is_directory else PlainOutputs(model)
     return load_to_measure(path, with_head, "cpu")
