@@ -109,6 +109,7 @@ PUBLIC = [
     "Wanda",
     "apply_masks_",
     "compare",
+    "bucket",
     "densify_",
     "evaluate",
     "export",
@@ -352,7 +353,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers"}
+HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers", "scipy"}
 
 
 def test_import_is_light():
