@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli._app import say, show, show_progress, use_threads, user_errors, written_or_printed
-from secateur.cli._options import AsJson, Html, Output, Overwrite, Threads
+from secateur.cli._options import AsJson, Html, Output, Overwrite, Seed, Threads
 
 
 def export(
@@ -19,6 +19,11 @@ def export(
     ] = "dense",
     int8: Annotated[bool, typer.Option("--int8", help="Compute matrix products in 8 bits.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Let OpenVINO compute the rest in bfloat16.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text from which OpenVINO takes ranges for 8 bits. Default: found in each call.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from that text.")] = 128,
+    seed: Seed = 0,
     threads: Threads = None,
     html: Html = None,
     overwrite: Overwrite = False,
@@ -29,6 +34,7 @@ def export(
         from secateur._errors import RecipeError
         from secateur.exporting import export_directory
         from secateur.files import check_file
+        from secateur.huggingface import CalibrationText
 
         if to == "dense" and (html is not None or as_json):
             raise RecipeError("--html and --json show how an exported model compares. Give --to onnx or --to openvino.")
@@ -36,7 +42,14 @@ def export(
             check_file(html, output)
         with show_progress() as progress:
             report = export_directory(
-                model, output, to=to, int8=int8, bfloat16=bfloat16, overwrite=overwrite, progress=progress
+                model,
+                output,
+                to=to,
+                int8=int8,
+                bfloat16=bfloat16,
+                calibration=None if calibration is None else CalibrationText(calibration, samples, seed=seed),
+                overwrite=overwrite,
+                progress=progress,
             )
         if report is None:
             say(f"written to {output}")

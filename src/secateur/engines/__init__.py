@@ -6,3 +6,4 @@ from secateur.engines._engine import Session as Session
 from secateur.engines._engine import engine_for as engine_for
 from secateur.engines._model import Default as Default
 from secateur.engines._model import EngineModel as EngineModel
+from secateur.engines._openvino import import_openvino as import_openvino

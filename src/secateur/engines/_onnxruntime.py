@@ -12,6 +12,15 @@ import torch
 from secateur._errors import FormatError
 
 
+def lacks(precision: str) -> str:
+    """Why the processor cannot compute in a precision: it always can.
+
+    Args:
+        precision: ``"float32"``.
+    """
+    return ""
+
+
 def load(path: Path, precision: str, threads: int | None) -> OnnxSession:
     """Open a file.
 

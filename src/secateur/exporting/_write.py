@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from secateur._types import Progress
+from secateur.exporting._calibration import named
 from secateur.exporting._check import compare
 from secateur.exporting._function import ExportedFunction
 from secateur.exporting._fuse import fuse
@@ -35,11 +40,13 @@ class Source:
         nbytes: of its weights.
         notes: for the report.
         began: when the work began, in seconds of ``time.perf_counter``.
+        calibration: batches for ranges of 8 bits; None for none.
     """
 
     nbytes: int
     notes: tuple[str, ...]
     began: float
+    calibration: Sequence[Any] | None = None
 
 
 def write_exported(
@@ -80,7 +87,7 @@ def write_exported(
     report = replace(report, checks=tuple(checks), float32_error=max(check.error for check in checks))
     del engine
     progress("writing", 3, _STEPS)
-    report = _placed(graph, made, settings, report)
+    report = _placed(graph, made, settings, report, source.calibration and named(function.inputs, source.calibration))
     engine = open_file(made / report.file, report, precision=None, threads=None)
     if settings.to != "onnx" or settings.int8:  # else it is the graph that was checked
         tolerance = None if settings.rounds else settings.tolerance
@@ -102,12 +109,18 @@ def write_exported(
     return report
 
 
-def _placed(graph: Path, made: Path, settings: ExportSettings, report: ExportReport) -> ExportReport:
+def _placed(
+    graph: Path,
+    made: Path,
+    settings: ExportSettings,
+    report: ExportReport,
+    calibration: Iterable[Mapping[str, Tensor]] | None,
+) -> ExportReport:
     """Write the files of the engine from a graph in float32, and say so in the report."""
     report = replace(report, int8=settings.int8, precision=settings.precision)
     if settings.to == "openvino":
-        convert(graph, (made / OPENVINO).parent, int8=settings.int8)
-        return replace(report, file=OPENVINO)
+        converted = convert(graph, (made / OPENVINO).parent, int8=settings.int8, calibration=calibration)
+        return replace(report, file=OPENVINO, notes=(*report.notes, *converted.notes))
     if settings.int8:
         rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
         quantized = quantize(graph, rounded)
