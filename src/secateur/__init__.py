@@ -14,8 +14,8 @@ from secateur._errors import SolverError as SolverError
 from secateur._errors import SparsityError as SparsityError
 from secateur._errors import StatisticsError as StatisticsError
 from secateur.calibration import LayerStatistics as LayerStatistics
-from secateur.comparison import compare as compare
 from secateur.calibration import bucket as bucket
+from secateur.comparison import compare as compare
 from secateur.evaluation import Pooling as Pooling
 from secateur.evaluation import evaluate as evaluate
 from secateur.exporting import export as export
