@@ -97,7 +97,7 @@ def picture(
         f'<svg class="{canvas.name}" role="group" aria-label="{label}" viewBox="0 0 {canvas.width} {canvas.height}" '
         'xmlns="http://www.w3.org/2000/svg">',
         _beaten(steps, canvas.area),
-        *_axes(scale, name, metric[1]),
+        *_axes(scale, name, metric[1], ways[reference].is_dense),
         _path("edge", steps),
     ]
     # From those that matter least to those that matter most, which are drawn over them.
@@ -162,7 +162,7 @@ def _path(name: str, corners: Sequence[tuple[float, float]], close: bool = False
     return f'<path class="{name}" d="M{drawn}{"Z" if close else ""}"/>'
 
 
-def _axes(scale: _Scale, name: str, higher_is_better: bool) -> list[str]:
+def _axes(scale: _Scale, name: str, higher_is_better: bool, has_dense: bool) -> list[str]:
     left, top, right, bottom = scale.canvas.area
     parts = []
     slow, fast = (math.exp(end) for end in scale.times)
@@ -178,7 +178,9 @@ def _axes(scale: _Scale, name: str, higher_is_better: bool) -> list[str]:
         parts.append(f'<path class="grid" d="M{left:g} {y:g}H{right:g}"/>')
         parts.append(_text(left - 8, y + 4, f"{value:,g}", "tick", "end"))
     wide = scale.canvas.labels_all
-    across = "times as fast as PyTorch with the dense model" if wide else "times as fast as dense PyTorch"
+    across = "times as fast as PyTorch"
+    if has_dense:
+        across += " with the dense model" if wide else ", dense"
     parts.append(_text(right, bottom + 36, f"{across} \N{RIGHTWARDS ARROW}", "title", "end"))
     better = "" if higher_is_better else ", lower is better"
     parts.append(_text(4, 16, f"\N{UPWARDS ARROW} {name}{better}", "title", "start"))
