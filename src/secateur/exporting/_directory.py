@@ -26,6 +26,7 @@ from secateur.files import (
     check_output,
     copy_all_but_weights,
     find_shards,
+    forget_how_to_load,
     is_there,
     read_config,
     read_header,
@@ -35,7 +36,6 @@ from secateur.huggingface import CalibrationText, example_inputs, load_model, op
 from secateur.packing import FILE, REPORT, load_directory
 from secateur.packing import export_directory as write_dense
 from secateur.reports import EXPORT_TARGETS, ExportReport
-from secateur.shapes import forget_how_to_load
 
 _MODULES = "modules.json"
 _UNTRAINED = "pooler_output"  # of what a checkpoint often lacks the weights

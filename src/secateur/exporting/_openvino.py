@@ -13,6 +13,7 @@ OpenVINO reads such constants without a float copy. Then there are two ways to c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 from secateur._errors import FormatError, RecipeError, StatisticsError
 from secateur.engines import import_openvino
+from secateur.formats import encode
 
 _NAME = "openvino_model"  # the name that sentence-transformers and optimum look for
 _GROUP = 64  # inputs that share a scale; 32, OpenVINO's own, is slower, and 128 less accurate
@@ -282,9 +284,15 @@ def _to_8_bits(model: Any, uses: list[_Use], ranges: Mapping[tuple[str, int], _R
 
 def _in_8_bits(ops: Any, use: _Use, weight: np.ndarray) -> Any:
     """An int8 constant and its scales, which OpenVINO reads as one weight."""
-    scale = np.abs(weight).max(axis=use.axes, keepdims=True) / 127
-    scale = np.where(scale > 0, scale, 1).astype(np.float32)
-    stored = ops.constant(np.rint(weight / scale).clip(-127, 127).astype(np.int8))
+    kept = tuple(axis for axis in range(weight.ndim) if axis not in use.axes)
+    order = (*kept, *use.axes)  # rows of outputs
+    turned = np.array(weight.transpose(order), order="C")  # a copy: constants of a file cannot be written
+    rows = math.prod(weight.shape[axis] for axis in kept)
+    codes, scales = encode(torch.from_numpy(turned).reshape(rows, -1), torch.int8)
+    assert scales is not None
+    rounded = codes.numpy().reshape(turned.shape).transpose(np.argsort(order))
+    scale = scales.numpy().reshape([1 if axis in use.axes else size for axis, size in enumerate(weight.shape)])
+    stored = ops.constant(np.ascontiguousarray(rounded))
     stored.set_friendly_name(f"{use.name}/int8")
     factors = ops.constant(scale)
     factors.set_friendly_name(f"{use.name}{_SCALE}")

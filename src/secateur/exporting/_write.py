@@ -23,7 +23,7 @@ from secateur.exporting._openvino import convert
 from secateur.exporting._quantize import quantize
 from secateur.exporting._settings import ExportSettings
 from secateur.exporting._time import measure
-from secateur.files import EXPORTED, read_json
+from secateur.files import EXPORTED, read_json, without_claims
 from secateur.reports import ExportReport, versions
 from secateur.timing import describe_machine
 
@@ -119,7 +119,9 @@ def _placed(
     """Write the files of the engine from a graph in float32, and say so in the report."""
     report = replace(report, int8=settings.int8, precision=settings.precision)
     if settings.to == "openvino":
-        converted = convert(graph, (made / OPENVINO).parent, int8=settings.int8, calibration=calibration)
+        converted = convert(
+            graph, (made / OPENVINO).parent, int8=settings.int8, half=settings.bfloat16, calibration=calibration
+        )
         return replace(report, file=OPENVINO, notes=(*report.notes, *converted.notes))
     if settings.int8:
         rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
@@ -142,5 +144,6 @@ def _machine() -> dict[str, str]:
 def _without_weights(config: Path) -> None:
     """Take out of a config how weights are stored: there are none beside it."""
     table = read_json(config)
-    if table.pop("quantization_config", None) is not None:
-        config.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    plain = without_claims({key: value for key, value in table.items() if key != "quantization_config"})
+    if plain != table:
+        config.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
