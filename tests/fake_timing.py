@@ -10,13 +10,13 @@ def routes_take(monkeypatch, seconds_of, *, call=True):
     nothing is prepared, so that no memory is counted.
     """
 
-    def in_turn(calls, against, timer, before=None, keep=()):
+    def in_turn(calls, against, timer=None, before=None, keep=(), warm=False):
         for function in calls.values() if call else ():
             function()
         return {name: [seconds_of(str(name), index)] * 3 for index, name in enumerate(calls)}
 
-    for module in ("_measure", "_bench", "_recurrent", "_attention"):
-        monkeypatch.setattr(f"secateur.packing.{module}.time_in_turn", in_turn)
+    for module in ("packing._measure", "packing._bench", "packing._recurrent", "packing._attention", "comparison._run"):
+        monkeypatch.setattr(f"secateur.{module}.time_in_turn", in_turn)
     monkeypatch.setattr("secateur.kernels._plan.has_kernels", lambda: True)
     monkeypatch.setattr(MeasurementCache, "_memory", {})
 

@@ -53,3 +53,16 @@ def test_timing_leaves_out_what_runs_before():
     clock = Clock()
     seconds = time_in_turn({"dense": clock.takes(1.0)}, "dense", clock, before=clock.takes(50.0))
     assert seconds["dense"] == [1.0] * _in_turn._FEWEST
+
+
+def test_timing_calls_what_is_to_be_warm_once_more_before_it():
+    clock, called = Clock(), []
+
+    def call(name, seconds):
+        called.append(name)
+        clock.now += seconds
+
+    calls = {"dense": lambda: call("dense", 1.0), "a": lambda: call("a", 2.0)}
+    seconds = time_in_turn(calls, "dense", clock, keep=["a"], warm=True)
+    assert seconds == {"dense": [1.0] * _in_turn._FEWEST, "a": [2.0] * _in_turn._FEWEST}
+    assert called[4:8] == ["dense", "dense", "a", "a"]

@@ -15,6 +15,7 @@ from secateur._errors import SparsityError as SparsityError
 from secateur._errors import StatisticsError as StatisticsError
 from secateur.calibration import LayerStatistics as LayerStatistics
 from secateur.calibration import bucket as bucket
+from secateur.comparison import compare as compare
 from secateur.evaluation import Pooling as Pooling
 from secateur.evaluation import evaluate as evaluate
 from secateur.exporting import export as export
@@ -41,6 +42,7 @@ from secateur.pruning import Recipe as Recipe
 from secateur.pruning import prune_ as prune_
 from secateur.recovery import recover_ as recover_
 from secateur.reports import Choice as Choice
+from secateur.reports import ComparisonReport as ComparisonReport
 from secateur.reports import Evaluation as Evaluation
 from secateur.reports import EvaluationReport as EvaluationReport
 from secateur.reports import ExportReport as ExportReport

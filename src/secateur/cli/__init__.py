@@ -1,6 +1,6 @@
 """The ``secateur`` command: one file for each of its verbs."""
 
-from secateur.cli import _bench, _demo, _evaluate, _export, _inspect, _pack, _prune, _recover, _run, _shrink
+from secateur.cli import _bench, _compare, _demo, _evaluate, _export, _inspect, _pack, _prune, _recover, _run, _shrink
 from secateur.cli._app import app as app
 from secateur.cli._app import main as main
 
@@ -14,6 +14,7 @@ for _command in (
     _inspect.inspect,
     _pack.pack,
     _export.export,
+    _compare.compare,
     _bench.bench,
     _demo.demo,
 ):

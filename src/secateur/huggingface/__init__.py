@@ -9,6 +9,7 @@ from secateur.huggingface._example import example_inputs as example_inputs
 from secateur.huggingface._loading import check_head as check_head
 from secateur.huggingface._loading import is_causal as is_causal
 from secateur.huggingface._loading import load_body as load_body
+from secateur.huggingface._loading import load_code as load_code
 from secateur.huggingface._loading import load_model as load_model
 from secateur.huggingface._loading import load_tokenizer as load_tokenizer
 from secateur.huggingface._loading import model_class as model_class

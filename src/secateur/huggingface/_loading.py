@@ -182,6 +182,13 @@ def model_class(config: Any, name: object) -> type[nn.Module] | None:
     return next((made for made in classes(config) if made.__name__ == name), None)
 
 
+def load_code(path: Path) -> None:
+    """Import the code of the model in a directory, without making one: so that it is there when memory is measured."""
+    config = load_config(path)
+    for name in getattr(config, "architectures", None) or ():
+        model_class(config, name)
+
+
 def model_without_weights(path: Path, name: str, *, initialise: bool, shapes: Sequence[Sequence[int]]) -> nn.Module:
     """Return the model of a directory with values that nobody trained, to be filled in.
 

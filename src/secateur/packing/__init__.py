@@ -19,6 +19,7 @@ from secateur.packing._file import write_packed as write_packed
 from secateur.packing._inspect import inspect_stored as inspect_stored
 from secateur.packing._measure import Measurement as Measurement
 from secateur.packing._measure import cache_at as cache_at
+from secateur.packing._measure import machine as machine
 from secateur.packing._measure import measure as measure
 from secateur.packing._model import FILE as FILE
 from secateur.packing._model import load as load

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from secateur._checks import one_of
-from secateur._errors import RecipeError
+from secateur._errors import RecipeError, StatisticsError
 from secateur._types import Progress
+from secateur.engines import EngineModel
 from secateur.evaluation import METRICS, DenseOutcome, Inputs, measure, read_data, run_dense
 from secateur.exporting import is_exported, open_exported
 from secateur.files import is_there
@@ -26,6 +27,8 @@ from secateur.huggingface import (
 )
 from secateur.packing import FILE, load
 from secateur.reports import EvaluationReport, Figure, versions
+
+_STATES = ("last_hidden_state", "sentence_embedding")  # outputs that embeddings are made of
 
 
 class DirectoryEvaluation:
@@ -111,23 +114,43 @@ class DirectoryEvaluation:
             ImportError: transformers is missing.
         """
         began = time.perf_counter()
-        outcomes = self._run_dense(progress) if self._has_dense else [None] * len(self._inputs)
+        self._outcomes(progress)  # before the other model takes its memory
         progress("loading the model", 0, 1)
         model = load_to_measure(path, any(inputs.needs_head for inputs in self._inputs), self._device, self._dtype)
-        figures: list[Figure] = []
-        notes = list(self.notes)
-        for inputs, dense in zip(self._inputs, outcomes, strict=True):
-            measured = measure(inputs, model, dense, progress)
-            figures += measured.figures
-            notes += measured.notes
+        figures, notes = self.measure_model(model, progress)
         return EvaluationReport(
-            tuple(figures),
+            figures,
             Path(path).name,
             self._reference.name if self._has_dense else "",
             time.perf_counter() - began,
-            tuple(notes),
+            (*self.notes, *notes),
             {**versions(), "transformers": transformers_library().__version__},
         )
+
+    def measure_model(
+        self, model: nn.Module, progress: Progress = lambda what, done, total: None
+    ) -> tuple[tuple[Figure, ...], tuple[str, ...]]:
+        """Return the figures of a model that was loaded already, and notes on what could not be measured.
+
+        Args:
+            model: with the head of its class where files have labels.
+            progress: called with a description, and how much of how much is done.
+
+        Raises:
+            StatisticsError: the model fails on a file, or does not give what is measured.
+        """
+        figures: list[Figure] = []
+        notes: list[str] = []
+        for inputs, dense in zip(self._inputs, self._outcomes(progress), strict=True):
+            _check_outputs(model, inputs)
+            measured = measure(inputs, model, dense, progress)
+            figures += measured.figures
+            notes += measured.notes
+        return tuple(figures), tuple(notes)
+
+    def _outcomes(self, progress: Progress) -> Sequence[DenseOutcome | None]:
+        """What the dense model gives for each file; None for each without one."""
+        return self._run_dense(progress) if self._has_dense else [None] * len(self._inputs)
 
     def _run_dense(self, progress: Progress) -> list[DenseOutcome]:
         if self._dense is None:
@@ -179,6 +202,16 @@ def evaluate_directory(
     )
     directory_without_weights(source)  # a mistake in its name is found before the dense model is run
     return evaluation.measure(source, progress)
+
+
+def _check_outputs(model: nn.Module, inputs: Inputs) -> None:
+    """Raise if a model in another engine was exported with its head, and a file needs what is below it."""
+    needs = [name for name in inputs.metrics if name not in ("perplexity", "accuracy")]
+    if isinstance(model, EngineModel) and needs and not set(_STATES) & set(model.outputs):
+        raise StatisticsError(
+            f"the exported model gives {', '.join(model.outputs)}, and {needs[0].replace('_', ' ')} needs the states "
+            f"of tokens ({_STATES[0]}).\nMeasure it on a file of labels; or export a model without a head."
+        )
 
 
 def load_to_measure(

@@ -1,5 +1,9 @@
 """What was done to a model, and how is that written down?"""
 
+from secateur.reports._compare_records import WayResult as WayResult
+from secateur.reports._compare_records import WayTiming as WayTiming
+from secateur.reports._compare_records import frontier as frontier
+from secateur.reports._comparing import ComparisonReport as ComparisonReport
 from secateur.reports._evaluating import EvaluationReport as EvaluationReport
 from secateur.reports._evaluating import Figure as Figure
 from secateur.reports._evaluating import figures_table as figures_table

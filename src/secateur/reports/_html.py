@@ -78,7 +78,8 @@ def html_table(table: Table, anchor: str = "") -> str:
             text = text or ("\N{EN DASH}" if column.is_number else "")
             if column.bars and row[index]:
                 text += f'<span class="meter"><i style="width:{100 * column.bars[number]:.1f}%"></i></span>'
-            cells.append(f"<td{_class(column.is_number, column.is_note)}>{text}</td>")
+            kind = ' class="whole"' if column.is_name else _class(column.is_number, column.is_note)
+            cells.append(f"<td{kind}>{text}</td>")
         first = ' class="first"' if number in table.sections else ""
         lines.append(f"<tr{first}>{''.join(cells)}</tr>")
     tall = " tall" if len(table.rows) > _TALL else ""

@@ -14,12 +14,14 @@ class TableColumn:
         heading: of the column.
         is_number: its cells are figures, aligned at the right.
         is_note: its cells are remarks of any length. A terminal prints them below the table.
+        is_name: its cells are names, which a page does not break.
         bars: for each row a part of the longest bar, 0 to 1, which a page draws below the cell. Empty for no bars.
     """
 
     heading: str
     is_number: bool = False
     is_note: bool = False
+    is_name: bool = False
     bars: tuple[float, ...] = ()
 
 

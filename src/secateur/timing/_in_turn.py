@@ -25,6 +25,7 @@ def time_in_turn(
     timer: Timer = time.perf_counter,
     before: Callable[[], object] | None = None,
     keep: Collection[Name] = (),
+    warm: bool = False,
 ) -> dict[Name, list[float]]:
     """Call each in turn, round after round, and return the seconds of each round.
 
@@ -36,6 +37,8 @@ def time_in_turn(
         before: called before each call; its time does not count.
         keep: names of further alternatives that are never dropped. Any other is dropped after two rounds if it takes
             more than twice the time of the fastest.
+        warm: whether each is called once more, untimed, directly before it is timed: as in a process that runs nothing
+            else, it finds its data in the caches, and the threads of the one before it have gone to sleep.
 
     Returns:
         Seconds by name, one number for each round. Alternatives that were dropped have fewer.
@@ -60,6 +63,8 @@ def time_in_turn(
             if before:
                 before()
             call, times = calls[name], range(repeats[name])
+            if warm:
+                call()
             start = timer()
             for _ in times:
                 call()
