@@ -61,8 +61,7 @@ template <class T, int kPart> void bitmask_typed(const Bitmask& args) {
     const int64_t words = ceil_div(args.columns, 64);
     int64_t stride = args.columns;
     const float* x = args.columns % 64 ? padded_input(args, stride) : args.x;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(args.threads)
-    for (int64_t row = 0; row < args.rows; ++row) {
+    each_in_parallel(args.threads, args.rows, 32, [&](int64_t row, int64_t) {
         const uint64_t* mask = args.mask + row * words;
         const T* p = values + args.offsets[row];
         float out[4];
@@ -75,7 +74,7 @@ template <class T, int kPart> void bitmask_typed(const Bitmask& args) {
             else bitmask_row<T, 1, kPart>(mask, words, p, xb, stride, out);
             for (int i = 0; i < step; ++i, ++b) args.y[b * args.rows + row] = finish(args, row, out[i]);
         }
-    }
+    });
 }
 
 inline void bitmask(const Bitmask& args) {

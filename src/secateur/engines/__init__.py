@@ -4,4 +4,6 @@ from secateur.engines._engine import ENGINES as ENGINES
 from secateur.engines._engine import Engine as Engine
 from secateur.engines._engine import Session as Session
 from secateur.engines._engine import engine_for as engine_for
+from secateur.engines._library import DOMAIN as DOMAIN
+from secateur.engines._library import library as library
 from secateur.engines._model import EngineModel as EngineModel
