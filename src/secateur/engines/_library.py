@@ -5,13 +5,15 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
+from secateur import kernels
+from secateur._checks import one_of
 from secateur._errors import KernelError
 
 DOMAIN = "secateur"  # of the operation, in ONNX files and in OpenVINO's
 # By engine: what builds its library.
 _BUILD = {
     "onnxruntime": "It is built with secateur's own kernels: reinstall secateur where there is a C++17 compiler",
-    "openvino": "Build it with: make openvino, in a checkout of secateur; or as docs/engines.md says",
+    "openvino": "Build it in a checkout of secateur: make native OPENVINO=ON. docs/engines.md has the way without one",
 }
 
 
@@ -25,6 +27,7 @@ def library(engine: str) -> Path:
         engine: ``"onnxruntime"`` or ``"openvino"``.
 
     Raises:
+        RecipeError: there is no library for such an engine.
         KernelError: the library was not built. The message says how to build it.
 
     Example:
@@ -33,13 +36,14 @@ def library(engine: str) -> Path:
         >>> path.stem
         'libsecateur_onnxruntime'
     """
-    found = next(iter(Path(__file__).parent.glob(f"libsecateur_{engine}.*")), None)
-    if found is None:
+    one_of("engine", engine, _BUILD)
+    found = [path for folder in kernels.__path__ for path in Path(folder).glob(f"libsecateur_{engine}.*")]
+    if not found:
         raise KernelError(
             f"the library that brings packed layers into {engine} is not here: libsecateur_{engine} was not built. "
-            f"{_BUILD[engine]}, or export the model without packed layers."
+            f"{_BUILD[engine]}. Or export the model without packed layers."
         )
-    return found
+    return found[0]
 
 
 def does_not_fit(engine: str, error: object) -> str:
