@@ -99,7 +99,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(folder):
     """What a run gives that nobody disturbs, and at how many moments it could have been killed."""
-    (folder / "r.toml").write_text(recipe(*STAGES[:-1]), encoding="utf-8")
+    text = recipe(*STAGES[:-1]).replace("steps = 4", "steps = 30")
+    assert "steps = 30" in text
+    (folder / "r.toml").write_text(text, encoding="utf-8")
     done = run(folder, folder / "whole", [None])
     return bytes_of(folder / "whole"), int(done.stdout.split()[0])
 
