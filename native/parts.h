@@ -19,17 +19,16 @@ SECATEUR_INLINE void each_in_parallel(int threads, int64_t count, int64_t togeth
         Function& f;
         int64_t count, together, next;
     } work = {f, count, together, 0};
-    const auto part = [](void* given, int thread, int of) {
+    void (*const part)(void*, int, int) = [](void* given, int thread, int of) {
         Work& work = *static_cast<Work*>(given);
-        if (work.together == kEqually) {
-            const int64_t each = ceil_div(work.count, of), first = each * thread;
-            for (int64_t i = first; i < least(first + each, work.count); ++i) work.f(i, int64_t(thread));
-            return;
-        }
-        for (;;) {
-            const int64_t first = __atomic_fetch_add(&work.next, work.together, __ATOMIC_RELAXED);
-            if (first >= work.count) return;
-            for (int64_t i = first; i < least(first + work.together, work.count); ++i) work.f(i, int64_t(thread));
+        const bool equally = work.together == kEqually;
+        const int64_t size = equally ? ceil_div(work.count, of) : work.together;
+        const auto next = [&] { return __atomic_fetch_add(&work.next, size, __ATOMIC_RELAXED); };
+        // f is called in one place, so that it is compiled into this loop: some kernels have thousands of short parts.
+        for (int64_t first = equally ? size * thread : next(); first < work.count;) {
+            const int64_t last = least(first + size, work.count);
+            for (int64_t i = first; i < last; ++i) work.f(i, int64_t(thread));
+            first = equally ? work.count : next();
         }
     };
     if (threads > 1 && count > 1) fork(threads, part, &work);
