@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def interleaved(functions: Sequence[Callable[[], object]], rounds: int = 5) -> tuple[list[float], str]:
+def interleaved(
+    functions: Sequence[Callable[[], object]], rounds: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], str]:
     """Return the median seconds of each function, and the spread of the last one's ratio to the first over rounds."""
     seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for function, record in zip(functions, seconds, strict=True):
-            began = time.perf_counter()
+            began = clock()
             function()
-            record.append(time.perf_counter() - began)
+            record.append(clock() - began)
     ratios = [last / first for first, last in zip(seconds[0], seconds[-1], strict=True)]
     return [statistics.median(record) for record in seconds], f"{min(ratios):.1f} to {max(ratios):.1f}"
 

@@ -10,8 +10,8 @@ the dense model. Gap closed = (after - start) / (dense - start) of a figure on t
 
 Parts: ``methods`` (a: all methods, 5 minutes), ``targets`` (b: one method on all targets, 10 minutes), ``budgets``
 (c: 2, 5 and 10 minutes, three seeds), ``rounds`` (d: pruned in 1, 4 and 16 rounds, 5 minutes of recovery in total, and
-without). A cell can belong to several parts and runs once. Each is one line of JSON in the file of results. A cell whose
-line is there is not run again, so that the benchmark can be stopped at any time and goes on.
+without). A cell can belong to several parts and runs once. Each is one line of JSON in the file of results. A cell
+whose line is there is not run again, so that the benchmark can be stopped at any time and goes on.
 
     python benchmarks/recover.py [--parts methods,targets,budgets,rounds] [--cells GLOB] [--minutes SCALE]
         [--method full] [--threads N] [--results FILE] [--text-dir DIR] [--list]

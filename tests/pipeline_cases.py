@@ -84,6 +84,11 @@ run = "evaluate"
 run = "pack"
 batch_sizes = [1]
 """,
+    "export": """
+[[stage]]
+run = "export"
+to = "onnx"
+""",
 }
 
 

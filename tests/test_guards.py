@@ -59,6 +59,7 @@ PUBLIC = [
     "Column",
     "Evaluation",
     "EvaluationReport",
+    "ExportReport",
     "Figure",
     "FormatError",
     "GroupSparsity",
@@ -106,8 +107,10 @@ PUBLIC = [
     "Verification",
     "Wanda",
     "apply_masks_",
+    "bucket",
     "densify_",
     "evaluate",
+    "export",
     "load",
     "masks",
     "pack_",
@@ -348,7 +351,7 @@ def loaded_after(statement: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers"}
+HEAVY = {"transformers", "accelerate", "lightning", "matplotlib", "typer", "rich", "tokenizers", "scipy"}
 
 
 def test_import_is_light():
@@ -380,6 +383,7 @@ def test_public_callables_have_examples():
         "Choice",
         "Evaluation",
         "EvaluationReport",
+        "ExportReport",
         "Figure",
         "Histogram",
         "LayerReport",

@@ -14,8 +14,10 @@ from secateur._errors import SolverError as SolverError
 from secateur._errors import SparsityError as SparsityError
 from secateur._errors import StatisticsError as StatisticsError
 from secateur.calibration import LayerStatistics as LayerStatistics
+from secateur.calibration import bucket as bucket
 from secateur.evaluation import Pooling as Pooling
 from secateur.evaluation import evaluate as evaluate
+from secateur.exporting import export as export
 from secateur.layers import LayerKind as LayerKind
 from secateur.layers import register_layer as register_layer
 from secateur.nn import PackedLinear as PackedLinear
@@ -41,6 +43,7 @@ from secateur.recovery import recover_ as recover_
 from secateur.reports import Choice as Choice
 from secateur.reports import Evaluation as Evaluation
 from secateur.reports import EvaluationReport as EvaluationReport
+from secateur.reports import ExportReport as ExportReport
 from secateur.reports import Figure as Figure
 from secateur.reports import Histogram as Histogram
 from secateur.reports import LayerReport as LayerReport

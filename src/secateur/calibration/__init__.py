@@ -7,6 +7,9 @@ from secateur.calibration._batches import call_model as call_model
 from secateur.calibration._batches import hash_batches as hash_batches
 from secateur.calibration._batches import load_batches as load_batches
 from secateur.calibration._batches import quiet as quiet
+from secateur.calibration._bucket import Bucket as Bucket
+from secateur.calibration._bucket import Buckets as Buckets
+from secateur.calibration._bucket import bucket as bucket
 from secateur.calibration._gather import gather as gather
 from secateur.calibration._observe import observe as observe
 from secateur.calibration._padding import Padding as Padding

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import StatisticsError
+from secateur.calibration._bucket import bucket
 
 # A mark that ends a sentence, and quotes and brackets that close with it. Text that was cut into words has a space
 # before the mark. The marks of Chinese and Japanese (full stop, exclamation and question mark) have no space after
@@ -76,11 +77,8 @@ def padded(
             f"the text {texts[sizes.index(0)]!r:.60} has no token of the tokenizer, and a model cannot read that. "
             "Leave it out."
         )
-    order = sorted(range(len(texts)), key=lambda index: (sizes[index], index))
     batches = []
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = max(sizes[index] for index in chosen)
+    for chosen, longest in reversed(bucket(sizes, batch_size)):
         table: dict[str, Tensor] = {}
         for name in given:
             fill = _padding_id(tokenizer) if name == "input_ids" else 0
@@ -90,7 +88,7 @@ def padded(
             table["attention_mask"] = torch.tensor(
                 [[1] * sizes[index] + [0] * (longest - sizes[index]) for index in chosen], dtype=torch.long
             )
-        batches.append((tuple(chosen), table))
+        batches.append((chosen, table))
     return batches
 
 

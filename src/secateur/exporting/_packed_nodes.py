@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from secateur import kernels
-from secateur.engines import DOMAIN
-from secateur.formats import as_value_dtype
+from secateur._types import Weight
+from secateur.engines import DOMAIN, library
+from secateur.exporting._onnx_graph import OnnxGraph, attributes, standard
 from secateur.kernels import GroupLayout, Layout, PanelLayout, TileLayout
 from secateur.patterns import NM, Block, satisfied
 
 OPERATION, _VERSION = "PackedLinear", 1
-_FEWEST = 128 * 128  # weights; a smaller product is over before its threads have started
-_MOST_STORED = 1.3  # values that a layout stores for each weight that is kept, before panels are better
+SPARSITY = 0.7  # zeros of a weight from which on the kernels are faster than dense products in the engines
+_FEWEST = 128 * 128  # weights; a smaller product takes less time than what surrounds it
+_MOST_STORED = 1.3  # values that groups store for each weight that is kept, before panels are better
+_FLOAT = 1  # the number of float32 in ONNX
 
 
 @dataclass(frozen=True)
@@ -27,180 +28,143 @@ class PackedNodes:
     """What became packed layers in a file.
 
     Args:
-        packed: by the name of the node, the layout, and the zeros of the weight as a fraction.
-        left: by the name of the node, why it was left as it was.
+        packed: by the name of a node, its layout.
+        left: by the name of a product with a constant weight, why it stayed as it was.
         bytes_before: of the weights that are packed now, as they were.
         bytes_after: of the same weights, packed.
     """
 
-    packed: Mapping[str, tuple[str, float]] = field(default_factory=dict)
-    left: Mapping[str, str] = field(default_factory=dict)
-    bytes_before: int = 0
-    bytes_after: int = 0
+    packed: Mapping[str, str]
+    left: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
 
 
-def pack_nodes(
-    source: Path, output: Path, *, sparsity: float = 0.7, value_dtype: torch.dtype | str = torch.float32
-) -> PackedNodes:
+def pack_nodes(source: Path, output: Path, *, sparsity: float = SPARSITY) -> PackedNodes:
     """Write an ONNX file whose products by sparse constant weights are packed layers.
 
     ``MatMul`` and ``Gemm`` by a float32 constant become ``secateur.PackedLinear``, with a bias that is added right
-    after them. The file then needs the library of :func:`secateur.engines.library` in ONNX Runtime, or in OpenVINO.
+    after them. The file then needs the library of :func:`secateur.engines.library`, in ONNX Runtime or in OpenVINO.
 
     Args:
         source: an ONNX file.
         output: another one.
         sparsity: the fewest zeros that a weight must have, as a fraction.
-        value_dtype: of the values that are stored; ``"int8"`` and the 16-bit ones make the file smaller, and change the
-            results.
-    """
-    import onnx
 
-    dtype = as_value_dtype(value_dtype) or torch.float32
-    model = onnx.load(source)
-    rewriter = _Rewriter(model.graph, sparsity, dtype)
-    rewriter.run()
-    if rewriter.packed and not any(entry.domain == DOMAIN for entry in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, _VERSION))
-    onnx.save(model, output)
-    return PackedNodes(rewriter.packed, rewriter.left, rewriter.before, rewriter.after)
+    Raises:
+        FormatError: the source cannot be read, or the output cannot be written.
+    """
+    packer = _Packer(OnnxGraph(source), sparsity)
+    packer.run()
+    packer.graph.save(output)
+    return PackedNodes(packer.packed, packer.left, packer.before, packer.after)
+
+
+def save_for_openvino(source: Path, folder: Path) -> None:
+    """Write ``openvino_model.xml`` and ``.bin`` of an ONNX file with packed layers.
+
+    Raises:
+        KernelError: the library for OpenVINO was not built.
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.add_extension(str(library("openvino")))
+    folder.mkdir(parents=True)
+    openvino.save_model(core.read_model(source), folder / "openvino_model.xml", compress_to_fp16=False)
 
 
 @dataclass(frozen=True)
-class _Product:
-    """A product by a constant weight: its input, the name of the weight, whether that is [in, out], and its bias."""
+class _Stored:
+    """A packed weight in the file: the name of its constant, how many outputs it has, and its layout."""
 
-    x: str
-    weight: str
-    turned: bool
-    bias: str = ""
+    name: str
+    rows: int
+    layout: str
 
 
-class _Rewriter:
-    """One pass over a graph."""
+class _Packer:
+    """One pass over the products of a graph."""
 
-    def __init__(self, graph: Any, sparsity: float, dtype: torch.dtype) -> None:
-        self._graph, self._sparsity, self._dtype = graph, sparsity, dtype
-        self._constants = {entry.name: entry for entry in graph.initializer}
-        self._users: dict[str, list[Any]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._users.setdefault(name, []).append(node)
-        self._results = {entry.name for entry in graph.output}
-        self._blocks: dict[tuple[str, bool], Any] = {}  # a weight that several products use is stored once
-        self.packed: dict[str, tuple[str, float]] = {}
+    def __init__(self, graph: OnnxGraph, sparsity: float) -> None:
+        self.graph, self._sparsity = graph, sparsity
+        self._stored: dict[tuple[str, bool], _Stored | str] = {}  # a weight that several products use is stored once
+        self.packed: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self.before = self.after = 0
 
     def run(self) -> None:
-        gone: set[int] = set()
-        found = []
-        for node in self._graph.node:
-            if id(node) in gone:
+        for node in list(self.graph.nodes):
+            turned = _is_turned(node)
+            if turned is None or self.graph.constant(node.input[1]) is None:
                 continue
-            product = self._product(node)
-            new = None if product is None else self._replace(node, product, gone)
-            found.append(node if new is None else new)
-        del self._graph.node[:]
-        self._graph.node.extend(found)
-        self._drop_unused()
-
-    def _product(self, node: Any) -> _Product | None:
-        if node.op_type == "MatMul" and not node.domain and node.input[1] in self._constants:
-            return _Product(node.input[0], node.input[1], turned=True)
-        if node.op_type == "Gemm" and not node.domain and node.input[1] in self._constants:
-            given = {entry.name: entry for entry in node.attribute}
-            scales = [given[name].f for name in ("alpha", "beta") if name in given]
-            bias = node.input[2] if len(node.input) > 2 else ""
-            if any(scale != 1 for scale in scales) or ("transA" in given and given["transA"].i):
-                return None
-            if bias and not self._is_vector(bias):
-                return None
-            return _Product(node.input[0], node.input[1], not ("transB" in given and given["transB"].i), bias)
-        return None
-
-    def _is_vector(self, name: str) -> bool:
-        return name in self._constants and len(self._constants[name].dims) == 1
-
-    def _replace(self, node: Any, product: _Product, gone: set[int]) -> Any | None:
-        """The packed layer in the place of a product and of the addition after it; None leaves the product."""
-        import onnx
-
-        block = self._block(node.name or node.output[0], product)
-        if block is None:
-            return None
-        rows, name = block
-        result, bias = node.output[0], product.bias
-        users = self._users.get(result, [])
-        if not bias and len(users) == 1 and users[0].op_type == "Add" and result not in self._results:
-            other = next((n for n in users[0].input if n != result), "")
-            if self._is_vector(other) and self._constants[other].dims[0] == rows:
-                bias, result = other, users[0].output[0]
-                gone.add(id(users[0]))
-        inputs = [product.x, name, *([bias] if bias else [])]
-        return onnx.helper.make_node(OPERATION, inputs, [result], name=node.name, domain=DOMAIN)
-
-    def _block(self, node: str, product: _Product) -> tuple[int, str] | None:
-        """The rows of a packed weight, and the name of its constant; None, with the reason, if it is not worth it."""
-        import onnx
-
-        key = (product.weight, product.turned)
-        if key not in self._blocks:
-            constant = self._constants[product.weight]
-            if len(constant.dims) != 2 or constant.data_type != onnx.TensorProto.FLOAT:
-                self._blocks[key] = "its weight is not a float32 matrix"
+            name = node.name or node.output[0]
+            key = (node.input[1], turned)
+            if key not in self._stored:
+                self._stored[key] = self._store(*key)
+            stored = self._stored[key]
+            if isinstance(stored, str):
+                self.left[name] = stored
             else:
-                weight = torch.from_numpy(onnx.numpy_helper.to_array(constant).copy())
-                self._blocks[key] = self._pack(product.weight, weight.T if product.turned else weight)
-        found = self._blocks[key]
-        if isinstance(found, str):
-            self.left[node] = found
-            return None
-        rows, name, layout, zeros = found
-        self.packed[node] = layout, zeros
-        return rows, name
+                self._replace(node, stored)
+                self.packed[name] = stored.layout
+        if self.packed:
+            self.graph.require(DOMAIN, _VERSION)
 
-    def _pack(self, name: str, weight: Tensor) -> str | tuple[int, str, str, float]:
-        import onnx
-
-        zero = weight == 0
-        zeros = float(zero.float().mean())
+    def _store(self, name: str, turned: bool) -> _Stored | str:
+        """Add a packed weight to the graph, or return why it is not worth it."""
+        value = self.graph.constant(name)
+        assert value is not None
+        if value.ndim != 2 or self.graph.element_type(name) not in (_FLOAT, None) or value.dtype != "float32":
+            return "its weight is no matrix of float32 numbers"
+        weight = torch.from_numpy((value.T if turned else value).copy())
+        zeros = float((weight == 0).float().mean())
         if weight.numel() < _FEWEST:
-            return f"its weight has {weight.numel()} numbers; at least {_FEWEST} are worth it"
+            return f"its weight has {weight.numel()} numbers; packed layers are faster from {_FEWEST} on"
         if zeros < self._sparsity:
-            return f"{zeros:.0%} of its weight are zeros; at least {self._sparsity:.0%} are worth it"
-        layout = layout_for(weight, self._dtype)
+            return f"{zeros:.0%} of its weight are zeros; packed layers are faster from {self._sparsity:.0%} on"
+        layout = layout_for(weight)
         data = kernels.to_bytes(layout)
-        constant = onnx.numpy_helper.from_array(data, f"{name}.packed")
-        self._graph.initializer.append(constant)
         self.before += weight.nbytes
         self.after += data.nbytes
-        return weight.shape[0], constant.name, layout.kernel, zeros
+        return _Stored(self.graph.add_constant(f"{name}.packed", data), weight.shape[0], layout.kernel)
 
-    def _drop_unused(self) -> None:
-        used = Counter(name for node in self._graph.node for name in _names(node))
-        kept = [entry for entry in self._graph.initializer if used[entry.name] or entry.name in self._results]
-        del self._graph.initializer[:]
-        self._graph.initializer.extend(kept)
+    def _replace(self, node: Any, stored: _Stored) -> None:
+        """Put a packed layer in the place of a product, and of the addition of a bias after it."""
+        result, bias = node.output[0], list(node.input[2:])
+        add = None if bias else self.graph.only_reader(result, "Add")
+        if add is not None:
+            other = next((name for name in add.input if name != result), result)
+            value = self.graph.constant(other)
+            if value is None or value.shape != (stored.rows,):
+                add = None
+            else:
+                bias, result = [other], add.output[0]
+        self.graph.remove(node)
+        if add is not None:
+            self.graph.remove(add)
+        self.graph.add(OPERATION, [node.input[0], stored.name, *bias], [result], DOMAIN)
 
 
-def _names(node: Any) -> Iterator[str]:
-    """All names that a node reads, in its inner graphs too."""
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            for inner in graph.node:
-                yield from _names(inner)
+def _is_turned(node: Any) -> bool | None:
+    """Whether the weight of a product is [in, out]; None for a node that is no product like that of a linear layer."""
+    if not standard(node) or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    given = attributes(node)
+    if node.op_type == "MatMul":
+        return True
+    plain = given.get("alpha", 1.0) == given.get("beta", 1.0) == 1.0 and not given.get("transA", 0)
+    return not given.get("transB", 0) if plain else None
 
 
-def layout_for(weight: Tensor, value_dtype: torch.dtype) -> Layout:
+def layout_for(weight: Weight) -> Layout:
     """Return the layout of a weight ``[out, in]`` in the file of an engine: by the pattern that its zeros satisfy."""
     zero = weight == 0
     kept = weight.numel() - int(zero.count_nonzero())
     for pattern in satisfied(zero):
         match pattern:
             case NM(n, m) if weight.numel() * n // m <= _MOST_STORED * kept:
-                return GroupLayout.pack(weight, n=n, m=m, value_dtype=value_dtype)
+                return GroupLayout.pack(weight, n=n, m=m)
             case Block(height, width):
-                return TileLayout.pack(weight, height=height, width=width, value_dtype=value_dtype)
-    return PanelLayout.pack(weight, value_dtype=value_dtype)
+                return TileLayout.pack(weight, height=height, width=width)
+    return PanelLayout.pack(weight)

@@ -18,11 +18,13 @@ from secateur.files._inspect import summarize as summarize
 from secateur.files._place import check_file as check_file
 from secateur.files._place import check_output as check_output
 from secateur.files._reading import is_there as is_there
+from secateur.files._reading import read_json as read_json
 from secateur.files._safetensors import MAX_NAME as MAX_NAME
 from secateur.files._safetensors import open_safetensors as open_safetensors
 from secateur.files._safetensors import parse_header as parse_header
 from secateur.files._safetensors import parse_json as parse_json
 from secateur.files._safetensors import read_header as read_header
+from secateur.files._source import EXPORTED as EXPORTED
 from secateur.files._source import copy_all_but_weights as copy_all_but_weights
 from secateur.files._temporary import locked as locked
 from secateur.files._temporary import scratch_folder as scratch_folder

@@ -17,7 +17,7 @@ from secateur.files._claims import first_part
 from secateur.files._place import check_output
 from secateur.files._reading import is_there, read_json, reading
 from secateur.files._safetensors import open_safetensors
-from secateur.files._source import copy_all_but_weights
+from secateur.files._source import EXPORTED, copy_all_but_weights
 from secateur.files._whole import whole_directory, write_safetensors
 
 SINGLE = "model.safetensors"
@@ -191,6 +191,11 @@ def find_shards(path: Path) -> tuple[str, ...]:
         return (SINGLE,)
     if is_there(path / SHRUNK):
         return (SHRUNK,)
+    if is_there(path / EXPORTED):
+        raise FormatError(
+            f"{path} has a model that was exported for another engine ({EXPORTED}), and no weights that can be changed "
+            "or exported again.\nGive the directory that it was exported from."
+        )
     with reading(path):
         entries = sorted(path.iterdir())
     packed = [entry.name for entry in entries if entry.name.endswith(".sparse.safetensors")]

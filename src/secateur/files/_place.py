@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from secateur._errors import FormatError
-from secateur.files._source import check_source
+from secateur.files._source import EXPORTED, check_source
 from secateur.files._temporary import sweep, temporary_name
 
 _ROOM = 100  # bytes of a path that the names of temporary folders and of files in them may add
@@ -100,7 +100,8 @@ def check_replaceable(output: Path) -> None:
     if not output.is_dir():
         raise FormatError(f"{output} is a file. Give another output directory.")
     try:
-        is_model = (output / "config.json").is_file() or not any(output.iterdir())
+        known = any((output / name).is_file() for name in ("config.json", EXPORTED))
+        is_model = known or not any(output.iterdir())
     except OSError as error:
         raise FormatError(f"{output} cannot be replaced: {error.strerror}. Check its permissions.") from None
     if not is_model:

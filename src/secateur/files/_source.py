@@ -17,6 +17,11 @@ from secateur.files._reading import read_json
 # Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf"})
 
+# Folders in which other libraries look for a model in the format of another engine: it would be the dense one.
+_OTHER_ENGINES = frozenset({"onnx", "openvino"})
+
+EXPORTED = "secateur.export.json"  # in the directory of a model for another engine, which has no weights of PyTorch
+
 _MOST_FILES = 10_000
 _MOST_BYTES = 1 << 30  # of all copied files together, unless the weights have more
 
@@ -142,4 +147,5 @@ def _is_own(source: Path, link: Path) -> bool:
 def _is_weights(relative: Path, shards: tuple[str, ...]) -> bool:
     # Below the top, safetensors belong to another module, such as a sentence encoder's 2_Dense.
     stale = len(relative.parts) == 1 and relative.suffix == ".safetensors"
+    stale = stale or (len(relative.parts) > 1 and relative.parts[0] in _OTHER_ENGINES)
     return relative.as_posix() in shards or relative.suffix in _OTHER_WEIGHTS or stale

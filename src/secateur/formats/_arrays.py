@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,11 @@ from secateur._errors import FormatError
 from secateur._types import dtype_name
 
 NO_VALUES = "the packed weight is on the meta device, without values. Load its values first."
+MAX_SIDE = 2**31 - 1  # indices are int32
+# Far above any layer. Without a limit, a file of a few bytes could make its reader allocate any amount of memory.
+MAX_WEIGHTS = 2**36
+MAX_EMPTY_SIDE = 2**20  # beside a side of 0, where no byte of the file stands for the rows or columns
+_MAX_DIMENSIONS = 8
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -85,3 +92,35 @@ def check_ascending(name: str, indices: NDArray[np.int32], limit: int, starts: N
     if (falls := np.flatnonzero(~ascends)).size:
         at = int(falls[0])
         raise FormatError(f"{name} has {indices[at + 1]} after {indices[at]}; it should ascend.")
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return a shape from a file as two sizes.
+
+    Raises:
+        FormatError: not two sizes, a negative one, or more weights than a format may have.
+    """
+    sizes = tuple(shape)
+    if len(sizes) != 2 or any(type(size) is not int for size in sizes):
+        raise FormatError(f"the shape should be two integers (out, in), got {str(sizes)[:200]}.")
+    rows, columns = check_sizes(sizes)
+    return rows, columns
+
+
+def check_sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a tensor from a file, of any number of dimensions.
+
+    Raises:
+        FormatError: a size that is no integer, negative or too large, or more elements than a format may have.
+    """
+    sizes = tuple(shape)
+    if any(type(size) is not int for size in sizes) or len(sizes) > _MAX_DIMENSIONS:
+        raise FormatError(f"the shape should be integers, at most {_MAX_DIMENSIONS} of them, got {str(sizes)[:200]}.")
+    elements = math.prod(sizes)
+    most = MAX_SIDE if elements else MAX_EMPTY_SIDE
+    if min(sizes, default=0) < 0 or max(sizes, default=0) > most or elements > MAX_WEIGHTS:
+        raise FormatError(
+            f"the shape {'x'.join(map(str, sizes))[:200]} is out of range: a size is 0 to {MAX_SIDE} (beside one of 0, "
+            f"to {MAX_EMPTY_SIDE}), and a weight has up to {MAX_WEIGHTS} elements."
+        )
+    return sizes

@@ -38,6 +38,7 @@ class BlockPacked(Format):
     name: ClassVar[str] = "block"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Block,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "block_columns", "row_offsets", "right", "bottom")
+    _layout: ClassVar[torch.layout] = torch.sparse_bsr
 
     block_columns: Tensor
     row_offsets: Tensor

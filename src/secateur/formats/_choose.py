@@ -70,11 +70,23 @@ def pack(
     """
     check_weight(weight)
     mask = weight != 0
+    dtype = weight.dtype if value_dtype is None else value_dtype
+    format_type, pattern = smallest(mask, dtype, patterns)
+    return format_type.from_dense(weight, mask, pattern, value_dtype)
+
+
+def smallest(
+    mask: Mask, dtype: torch.dtype, patterns: Sequence[SparsityPattern] | None
+) -> tuple[type[Format], SparsityPattern]:
+    """Return the format and the pattern that :func:`pack` takes for a mask; for the arguments see there.
+
+    Raises:
+        PatternError: the mask keeps more than an N:M pattern allows.
+    """
     if patterns is None:
         patterns = satisfied(~mask)
     elif patterns and isinstance(patterns[0], NM) and NMPacked.predicted_nbytes(mask, patterns[0]) is None:
-        return NMPacked.from_dense(weight, mask, patterns[0], value_dtype)  # raises: the message names the group
-    dtype = weight.dtype if value_dtype is None else value_dtype
+        NMPacked.from_dense(mask.float(), mask, patterns[0])  # raises: the message names the group
     best: tuple[int, type[Format], SparsityPattern] | None = None
     stored = int(mask.count_nonzero())
     # The zeros of an unstructured mask satisfy some wide N:M by chance, such as 15:16 at 50 %. A weight that was pruned
@@ -86,8 +98,12 @@ def pack(
         size = None if format_type is None else format_type.predicted_nbytes(mask, pattern, dtype)
         if format_type is not None and size is not None and (best is None or size < best[0]):
             best = size, format_type, pattern
-    format_type, pattern = (Bitmask, Unstructured()) if best is None else best[1:]
-    return format_type.from_dense(weight, mask, pattern, value_dtype)
+    return (Bitmask, Unstructured()) if best is None else best[1:]
+
+
+def made_for(pattern: SparsityPattern) -> type[Format]:
+    """Return the format that is made for a pattern: the last that holds it, because Bitmask, the first, holds any."""
+    return next(format_type for format_type in reversed(FORMATS.values()) if format_type.holds(pattern))
 
 
 def stored_share(packed: Format) -> float:

@@ -29,6 +29,7 @@ class ColumnPacked(Format):
     name: ClassVar[str] = "column"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Column,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "columns")
+    _layout: ClassVar[torch.layout] = torch.sparse_csc
     _default: ClassVar[SparsityPattern | None] = Column()
 
     columns: Tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,12 @@ from typing import Any, ClassVar, Self, final
 import torch
 from torch import Tensor
 
-from secateur._errors import FormatError, PatternError
+from secateur._errors import FormatError, PatternError, RecipeError
 from secateur._types import Mask, Weight, dtype_name
-from secateur.formats._arrays import NO_VALUES, expect
+from secateur.formats._arrays import NO_VALUES, check_shape, expect
+from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_scipy_sparse, to_torch_sparse
 from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
-from secateur.patterns import NM, SparsityPattern
-
-MAX_SIDE = 2**31 - 1  # indices are int32
-# Far above any layer. Without a limit, a file of a few bytes could make its reader allocate any amount of memory.
-MAX_WEIGHTS = 2**36
-MAX_EMPTY_SIDE = 2**20  # beside a side of 0, where no byte of the file stands for the rows or columns
-_MAX_DIMENSIONS = 8
+from secateur.patterns import NM, Block, SparsityPattern
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +43,7 @@ class Format(ABC):
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]]  # the ones that it can hold
     _default: ClassVar[SparsityPattern | None] = None  # of a weight whose pattern is not known
     _scaled_rows: ClassVar[str | None] = None  # the tensor that lists the rows that have a scale; None: all rows have
+    _layout: ClassVar[torch.layout] = torch.sparse_csr  # the sparse layout that is most like it
     _largest_group: ClassVar[int | None] = None  # the largest m of the N:M patterns that it can hold
 
     shape: tuple[int, int]
@@ -219,6 +214,72 @@ class Format(ABC):
         stored, scales = self.unscaled()
         return to._pack(stored, self.mask(), pattern, scales)
 
+    @final
+    @torch.no_grad()
+    def to_torch(
+        self,
+        layout: torch.layout | None = None,
+        *,
+        blocksize: tuple[int, int] | None = None,
+        value_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the weight as a sparse tensor of PyTorch, ``[out, in]``, with int64 indices, in memory of its own.
+
+        Lossless: each stored weight is one entry with the same bits, a stored zero as well. :func:`from_torch` makes
+        the same weight from it. In layouts of blocks, each block with a stored weight is an entry; what it has besides
+        is stored as ``+0.0``, and would come back as kept.
+
+        Args:
+            layout: ``torch.sparse_csr``, ``sparse_csc``, ``sparse_coo``, ``sparse_bsr`` or ``sparse_bsc``. None for
+                that of the format: BSR for :class:`BlockPacked` without a remainder, CSC for :class:`ColumnPacked`,
+                CSR for all others.
+            blocksize: ``(height, width)`` of the blocks of BSR and BSC; None for those of a :class:`~secateur.Block`
+                pattern.
+            value_dtype: a dtype that holds every value: None for that of :meth:`to_dense`, ``torch.float32`` or
+                ``torch.float64``. With int8 values, ``torch.int8`` for their codes; :meth:`unscaled` has the scales.
+
+        Raises:
+            RecipeError: a layout that is not sparse, blocks that do not divide the shape, or a dtype that would lose
+                bits.
+            FormatError: the weight is on the meta device.
+
+        Example:
+            >>> import torch
+            >>> from secateur import Block
+            >>> from secateur.formats import BlockPacked, from_torch
+            >>> packed = BlockPacked.from_dense(torch.eye(8), pattern=Block(4, 4))
+            >>> sparse = packed.to_torch()
+            >>> sparse.layout, tuple(sparse.values().shape), packed.to_torch(torch.sparse_csr).values().numel()
+            (torch.sparse_bsr, (2, 4, 4), 32)
+            >>> from_torch(sparse)
+            BlockPacked(8x8, block:4x4, float32, 152 bytes)
+        """
+        return to_torch_sparse(*self._entries(layout, blocksize, value_dtype))
+
+    @final
+    @torch.no_grad()
+    def to_scipy(
+        self,
+        format: str | None = None,
+        *,
+        blocksize: tuple[int, int] | None = None,
+        value_dtype: torch.dtype | None = None,
+    ) -> Any:
+        """Return the weight as a sparse array of scipy, ``[out, in]``, as :meth:`to_torch` does.
+
+        Args:
+            format: ``"csr"``, ``"csc"``, ``"coo"`` or ``"bsr"``; None as for :meth:`to_torch`.
+            blocksize: as there.
+            value_dtype: as there. scipy cannot compute with bfloat16 and float16: give ``torch.float32`` for these.
+
+        Raises:
+            RecipeError: as :meth:`to_torch`, or an unknown format.
+            FormatError: values that scipy has no dtype for.
+            ImportError: scipy is not installed.
+        """
+        layout = None if format is None else layout_of(format)
+        return to_scipy_sparse(*self._entries(layout, blocksize, value_dtype))
+
     @property
     @final
     def nbytes(self) -> int:
@@ -258,6 +319,28 @@ class Format(ABC):
     def __repr__(self) -> str:
         size = f"{self.shape[0]}x{self.shape[1]}"
         return f"{type(self).__name__}({size}, {self.pattern}, {dtype_name(self.value_dtype)}, {self.nbytes:,} bytes)"
+
+    @final
+    def _entries(
+        self, layout: torch.layout | None, blocksize: tuple[int, int] | None, value_dtype: torch.dtype | None
+    ) -> tuple[Entries, torch.layout]:
+        """What a sparse tensor of this weight holds, and its layout."""
+        self._must_have_values()
+        tile = (self.pattern.height, self.pattern.width) if isinstance(self.pattern, Block) else None
+        if layout is None:
+            whole = tile is not None and not (self.shape[0] % tile[0] or self.shape[1] % tile[1])
+            layout = self._layout if whole or self._layout != torch.sparse_bsr else torch.sparse_csr
+        tile = check_blocksize(blocksize, layout) or tile
+        if value_dtype == torch.int8 and is_scaled(self.value_dtype):
+            return Entries(self.unscaled()[0], self.mask(), tile), layout
+        dense = self.to_dense()
+        exact = (dense.dtype, torch.float32, torch.float64)
+        if value_dtype not in (None, *exact):
+            raise RecipeError(
+                f"value_dtype={value_dtype} would lose bits of {dtype_name(self.value_dtype)} values. Give "
+                f"{' or '.join(dict.fromkeys(map(str, exact)))}, and convert the sparse tensor."
+            )
+        return Entries(dense.to(value_dtype or dense.dtype), self.mask(), tile), layout
 
     @abstractmethod
     def mask(self) -> Mask:
@@ -303,6 +386,16 @@ class Format(ABC):
 
     @classmethod
     @final
+    def holds(cls, pattern: SparsityPattern) -> bool:
+        """Return whether the format can hold weights of a pattern."""
+        try:
+            cls._accept(pattern)
+        except PatternError:
+            return False
+        return True
+
+    @classmethod
+    @final
     def _accept(cls, pattern: SparsityPattern | None) -> SparsityPattern:
         """The pattern, or the default one for None. Raise PatternError if the format cannot hold it."""
         pattern = cls._default if pattern is None else pattern
@@ -314,38 +407,6 @@ class Format(ABC):
                 f"{cls.__name__} holds groups of up to {cls._largest_group} weights, got {pattern}. Use Bitmask."
             )
         return pattern
-
-
-def check_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Return a shape from a file as two sizes.
-
-    Raises:
-        FormatError: not two sizes, a negative one, or more weights than a format may have.
-    """
-    sizes = tuple(shape)
-    if len(sizes) != 2 or any(type(size) is not int for size in sizes):
-        raise FormatError(f"the shape should be two integers (out, in), got {str(sizes)[:200]}.")
-    rows, columns = check_sizes(sizes)
-    return rows, columns
-
-
-def check_sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape of a tensor from a file, of any number of dimensions.
-
-    Raises:
-        FormatError: a size that is no integer, negative or too large, or more elements than a format may have.
-    """
-    sizes = tuple(shape)
-    if any(type(size) is not int for size in sizes) or len(sizes) > _MAX_DIMENSIONS:
-        raise FormatError(f"the shape should be integers, at most {_MAX_DIMENSIONS} of them, got {str(sizes)[:200]}.")
-    elements = math.prod(sizes)
-    most = MAX_SIDE if elements else MAX_EMPTY_SIDE
-    if min(sizes, default=0) < 0 or max(sizes, default=0) > most or elements > MAX_WEIGHTS:
-        raise FormatError(
-            f"the shape {'x'.join(map(str, sizes))[:200]} is out of range: a size is 0 to {MAX_SIDE} (beside one of 0, "
-            f"to {MAX_EMPTY_SIDE}), and a weight has up to {MAX_WEIGHTS} elements."
-        )
-    return sizes
 
 
 def check_weight(weight: Weight) -> None:

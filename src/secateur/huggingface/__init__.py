@@ -1,6 +1,10 @@
 """How does a model directory become a model, and text its input?"""
 
 from secateur._types import Progress as Progress
+from secateur.huggingface._cache import KeysAndValues as KeysAndValues
+from secateur.huggingface._cache import cache_after as cache_after
+from secateur.huggingface._cache import call_with_cache as call_with_cache
+from secateur.huggingface._cache import keeps_cache as keeps_cache
 from secateur.huggingface._example import example_inputs as example_inputs
 from secateur.huggingface._loading import check_head as check_head
 from secateur.huggingface._loading import is_causal as is_causal

@@ -22,6 +22,7 @@ from secateur.packing._measure import cache_at as cache_at
 from secateur.packing._measure import measure as measure
 from secateur.packing._model import FILE as FILE
 from secateur.packing._model import load as load
+from secateur.packing._model import load_directory as load_directory
 from secateur.packing._model import save as save
 from secateur.packing._pack import pack_ as pack_
 from secateur.packing._pack import unpack_ as unpack_

@@ -13,6 +13,7 @@ from secateur._checks import one_of
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.evaluation import METRICS, DenseOutcome, Inputs, measure, read_data, run_dense
+from secateur.exporting import is_exported, open_exported
 from secateur.files import is_there
 from secateur.huggingface import (
     check_head,
@@ -39,7 +40,7 @@ class DirectoryEvaluation:
         has_dense: whether the model in ``reference`` is the dense one that others are compared with.
         metrics: to measure; None for all that the files give.
         sequence_length: tokens in a window; None for the longest that the model takes, at most 2048.
-        device: where to compute; None for a GPU if there is one. Packed models run on the CPU.
+        device: where to compute; None for a GPU if there is one. Packed and exported models run on the CPU.
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU.
 
     Raises:
@@ -101,7 +102,7 @@ class DirectoryEvaluation:
         """Return the figures of the model in a directory beside those of the dense one.
 
         Args:
-            path: of a directory: dense, pruned, shrunk or packed.
+            path: of a directory: dense, pruned, shrunk, packed or exported.
             progress: called with a description, and how much of how much is done.
 
         Raises:
@@ -152,7 +153,7 @@ def evaluate_directory(
     What is measured follows from the fields of each file, see :func:`secateur.evaluate`.
 
     Args:
-        source: model directory: dense, pruned, shrunk or packed.
+        source: model directory: dense, pruned, shrunk, packed or exported.
         files: plain text, JSON lines, or CSV with a header.
         dense: directory of the dense model, to compare with. Its tokenizer and pooling are used for both.
         metrics: to measure; None for all that the files give.
@@ -183,12 +184,12 @@ def evaluate_directory(
 def load_to_measure(
     path: str | Path, with_head: bool, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Return the model in a directory: dense, pruned, shrunk or packed.
+    """Return the model in a directory: dense, pruned, shrunk, packed or exported.
 
     Args:
         path: of the directory.
         with_head: whether the head of its class is needed, with values of the checkpoint.
-        device: where to compute; None for a GPU if there is one. Packed models run on the CPU.
+        device: where to compute; None for a GPU if there is one. Packed and exported models run on the CPU.
         dtype: to compute in; None for the checkpoint's on a GPU, and for float32 on a CPU.
 
     Raises:
@@ -198,6 +199,14 @@ def load_to_measure(
     """
     path = Path(path)
     directory_without_weights(path)  # names what is missing
+    if is_exported(path):
+        engine = open_exported(path)
+        if with_head and "logits" not in engine.outputs:
+            raise RecipeError(
+                f"{path} gives {', '.join(engine.outputs)}, and no scores of classes, which accuracy is measured by.\n"
+                "Give a model with a trained head, or a file without labels."
+            )
+        return engine
     if is_there(path / FILE):
         return load(path)
     directory = open_model(path)

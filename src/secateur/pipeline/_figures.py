@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur._errors import RecipeError
 from secateur._types import Progress
+from secateur.exporting import exported_bytes, is_exported, open_exported
 from secateur.files import ModelDirectory
 from secateur.huggingface import example_inputs, load_model, open_model
 from secateur.layers import select_layers
@@ -27,9 +28,9 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def is_packed(path: Path) -> bool:
-    """Return whether the model in a directory is packed."""
-    return (path / FILE).exists()
+def is_plain(path: Path) -> bool:
+    """Return whether the model in a directory has plain weights: it is not packed, and not exported."""
+    return not (path / FILE).exists() and not is_exported(path)
 
 
 def dense_figures(path: Path, include: Collection[str] = (), exclude: Collection[str] = ()) -> dict[str, float]:
@@ -58,27 +59,30 @@ def dense_figures(path: Path, include: Collection[str] = (), exclude: Collection
     return figures
 
 
-def packed_figures(path: Path, before: Mapping[str, float]) -> dict[str, float]:
-    """Return the same of a packed model, given those before it was packed: only its size is another."""
+def stored_figures(path: Path, before: Mapping[str, float]) -> dict[str, float]:
+    """Return the same of a packed or exported model, given those of the one before: only its size is another."""
     same = {name: before[name] for name in ("parameters", "sparsity", "sparsity_total", ROUNDING) if name in before}
-    return {**same, "bytes": float(weight_bytes(path))}
+    return {**same, "bytes": float(exported_bytes(path) if is_exported(path) else weight_bytes(path))}
 
 
 def speedups(
     dense: Path, path: Path, shapes: Collection[Shape], device: str | None, progress: Progress
 ) -> dict[str, float]:
-    """Return how many times as fast as the dense model a model runs, in eager mode and float32, by shape.
+    """Return how many times as fast as the dense model in eager mode and float32 a model runs, by shape.
 
     Args:
         dense: directory of the dense model.
         path: directory of the other one.
         shapes: how many texts, and tokens in each.
-        device: where to compute; packed models run on the CPU, and then both do.
+        device: where to compute; packed and exported models run on the CPU, and then both do.
         progress: called with a description, and how much of how much is done.
     """
-    where = "cpu" if is_packed(path) else device
+    where = device if is_plain(path) else "cpu"
     first = load_model(open_model(dense), where, torch.float32, with_head=True)[0]
-    second = load(path) if is_packed(path) else load_model(open_model(path), where, torch.float32, with_head=True)[0]
+    if is_plain(path):
+        second = load_model(open_model(path), where, torch.float32, with_head=True)[0]
+    else:
+        second = open_exported(path) if is_exported(path) else load(path)
     found = {}
     for number, shape in enumerate(shapes):
         progress("measuring the time of a forward pass", number, len(shapes))

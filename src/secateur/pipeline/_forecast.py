@@ -123,14 +123,18 @@ def _stage(stage: StageRecipe, model: nn.Module, directory: ModelDirectory) -> S
             lines += found
     except SparsityError as error:
         refused = str(error)
-    if stage.kind.is_packed:
-        lines.append("packing measures which layers get smaller and faster; the others stay as they are")
+    if stage.kind.form:
+        lines.append(_FORMS[stage.kind.form])
     lines += [f"gate: {gate}" for gate in stage.gates]
     size = stored_bytes(model, stored_dtypes(model, directory))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return StageForecast(stage.number, stage.run, parameters, size, layers, tuple(lines), refused)
 
 
+_FORMS = {
+    "packed": "packing measures which layers get smaller and faster; the others stay as they are",
+    "exported": "what is exported is compared with PyTorch; if it differs, the run stops and nothing is written",
+}
 _Seen = tuple[tuple[str, ...], list[str]]
 
 

@@ -151,11 +151,11 @@ def _check_schema(table: Mapping[str, Any]) -> None:
 
 
 def _check_order(stages: list[StageRecipe]) -> None:
-    packed = [stage for stage in stages[:-1] if stage.kind.is_packed]
-    if packed and stages[-1].kind.run is not None:
+    final = [stage for stage in stages[:-1] if stage.kind.form]
+    if final and stages[-1].kind.run is not None:
         raise RecipeError(
-            f"it comes after {packed[0].title}, whose model is packed, and only dense weights can be changed.\n"
-            "Put it before that stage."
+            f"it comes after {final[0].title}, whose model is {final[0].kind.form}, and only dense weights can be "
+            "changed.\nPut it before that stage."
         )
 
 

@@ -16,7 +16,7 @@ from secateur.files import Work, WorkStep, check_output, hash_files, whole_direc
 from secateur.huggingface import open_model
 from secateur.pipeline._clock import WorkingTime
 from secateur.pipeline._evaluate import DirectoryEvaluation
-from secateur.pipeline._figures import ROUNDING, dense_figures, is_packed, packed_figures, speedups
+from secateur.pipeline._figures import ROUNDING, dense_figures, is_plain, speedups, stored_figures
 from secateur.pipeline._gates import WITHOUT_DENSE, Gate
 from secateur.pipeline._recipe import PipelineRecipe, StageRecipe, check_measured
 from secateur.pipeline._stages import Job
@@ -216,7 +216,7 @@ class _Runner:
         told = self._told(stage)
         told("measuring", 0, 1)
         dense = dense_figures(self.source, **self.considered)
-        figures = packed_figures(model, self.sizes) if is_packed(model) else dense_figures(model, **self.considered)
+        figures = dense_figures(model, **self.considered) if is_plain(model) else stored_figures(model, self.sizes)
         notes: list[str] = []
         if stage.data:
             evaluation = self.evaluations[stage.data]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from secateur._checks import integer
 from secateur._errors import RecipeError
 from secateur._types import Progress
+from secateur.exporting import ExportSettings, export_directory
 from secateur.huggingface import CalibrationText
 from secateur.packing import PackSettings, pack_directory
 from secateur.pipeline import _checked as check
@@ -73,7 +74,7 @@ class StageKind:
         run: makes the model; None for a stage that only measures.
         needs_dense: the dense model decides the result, too.
         learns: it may learn from text, and so has ``calibration``.
-        is_packed: its models are packed, and no stage can change them further.
+        form: what its models are if no stage can change them further: ``"packed"`` or ``"exported"``; else empty.
     """
 
     keys: Mapping[str, check.Check]
@@ -81,7 +82,7 @@ class StageKind:
     run: Callable[[Job], StageReport] | None = None
     needs_dense: Callable[[Settings], bool] = field(default=lambda settings: False)
     learns: bool = True
-    is_packed: bool = False
+    form: str = ""
 
 
 # Pruning
@@ -221,6 +222,29 @@ def _pack(job: Job) -> StageReport:
     return pack_directory(job.source, job.output, PackSettings(**job.settings), overwrite=True, progress=job.progress)
 
 
+# Exporting
+
+_EXPORT_KEYS: Mapping[str, check.Check] = {
+    "to": check.text,
+    "int8": check.flag,
+    "bfloat16": check.flag,
+    "packed": check.flag,
+    "tolerance": check.number,
+}
+
+
+def _check_export(settings: Settings, calibration: CalibrationText | None) -> None:
+    ExportSettings(**settings).check_installed()
+
+
+def _export(job: Job) -> StageReport:
+    # The pipeline measures speed itself, at the shapes of the recipe.
+    settings = {"to": ExportSettings.to, **job.settings}
+    report = export_directory(job.source, job.output, **settings, shapes=(), overwrite=True, progress=job.progress)
+    assert report is not None  # of an engine
+    return report
+
+
 def _nothing(settings: Settings, calibration: CalibrationText | None) -> None:
     pass
 
@@ -234,5 +258,6 @@ KINDS: Mapping[str, StageKind] = {
     "shrink": StageKind(_SHRINK_KEYS, _check_shrink, _shrink),
     "recover": StageKind(_RECOVER_KEYS, _check_recover, _recover, lambda settings: True),
     "evaluate": StageKind({"data": check.texts}, _nothing, learns=False),
-    "pack": StageKind(_PACK_KEYS, _check_pack, _pack, learns=False, is_packed=True),
+    "pack": StageKind(_PACK_KEYS, _check_pack, _pack, learns=False, form="packed"),
+    "export": StageKind(_EXPORT_KEYS, _check_export, _export, learns=False, form="exported"),
 }

@@ -3,6 +3,11 @@
 from secateur.reports._evaluating import EvaluationReport as EvaluationReport
 from secateur.reports._evaluating import Figure as Figure
 from secateur.reports._evaluating import figures_table as figures_table
+from secateur.reports._exporting import EXPORT_TARGETS as EXPORT_TARGETS
+from secateur.reports._exporting import ExportCheck as ExportCheck
+from secateur.reports._exporting import ExportedInput as ExportedInput
+from secateur.reports._exporting import ExportReport as ExportReport
+from secateur.reports._exporting import ExportTiming as ExportTiming
 from secateur.reports._figures import empty_rows as empty_rows
 from secateur.reports._figures import histogram as histogram
 from secateur.reports._figures import thumbnail as thumbnail

@@ -11,6 +11,7 @@ from secateur.shapes._resize import remember_facts as remember_facts
 from secateur.shapes._resize import resize_ as resize_
 from secateur.shapes._resize import structure_hash as structure_hash
 from secateur.shapes._shrunk_directory import config_before as config_before
+from secateur.shapes._shrunk_directory import forget_how_to_load as forget_how_to_load
 from secateur.shapes._shrunk_directory import is_saved_shrunk as is_saved_shrunk
 from secateur.shapes._shrunk_directory import load_shrunk as load_shrunk
 from secateur.shapes._shrunk_directory import save_shrunk as save_shrunk

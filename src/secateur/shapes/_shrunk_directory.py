@@ -32,8 +32,10 @@ from secateur.shapes._claim import settings_for
 from secateur.shapes._facts import Facts
 from secateur.shapes._uniform import Uniform, difference, find_uniform, original_config
 
+_CARD = "README.md"
 _MARK = "shrunk"  # of an ordinary config.json of ours
 _WHOLE = "1000TB"  # of a file: all weights in one
+_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM")
 _README = """\
 ## How to load this model
 
@@ -285,9 +287,9 @@ def _write_weights(model: Any, state: dict[str, Any], made: Path, *, is_ordinary
 
 def _say_how_to_load(model: nn.Module, made: Path) -> None:
     """Add to the model card, below its table of settings, what to import."""
-    auto = "AutoModelForCausalLM" if type(model).__name__.endswith("ForCausalLM") else "AutoModel"
+    auto = _AUTO_CLASSES[type(model).__name__.endswith("ForCausalLM")]
     text = _README.format(auto=auto)
-    path = made / "README.md"
+    path = made / _CARD
     if is_there(path):
         old = path.read_text(encoding="utf-8", errors="replace")
         front, end = "", "\n---\n"
@@ -296,3 +298,22 @@ def _say_how_to_load(model: nn.Module, made: Path) -> None:
             front, old = old[:cut], old[cut:]
         text = f"{front}{text}\n{old.lstrip()}"
     path.write_text(text, encoding="utf-8")
+
+
+def forget_how_to_load(made: Path) -> None:
+    """Take out of the model card in a copy of a directory how a shrunk model is loaded.
+
+    Args:
+        made: a directory without weights of PyTorch.
+    """
+    path = made / _CARD
+    if not is_there(path):
+        return
+    old = path.read_text(encoding="utf-8", errors="replace")
+    text = old
+    for auto in _AUTO_CLASSES:
+        text = text.replace(_README.format(auto=auto), "")
+    if not text.strip():
+        path.unlink()
+    elif text != old:
+        path.write_text(text, encoding="utf-8")

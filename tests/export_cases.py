@@ -1,0 +1,17 @@
+"""What tests of exporting share."""
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+from torch.onnx._internal.exporter import _registration
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registry_is_read_once() -> Iterator[None]:
+    """PyTorch's exporter parses its 500 functions anew in each call, which takes more time than all that is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _registration.ONNXRegistry, "from_torchlib", staticmethod(cache(_registration.ONNXRegistry.from_torchlib))
+        )
+        yield
