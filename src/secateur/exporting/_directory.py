@@ -80,8 +80,9 @@ def export_directory(
     source, output = Path(source), Path(output)
     if one_of("format", to, ("dense", *EXPORT_TARGETS)) == "dense":
         if int8 or bfloat16 or packed:
+            given = "int8" if int8 else "bfloat16" if bfloat16 else "packed"
             raise RecipeError(
-                f"{'int8' if int8 else 'bfloat16' if bfloat16 else 'packed'} is for an engine, and to='dense' writes plain weights.\nGive "
+                f"{given} is for an engine, and to='dense' writes plain weights.\nGive "
                 "to='onnx' or to='openvino' (--to onnx, --to openvino)."
             )
         write_dense(source, output, overwrite=overwrite)

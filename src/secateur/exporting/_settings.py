@@ -52,8 +52,8 @@ class ExportSettings:
             )
         if flag("packed", self.packed) and self.int8:
             raise RecipeError(
-                "packed layers compute in float32, and int8 would round the weights that they have, so that they do not "
-                "go together.\nGive packed (--packed) for a model with many zeros, or int8 (--int8)."
+                "packed layers compute with float32 weights, and int8 rounds all weights, so that they do not go "
+                "together.\nGive packed (--packed) for a model with many zeros, or int8 (--int8)."
             )
         number("tolerance", self.tolerance, above=0.0, finite=True)
         for rows, length in self.shapes or ():
