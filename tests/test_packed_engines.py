@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import secateur
-from secateur import FormatError, KernelError, engines, kernels
+from secateur import FormatError, KernelError, RecipeError, engines, kernels
 from secateur.engines import _onnxruntime, _openvino
-from secateur.exporting import OPERATION, layout_for, pack_nodes
+from secateur.exporting import OPERATION, export_directory, layout_for, open_exported, pack_nodes
 from secateur.exporting._packed_nodes import save_for_openvino
 from secateur.kernels import BitmaskLayout, GroupLayout, Layout, PanelLayout, TileLayout
 
@@ -320,3 +320,50 @@ def test_a_file_without_sparse_products_stays_an_ordinary_one(tmp_path):
     found = pack_nodes(source, tmp_path / "packed.onnx", sparsity=0.99)
     assert not found.packed
     assert onnx.load(tmp_path / "packed.onnx") == onnx.load(source)
+
+
+# Exporting
+
+
+def pruned() -> torch.nn.Module:
+    """A layer with many zeros, and one without."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(160, 192), torch.nn.ReLU(), torch.nn.Linear(192, 160))
+    secateur.prune_(model, pattern="unstructured", sparsity=0.8, method="magnitude", include=["0"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+def test_a_model_is_exported_with_packed_layers(to, tmp_path):
+    library_of({"onnx": "onnxruntime"}.get(to, to))
+    model, x = pruned(), torch.randn(3, 160)
+    report = secateur.export(model, x, tmp_path / "out", to=to, packed=True, shapes=())
+    assert report.fused["packed layers"] == 1
+    assert report.notes == (
+        "products that stay dense: 1 (0% of its weight are zeros; packed layers are faster from 70% on)",
+    )
+    assert report.error < 1e-5
+    torch.testing.assert_close(open_exported(tmp_path / "out")(x)["output"], model(x), atol=1e-5, rtol=1e-5)
+    assert report.nbytes < 0.8 * report.bytes_before
+
+
+def test_what_has_no_zeros_is_not_exported_with_packed_layers(tmp_path):
+    library_of("onnxruntime")
+    model = torch.nn.Linear(160, 160)
+    with pytest.raises(RecipeError, match=r"no layer of Linear is worth packing \(.*0% of its weight are zeros"):
+        secateur.export(model, torch.randn(3, 160), tmp_path / "out", packed=True, shapes=())
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_does_not_go_with_8_bits_or_without_an_engine(tmp_path):
+    with pytest.raises(RecipeError, match=r"they do not go together\.\nGive packed"):
+        secateur.export(pruned(), torch.randn(3, 160), tmp_path / "out", packed=True, int8=True)
+    with pytest.raises(RecipeError, match="packed is for an engine"):
+        export_directory(tmp_path, tmp_path / "out", packed=True)
+
+
+def test_without_the_library_nothing_is_exported_with_packed_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "__path__", [str(tmp_path / "none")])
+    with pytest.raises(KernelError, match="into onnxruntime is not here: libsecateur_onnxruntime was not built"):
+        secateur.export(pruned(), torch.randn(3, 160), tmp_path / "out", packed=True)
+    assert not list(tmp_path.iterdir())

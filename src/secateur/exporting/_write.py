@@ -134,7 +134,7 @@ def _packed(graph: Path, work: Path, report: ExportReport) -> tuple[Path, Export
             f"no layer of {report.model} is worth packing ({reasons or 'it has no product by a constant weight'}).\n"
             "Prune it further, or leave packed (--packed) out."
         )
-    notes = [f"{count} products stay dense: {reason}" for reason, count in Counter(found.left.values()).items()]
+    notes = [f"products that stay dense: {count} ({reason})" for reason, count in Counter(found.left.values()).items()]
     counts = {**report.fused, "packed layers": len(found.packed)}
     return packed, replace(report, fused=counts, notes=(*report.notes, *notes))
 
