@@ -21,14 +21,13 @@ SECATEUR_INLINE void each_in_parallel(int threads, int64_t count, int64_t togeth
     } work = {f, count, together, 0};
     void (*const part)(void*, int, int) = [](void* given, int thread, int of) {
         Work& work = *static_cast<Work*>(given);
-        Function f = work.f;
         const bool equally = work.together == kEqually;
         const int64_t size = equally ? ceil_div(work.count, of) : work.together;
         const auto next = [&] { return __atomic_fetch_add(&work.next, size, __ATOMIC_RELAXED); };
         // f is called in one place, so that it is compiled into this loop: some kernels have thousands of short parts.
         for (int64_t first = equally ? size * thread : next(); first < work.count;) {
             const int64_t last = least(first + size, work.count);
-            for (int64_t i = first; i < last; ++i) f(i, int64_t(thread));
+            for (int64_t i = first; i < last; ++i) work.f(i, int64_t(thread));
             first = equally ? work.count : next();
         }
     };

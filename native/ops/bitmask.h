@@ -61,8 +61,7 @@ template <class T, int kPart> void bitmask_typed(const Bitmask& args) {
     const int64_t words = ceil_div(args.columns, 64);
     int64_t stride = args.columns;
     const float* x = args.columns % 64 ? padded_input(args, stride) : args.x;
-    // Copies, which stay in registers: for one row of x a row takes a few dozen instructions.
-    each_in_parallel(args.threads, args.rows, 32, [=](int64_t row, int64_t) {
+    each_in_parallel(args.threads, args.rows, 32, [&](int64_t row, int64_t) {
         const uint64_t* mask = args.mask + row * words;
         const T* p = values + args.offsets[row];
         float out[4];
