@@ -47,7 +47,7 @@ def engine(model: torch.nn.Module, folder: Path, to: str, precision: str | None,
     if not folder.exists():
         secateur.export(model, inputs(2, 8), folder, to=to, shapes=(), **settings)
     opened = open_exported(folder, precision=precision)
-    return lambda given: opened(**given).last_hidden_state  # type: ignore[no-any-return]
+    return lambda given: opened(**given).last_hidden_state
 
 
 def in_pytorch(model: torch.nn.Module) -> Way:
