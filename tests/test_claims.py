@@ -90,7 +90,10 @@ def test_a_dense_model_is_pruned_and_packed_whatever_its_config_claims(pruned, t
     assert len(json.loads(result.stdout)["layers"]) == 7
     assert run("pack", source, "--output", tmp_path / "packed", "--batch", "1").exit_code == 0
     assert claims(source) == CLAIMS[claim].keys()
-    assert claims(tmp_path / "out") == claims(tmp_path / "packed") == set()
+    assert claims(tmp_path / "out") == set()
+    packed = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert packed["quantization_config"] == {"quant_method": "secateur", "packed": 1}  # ours, and no other
+    assert claims(tmp_path / "packed") == {"quantization_config"}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert (model.model.layers[0].mlp.up_proj.weight == 0).double().mean() == 0.75

@@ -14,9 +14,12 @@ from export_cases import registry_is_read_once  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import secateur
-from secateur import FormatError, Pooling, RecipeError
+from secateur import FormatError, KernelError, Pooling, RecipeError, StatisticsError
+from secateur.engines import ENGINES
 from secateur.evaluation import POOLING_MODES
 from secateur.exporting import is_exported, open_exported
+from secateur.exporting._calibration import named
+from secateur.exporting._inputs import inputs_of
 from secateur.reports import ExportCheck, ExportedInput, ExportReport, ExportTiming
 
 pytest.importorskip("onnxscript")
@@ -285,6 +288,41 @@ def test_speed_is_measured_beside_pytorch(rounded: tuple[nn.Module, Path, Export
     assert report.machine["threads"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "numbers"),
+    [
+        ({}, "float32"),
+        ({"int8": True}, "int8"),
+        ({"int8": True, "calibration": [torch.randn(64, 64)]}, "int8"),
+        ({"bfloat16": True}, "bfloat16"),
+    ],
+    ids=["float32", "int8", "int8 with ranges", "bfloat16"],
+)
+def test_openvino_runs_what_was_exported(arguments: dict[str, Any], numbers: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    if ENGINES["openvino"].lacks("bfloat16" if "bfloat16" in arguments else "float32"):
+        pytest.skip("this processor has no bfloat16")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    report = exported(model, torch.randn(2, 64), tmp_path / "out", to="openvino", **arguments)
+    assert report.numbers == numbers
+    assert report.file == "openvino/openvino_model.xml"
+    assert report.nbytes == sum(file.stat().st_size for file in (tmp_path / "out" / "openvino").iterdir())
+    x = torch.randn(20, 64)
+    found, right = open_exported(tmp_path / "out")(x).output, model(x).detach()
+    error = float((found - right).abs().max() / right.abs().max())
+    assert error < (1e-4 if numbers == "float32" else 0.1)
+    assert report.float32_error < 1e-4
+
+
+def test_a_processor_without_bfloat16_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    lacking = replace(ENGINES["openvino"], lacks=lambda precision: "it is too old")
+    monkeypatch.setattr("secateur.exporting._settings.ENGINES", {**ENGINES, "openvino": lacking})
+    with pytest.raises(KernelError, match="nothing can be checked in bfloat16: it is too old"):
+        exported(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "out", to="openvino", bfloat16=True)
+
+
 # What cannot be exported
 
 
@@ -487,7 +525,7 @@ def test_a_report_says_size_error_and_speed() -> None:
         (REPORT, "int8", "beside PyTorch in float32"),
         (replace(REPORT, precision="bfloat16"), "int8 and bfloat16", "beside PyTorch in float32"),
         (replace(REPORT, int8=False, precision="bfloat16"), "bfloat16", "beside PyTorch in float32"),
-        (replace(REPORT, int8=False), "float32", "equal to PyTorch at 2 input shapes"),
+        (replace(REPORT, int8=False), "float32", "equal to PyTorch in float32 on made-up inputs of 2 shapes"),
     ],
 )
 def test_a_report_says_in_which_numbers(report: ExportReport, numbers: str, text: str) -> None:
@@ -501,3 +539,35 @@ def test_warnings_of_the_exporter_stay_inside(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         exported(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "out")
     assert not [str(warning.message) for warning in found if "secateur" not in warning.filename]
+
+
+# Ranges of 8 bits
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ({"input_ids": tokens(2, 3), "labels": torch.ones(2)}, (2, 3)),
+        ((tokens(2, 5),), (2, 5)),
+        (tokens(1, 4), (1, 4)),
+    ],
+    ids=["by name", "by position", "a tensor"],
+)
+def test_batches_for_ranges_have_all_inputs(batch: Any, found: tuple[int, int]) -> None:
+    inputs = inputs_of(nn.Identity(), {**text(2, 6), "token_type_ids": torch.zeros(2, 6, dtype=torch.long)}, None, None)
+    (whole,) = named(inputs, [batch])
+    assert list(whole) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert {tuple(tensor.shape) for tensor in whole.values()} == {found}
+    assert whole["attention_mask"].all()
+    assert not whole["token_type_ids"].any()
+    with pytest.raises(StatisticsError, match="calibration batch 0 lacks input_ids"):
+        list(named(inputs, [{"attention_mask": torch.ones(1, 2)}]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"int8": True}, "ONNX Runtime finds ranges in each call"), ({"to": "openvino"}, "int8 is off")],
+)
+def test_ranges_go_with_8_bits_of_openvino(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"calibration sets the ranges of 8 bits in OpenVINO, and {message}"):
+        exported(nn.Linear(4, 2), torch.randn(1, 4), tmp_path / "out", calibration=[torch.randn(1, 4)], **arguments)

@@ -311,7 +311,12 @@ KNOWLEDGE = {
         ("kernels", "timing._machine"),  # the latter reads "key: value" from the system
         'name, _, size = text.partition(":")',
     ),
-    "scales of int8": Knowledge(knows_the_range_of_int8, ("formats._values",), "scale = largest / 127"),
+    # Other engines have 8 bits of their own.
+    "scales of int8": Knowledge(
+        knows_the_range_of_int8,
+        ("formats._values", "exporting._quantize", "exporting._openvino"),
+        "scale = largest / 127",
+    ),
     "replacing files": Knowledge(makes_files_appear, ("files._whole",), "os.replace(partial, path)"),
 }
 

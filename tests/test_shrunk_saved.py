@@ -149,7 +149,7 @@ def test_other_directories_load_with_secateur_only(tmp_path):
         wanted, expected = wanted[:1], dict(list(expected.items())[:1])
     done = in_another_process(wanted[:1], with_secateur=False)
     assert done.returncode != 0
-    assert "no file named model.safetensors" in done.stderr.splitlines()[-1]
+    assert 'run "import secateur.huggingface" first' in done.stderr.splitlines()[-1]
 
 
 def test_a_base_model_and_another_head_load_from_the_directory_of_a_model_with_a_head(tmp_path):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli._app import say, show, show_progress, use_threads, user_errors, written_or_printed
-from secateur.cli._options import AsJson, Html, Output, Overwrite, Threads
+from secateur.cli._options import AsJson, Html, Output, Overwrite, Seed, Threads
 
 
 def export(
@@ -22,6 +22,11 @@ def export(
     packed: Annotated[
         bool, typer.Option("--packed", help="Run layers with many zeros by secateur's kernels, inside the engine.")
     ] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text from which OpenVINO takes ranges for 8 bits. Default: found in each call.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sentences drawn from that text.")] = 128,
+    seed: Seed = 0,
     threads: Threads = None,
     html: Html = None,
     overwrite: Overwrite = False,
@@ -32,6 +37,7 @@ def export(
         from secateur._errors import RecipeError
         from secateur.exporting import export_directory
         from secateur.files import check_file
+        from secateur.huggingface import CalibrationText
 
         if to == "dense" and (html is not None or as_json):
             raise RecipeError("--html and --json show how an exported model compares. Give --to onnx or --to openvino.")
@@ -45,6 +51,7 @@ def export(
                 int8=int8,
                 bfloat16=bfloat16,
                 packed=packed,
+                calibration=None if calibration is None else CalibrationText(calibration, samples, seed=seed),
                 overwrite=overwrite,
                 progress=progress,
             )

@@ -8,3 +8,4 @@ from secateur.engines._library import DOMAIN as DOMAIN
 from secateur.engines._library import library as library
 from secateur.engines._model import Default as Default
 from secateur.engines._model import EngineModel as EngineModel
+from secateur.engines._openvino import import_openvino as import_openvino

@@ -44,6 +44,7 @@ class Engine:
         suffix: of its files.
         precisions: in which it can compute a model of float32 weights, the usual one first.
         load: opens a file: its path, the precision, and how many threads; None for PyTorch's number.
+        lacks: why this processor cannot compute in one of its precisions; empty if it can.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Engine:
     suffix: str
     precisions: tuple[str, ...]
     load: Callable[[Path, str, int | None], Session]
+    lacks: Callable[[str], str]
 
     @property
     def absence(self) -> str:
@@ -74,8 +76,16 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("onnxruntime", "ONNX Runtime", "onnx", ".onnx", ("float32",), _onnxruntime.load),
-        Engine("openvino", "OpenVINO", "openvino", ".xml", ("float32", "bfloat16"), _openvino.load),
+        Engine("onnxruntime", "ONNX Runtime", "onnx", ".onnx", ("float32",), _onnxruntime.load, _onnxruntime.lacks),
+        Engine(
+            "openvino",
+            "OpenVINO",
+            "openvino",
+            ".xml",
+            ("float32", "bfloat16"),
+            _openvino.load,
+            _openvino.lacks,
+        ),
     )
 }
 

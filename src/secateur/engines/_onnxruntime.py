@@ -13,6 +13,15 @@ from secateur._errors import FormatError, KernelError
 from secateur.engines._library import DOMAIN, does_not_fit, library
 
 
+def lacks(precision: str) -> str:
+    """Why the processor cannot compute in a precision: it always can.
+
+    Args:
+        precision: ``"float32"``.
+    """
+    return ""
+
+
 def load(path: Path, precision: str, threads: int | None) -> OnnxSession:
     """Open a file.
 

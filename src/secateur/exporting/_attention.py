@@ -279,7 +279,7 @@ def _in_float(graph: OnnxGraph, name: str) -> str:
     """0 where a mask is true and the lowest number elsewhere: once, and not again in each layer."""
     wish = f"{name}_in_float"
     if graph.maker(wish, "Where") is None:
-        numbers = np.array(0, np.float32), np.finfo(np.float32).min.reshape(())
+        numbers = np.array(0, np.float32), np.array(np.finfo(np.float32).min)
         shown, hidden = (graph.add_constant(f"{name}_{i}", number) for i, number in enumerate(numbers))
         graph.add("Where", [name, shown, hidden], [wish])
         graph.know(wish, _FLOAT, graph.shape(name))

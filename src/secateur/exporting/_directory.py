@@ -15,6 +15,7 @@ from secateur._checks import one_of
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
 from secateur.evaluation import Pooling
+from secateur.exporting._calibration import sentences_of
 from secateur.exporting._export import longest_text, plain
 from secateur.exporting._function import ExportedFunction
 from secateur.exporting._inputs import inputs_of
@@ -25,16 +26,16 @@ from secateur.files import (
     check_output,
     copy_all_but_weights,
     find_shards,
+    forget_how_to_load,
     is_there,
     read_config,
     read_header,
     whole_directory,
 )
-from secateur.huggingface import example_inputs, load_model, open_model, pooling_of
+from secateur.huggingface import CalibrationText, example_inputs, load_model, open_model, pooling_of
 from secateur.packing import FILE, REPORT, load_directory
 from secateur.packing import export_directory as write_dense
 from secateur.reports import EXPORT_TARGETS, ExportReport
-from secateur.shapes import forget_how_to_load
 
 _MODULES = "modules.json"
 _UNTRAINED = "pooler_output"  # of what a checkpoint often lacks the weights
@@ -49,6 +50,7 @@ def export_directory(
     int8: bool = False,
     bfloat16: bool = False,
     packed: bool = False,
+    calibration: CalibrationText | None = None,
     tolerance: float = 1e-4,
     shapes: Shapes | None = None,
     overwrite: bool = False,
@@ -63,6 +65,7 @@ def export_directory(
         source: model directory: dense, pruned, shrunk or packed.
         output: directory to make. It appears complete or not at all.
         to: ``"onnx"`` or ``"openvino"``; ``"dense"`` writes a packed model with plain weights, zeros included.
+        calibration: text from which OpenVINO takes the ranges of numbers for 8 bits; None to find them in each call.
         int8, bfloat16, packed, tolerance, shapes: see :func:`secateur.export`.
         overwrite: replace an existing output directory.
         progress: called with a description, and how much of how much is done.
@@ -79,16 +82,17 @@ def export_directory(
     """
     source, output = Path(source), Path(output)
     if one_of("format", to, ("dense", *EXPORT_TARGETS)) == "dense":
-        if int8 or bfloat16 or packed:
-            given = "int8" if int8 else "bfloat16" if bfloat16 else "packed"
+        given = {"int8": int8, "bfloat16": bfloat16, "packed": packed, "calibration": calibration is not None}
+        if any(given.values()):
             raise RecipeError(
-                f"{given} is for an engine, and to='dense' writes plain weights.\nGive "
+                f"{next(name for name, on in given.items() if on)} is for an engine, and to='dense' writes plain weights.\nGive "
                 "to='onnx' or to='openvino' (--to onnx, --to openvino)."
             )
         write_dense(source, output, overwrite=overwrite)
         return None
     began = time.perf_counter()
     settings = ExportSettings(to, int8, bfloat16, tolerance, shapes, packed)
+    settings.check_calibration(calibration)
     settings.check_installed()
     if not (is_there(source) and source.is_dir()):
         what = "is a file, not a directory" if is_there(source) else "does not exist"
@@ -103,10 +107,15 @@ def export_directory(
     check_output(source, output, overwrite, nbytes)
     progress("loading the model", 0, 1)
     function, notes = function_of(source)
+    batches = None
+    if calibration is not None:
+        batches = sentences_of(function.model, source, calibration)
+        count = sum(len(batch["input_ids"]) for batch in batches)
+        notes += (f"ranges for 8 bits are from {count} sentences of {calibration.path.name}",)
     with whole_directory(output, overwrite=overwrite) as made:
         copy_all_but_weights(source, made, (*shards, INDEX, REPORT))
         forget_how_to_load(made)
-        return write_exported(function, made, settings, Source(nbytes, notes, began), progress)
+        return write_exported(function, made, settings, Source(nbytes, notes, began, batches), progress)
 
 
 def function_of(path: Path) -> tuple[ExportedFunction, tuple[str, ...]]:

@@ -84,6 +84,7 @@ def open_exported(path: str | Path, *, precision: str | None = None, threads: in
     Raises:
         FormatError: the directory is not such a one, or the engine does not take the file.
         RecipeError: the engine does not compute in that precision.
+        KernelError: the processor does not.
         ImportError: the engine is not installed.
 
     Example:
@@ -120,12 +121,16 @@ def open_file(
             f"{', '.join(described)} and {', '.join(report.outputs)}.\nThey do not belong together: export the model "
             "again."
         )
-    defaults = {name: _default(entry) for name, entry in described.items() if entry.default}
+    defaults = {name: default_of(entry) for name, entry in described.items() if entry.default}
     return EngineModel(session, defaults, config)
 
 
-def _default(entry: ExportedInput) -> Default:
-    """What makes an input that was left out from those that were given."""
+def default_of(entry: ExportedInput) -> Default:
+    """Return what makes an input that was left out from those that were given.
+
+    Raises:
+        FormatError: there is no such default.
+    """
     dtype = getattr(torch, entry.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise FormatError(f"the input {entry.name} has the dtype {entry.dtype!r:.40}, which PyTorch has not.")

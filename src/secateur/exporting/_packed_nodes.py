@@ -11,7 +11,7 @@ import torch
 
 from secateur import kernels
 from secateur._types import Weight
-from secateur.engines import DOMAIN, library
+from secateur.engines import DOMAIN, import_openvino, library
 from secateur.exporting._onnx_graph import OnnxGraph, attributes, standard
 from secateur.kernels import GroupLayout, Layout, PanelLayout, TileLayout
 from secateur.patterns import NM, Block, satisfied
@@ -66,8 +66,7 @@ def save_for_openvino(source: Path, folder: Path) -> None:
     Raises:
         KernelError: the library for OpenVINO was not built.
     """
-    import openvino
-
+    openvino = import_openvino()
     core = openvino.Core()
     core.add_extension(str(library("openvino")))
     folder.mkdir(parents=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from secateur._checks import flag, integer, number, one_of
-from secateur._errors import RecipeError
+from secateur._errors import KernelError, RecipeError
 from secateur.engines import ENGINES, Engine, library
 from secateur.exporting._onnx import check_exporter
 from secateur.reports import EXPORT_TARGETS
@@ -75,9 +75,29 @@ class ExportSettings:
         """What runs the files."""
         return ENGINES["onnxruntime" if self.to == "onnx" else "openvino"]
 
+    def check_calibration(self, given: object) -> None:
+        """Raise unless inputs for ranges go with the format, if there are some.
+
+        Raises:
+            RecipeError: they do not.
+        """
+        if given is not None and not (self.int8 and self.to == "openvino"):
+            why = "ONNX Runtime finds ranges in each call" if self.to == "onnx" else "int8 is off"
+            raise RecipeError(
+                f"calibration sets the ranges of 8 bits in OpenVINO, and {why}.\nLeave it out, or give to='openvino' "
+                "with int8 (--to openvino --int8)."
+            )
+
     def check_installed(self) -> None:
-        """Raise ``ImportError`` or ``KernelError`` with what to install, unless all that this needs is here."""
+        """Raise unless all that this needs is here.
+
+        Raises:
+            ImportError: a package is missing; the message names the extra to install.
+            KernelError: the processor cannot compute in the precision, or the library for packed layers was not built.
+        """
         check_exporter()
         self.engine.check()
+        if reason := self.engine.lacks(self.precision):
+            raise KernelError(f"nothing can be checked in {self.precision}: {reason}.\nLeave out bfloat16.")
         if self.packed:
             library(self.engine.name)

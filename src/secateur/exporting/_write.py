@@ -6,11 +6,16 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from secateur._errors import RecipeError
 from secateur._types import Progress
+from secateur.exporting._calibration import named
 from secateur.exporting._check import compare
 from secateur.exporting._function import ExportedFunction
 from secateur.exporting._fuse import fuse
@@ -21,7 +26,7 @@ from secateur.exporting._packed_nodes import pack_nodes, save_for_openvino
 from secateur.exporting._quantize import quantize
 from secateur.exporting._settings import ExportSettings
 from secateur.exporting._time import measure
-from secateur.files import EXPORTED, read_json
+from secateur.files import EXPORTED, read_json, without_claims
 from secateur.reports import ExportReport, versions
 from secateur.timing import describe_machine
 
@@ -38,11 +43,13 @@ class Source:
         nbytes: of its weights.
         notes: for the report.
         began: when the work began, in seconds of ``time.perf_counter``.
+        calibration: batches for ranges of 8 bits; None for none.
     """
 
     nbytes: int
     notes: tuple[str, ...]
     began: float
+    calibration: Sequence[Any] | None = None
 
 
 def write_exported(
@@ -85,7 +92,7 @@ def write_exported(
     report = replace(report, checks=tuple(checks), float32_error=max(check.error for check in checks))
     del engine
     progress("writing", 3, _STEPS)
-    report = _placed(graph, made, settings, report)
+    report = _placed(graph, made, settings, report, source.calibration and named(function.inputs, source.calibration))
     engine = open_file(made / report.file, report, precision=None, threads=None)
     if settings.to != "onnx" or settings.int8:  # else it is the graph that was checked
         tolerance = None if settings.rounds else settings.tolerance
@@ -107,15 +114,23 @@ def write_exported(
     return report
 
 
-def _placed(graph: Path, made: Path, settings: ExportSettings, report: ExportReport) -> ExportReport:
+def _placed(
+    graph: Path,
+    made: Path,
+    settings: ExportSettings,
+    report: ExportReport,
+    calibration: Iterable[Mapping[str, Tensor]] | None,
+) -> ExportReport:
     """Write the files of the engine from a graph in float32, and say so in the report."""
     report = replace(report, int8=settings.int8, precision=settings.precision)
     if settings.to == "openvino" and settings.packed:
         save_for_openvino(graph, (made / OPENVINO).parent)
         return replace(report, file=OPENVINO)
     if settings.to == "openvino":
-        convert(graph, (made / OPENVINO).parent, int8=settings.int8)
-        return replace(report, file=OPENVINO)
+        converted = convert(
+            graph, (made / OPENVINO).parent, int8=settings.int8, half=settings.bfloat16, calibration=calibration
+        )
+        return replace(report, file=OPENVINO, notes=(*report.notes, *converted.notes))
     if settings.int8:
         rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
         quantized = quantize(graph, rounded)
@@ -152,5 +167,6 @@ def _machine() -> dict[str, str]:
 def _without_weights(config: Path) -> None:
     """Take out of a config how weights are stored: there are none beside it."""
     table = read_json(config)
-    if table.pop("quantization_config", None) is not None:
-        config.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    plain = without_claims({key: value for key, value in table.items() if key != "quantization_config"})
+    if plain != table:
+        config.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")

@@ -2,10 +2,14 @@
 
 from secateur.files._claims import SHRUNK_METHOD as SHRUNK_METHOD
 from secateur.files._claims import first_part as first_part
+from secateur.files._claims import is_packed_claim as is_packed_claim
 from secateur.files._claims import is_part as is_part
 from secateur.files._claims import is_shrunk_claim as is_shrunk_claim
+from secateur.files._claims import packed_claim as packed_claim
+from secateur.files._claims import with_claim as with_claim
 from secateur.files._claims import without_claims as without_claims
 from secateur.files._directory import INDEX as INDEX
+from secateur.files._directory import PACKED as PACKED
 from secateur.files._directory import SHRUNK as SHRUNK
 from secateur.files._directory import SINGLE as SINGLE
 from secateur.files._directory import ModelDirectory as ModelDirectory
@@ -15,6 +19,8 @@ from secateur.files._directory import read_config as read_config
 from secateur.files._inspect import TensorSummary as TensorSummary
 from secateur.files._inspect import inspect as inspect
 from secateur.files._inspect import summarize as summarize
+from secateur.files._model_card import forget_how_to_load as forget_how_to_load
+from secateur.files._model_card import say_how_to_load as say_how_to_load
 from secateur.files._place import check_file as check_file
 from secateur.files._place import check_output as check_output
 from secateur.files._reading import is_there as is_there

@@ -8,8 +8,15 @@ from typing import Any
 # Keys by which other tools say that weights are quantized or compressed, in config.json or in a part of it.
 _CLAIMS = frozenset({"quantization_config", "compression_config", "sparsity_config"})
 
-# One method quantizes nothing: it says to which sizes a model was shrunk where the rest of the config cannot.
+# One method quantizes nothing: it says to which sizes a model was shrunk where the rest of the config cannot, or that
+# the weights are packed.
 SHRUNK_METHOD = "secateur"
+_PACKED = "packed"
+
+# transformers reads from this entry which file has the weights. It refuses a name of another kind with an error that
+# shows the name. So a process without our quantizer says what to do.
+_WEIGHTS_FILE = "transformers_weights"
+IMPORT_FIRST = 'run "import secateur.huggingface" first, which lets transformers load this model'
 
 # Endings of names that only parts of packed weights have, and scales without which values mean nothing:
 # compressed-tensors, 8-bit floats, bitsandbytes. Among integers, those of GPTQ, AWQ and 4-bit floats, too.
@@ -46,20 +53,46 @@ def first_part(tensors: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
 def without_claims(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without what it says of quantized or compressed weights, in its parts too.
 
-    How a model was shrunk is no such claim, and stays.
+    How a model was shrunk is no such claim, and stays. That weights are packed is one.
 
     Example:
         >>> from secateur.files import without_claims
         >>> without_claims({"hidden_size": 8, "quantization_config": {"quant_method": "compressed-tensors"}})
         {'hidden_size': 8}
     """
+    is_shrunk = is_shrunk_claim(config.get("quantization_config"))
     return {
         key: without_claims(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in _CLAIMS or is_shrunk_claim(value)
+        if (key not in _CLAIMS or is_shrunk_claim(value)) and (is_shrunk or not _is_hint(key, value))
     }
+
+
+def with_claim(config: Mapping[str, Any], claim: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with a claim of ours, and with what to do for a process that does not know it.
+
+    Args:
+        config: contents of ``config.json``.
+        claim: the ``quantization_config``.
+    """
+    return {**config, "quantization_config": dict(claim), _WEIGHTS_FILE: IMPORT_FIRST}
+
+
+def packed_claim() -> dict[str, Any]:
+    """Return the ``quantization_config`` of a directory with packed weights."""
+    return {"quant_method": SHRUNK_METHOD, _PACKED: 1}
 
 
 def is_shrunk_claim(value: object) -> bool:
     """Return whether a ``quantization_config`` quantizes nothing, but says how a model was shrunk."""
-    return isinstance(value, Mapping) and value.get("quant_method") == SHRUNK_METHOD
+    return isinstance(value, Mapping) and value.get("quant_method") == SHRUNK_METHOD and _PACKED not in value
+
+
+def is_packed_claim(value: object) -> bool:
+    """Return whether a ``quantization_config`` says that the weights are packed."""
+    return isinstance(value, Mapping) and value.get("quant_method") == SHRUNK_METHOD and _PACKED in value
+
+
+def _is_hint(key: str, value: object) -> bool:
+    """Whether an entry is what :func:`with_claim` adds. No file of weights can have such a name."""
+    return key == _WEIGHTS_FILE and isinstance(value, str) and not value.endswith((".safetensors", ".json", ".bin"))

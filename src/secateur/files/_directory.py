@@ -23,6 +23,7 @@ from secateur.files._whole import whole_directory, write_safetensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHRUNK = "model.shrunk.safetensors"  # of a model whose sizes no config can say: no other library looks for it
+PACKED = "model.sparse.safetensors"  # with packed weights; the same holds
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from secateur._errors import FormatError
-from secateur.files._claims import without_claims
+from secateur.files._claims import is_packed_claim, without_claims
+from secateur.files._model_card import forget_how_to_load
 from secateur.files._reading import read_json
 
 # Weights in other formats would keep the dense model beside the sparse one, and some of them are pickles.
@@ -70,7 +71,8 @@ def check_source(source: Path, weight_bytes: int) -> int:
 def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) -> None:
     """Copy the config, tokenizer and other files of a model directory into another one.
 
-    The copy of the config says nothing of quantized weights, because those that are written beside it are not.
+    The copy of the config says nothing of quantized weights, because those that are written beside it are not. The
+    copy of the model card does not say how to load packed weights.
 
     Args:
         source: the model, after :func:`check_source`.
@@ -90,6 +92,8 @@ def copy_all_but_weights(source: Path, target: Path, shards: tuple[str, ...]) ->
         config = read_json(target / "config.json")
         if (plain := without_claims(config)) != config:
             (target / "config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        if is_packed_claim(config.get("quantization_config")):
+            forget_how_to_load(target)
 
 
 def files_of(source: Path) -> Iterator[Path]:

@@ -169,6 +169,8 @@ def load_config(path: Path) -> Any:
     for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config") and not is_shrunk_claim(part.quantization_config):
             del part.quantization_config
+    if hasattr(config, "transformers_weights") and not hasattr(config, "quantization_config"):
+        del config.transformers_weights  # which file has the weights was looked at, too
     return config
 
 

@@ -12,23 +12,31 @@ import torch
 from torch import nn
 
 from secateur._errors import FormatError, RecipeError, naming
+from secateur._types import dtype_name
 from secateur.files import (
     INDEX,
+    PACKED,
     check_file,
     check_output,
     copy_all_but_weights,
     find_shards,
     is_there,
+    packed_claim,
+    read_config,
     read_header,
+    say_how_to_load,
     whole_directory,
+    with_claim,
+    without_claims,
 )
-from secateur.huggingface import model_without_weights
+from secateur.huggingface import guard_, model_without_weights
 from secateur.nn import packed_layers, packed_stacks
 from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents, take_apart
 from secateur.packing._file import DAMAGED, PackedFile, read_packed, write_packed
 from secateur.packing._fill import fill_
 from secateur.packing._history import History, reports_in
+from secateur.packing._pretrained import refused
 from secateur.shapes import (
     config_before,
     has_sizes,
@@ -41,7 +49,11 @@ from secateur.shapes import (
     shrunk_without_weights,
 )
 
-FILE = "model.sparse.safetensors"
+FILE = PACKED
+_REASON = (
+    "The weights of this model are stored without their zeros and run packed, because it was pruned with\n"
+    "[secateur](https://pypi.org/project/secateur/)."
+)
 
 
 def save(
@@ -144,14 +156,31 @@ def save_with(
             model.config.save_pretrained(made)  # type: ignore[union-attr, operator]
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(made)  # type: ignore[union-attr, operator]
-        if facts:
-            table = config_before(model, facts, made if source is not None else None)
-            (made / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        table = config_before(model, facts, made if source is not None else None) if facts else read_config(made)
+        _write_config(model, made, table, contents)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         for name, text in (extra or {}).items():
             (made / name).write_text(text, encoding="utf-8")
+        say_how_to_load(made, _REASON, type(model).__name__)
         write_packed(made / FILE, contents.layers, contents.tensors, contents.metadata())
+
+
+def _write_config(model: Any, made: Path, table: dict[str, Any], contents: Contents) -> None:
+    """Write ``config.json`` with what transformers needs to know: that weights are packed, their class and dtype."""
+    table = with_claim(without_claims(table), packed_claim())
+    if not table.get("architectures"):
+        table["architectures"] = [type(model).__name__]
+    stored = {entry.dtype for entry in contents.entries.values()}
+    stored |= {contents.layers[name].dense_dtype for name in contents.sparse}
+    stored |= {tensor.dtype for tensor in contents.tensors.values() if tensor.is_floating_point()}
+    names = [
+        dtype_name(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if dtype in stored
+    ]
+    if names and table.get("dtype", table.get("torch_dtype")) not in names:  # in which transformers loads it
+        table.pop("torch_dtype", None)
+        table["dtype"] = names[0]
+    (made / "config.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
@@ -244,4 +273,8 @@ def load_directory(
         else:
             model = model_without_weights(path, contents.model, initialise=bool(contents.absent), shapes=shapes)
     _fill_resized(model, contents, dense, dtype, path)
-    return model if into is not None else model.eval(), contents
+    if into is not None:
+        return model, contents
+    if not dense:
+        guard_(model, packed_claim(), refused(model))
+    return model.eval(), contents

@@ -135,20 +135,17 @@ class ExportReport:
         engine = EXPORT_TARGETS.get(self.to, self.to)
         size = f"{self.nbytes:,} bytes, from {self.bytes_before:,} bytes of weights"
         lines = [f"{self.model} for {engine} in {self.numbers}: {self.file}, {size}; {self.seconds:.1f} s"]
-        checked_at = f"at {len(self.checks)} input shapes"
+        checked_at = f"on made-up inputs of {len(self.checks)} shapes"
+        error = f"largest error {self.error:.1e} of the outputs' scale"
         if self.int8 or self.precision != "float32":
-            lines.append(
-                f"beside PyTorch in float32 {checked_at}: largest error {self.error:.1e} of the outputs' scale "
-                f"({self.float32_error:.1e} before rounding), lowest cosine {min(c.cosine for c in self.checks):.6f}"
-                if self.checks
-                else f"largest error before rounding {self.float32_error:.1e} of the outputs' scale"
-            )
+            lowest = min((check.cosine for check in self.checks), default=1.0)
+            before = f"({self.float32_error:.1e} before rounding)"
+            lines.append(f"beside PyTorch in float32 {checked_at}: {error} {before}, lowest cosine {lowest:.6f}")
         else:
-            lines.append(f"equal to PyTorch {checked_at}: largest error {self.error:.1e} of the outputs' scale")
+            lines.append(f"equal to PyTorch in float32 {checked_at}: {error}")
         if self.fused:
-            lines.append(
-                "rewritten in the graph: " + ", ".join(f"{count} {name}" for name, count in self.fused.items())
-            )
+            found = ", ".join(f"{count} {name}" for name, count in self.fused.items())
+            lines.append(f"rewritten in the graph: {found}")
         return [*lines, *self.notes]
 
     def __str__(self) -> str:

@@ -1,5 +1,7 @@
 """Which sizes does a model have that became smaller, and how is it stored and loaded?"""
 
+from secateur.shapes._claim import prefix_of as prefix_of
+from secateur.shapes._claim import resize_any_ as resize_any_
 from secateur.shapes._facts import Facts as Facts
 from secateur.shapes._resize import drop_blocks_ as drop_blocks_
 from secateur.shapes._resize import facts_of as facts_of
@@ -11,7 +13,6 @@ from secateur.shapes._resize import remember_facts as remember_facts
 from secateur.shapes._resize import resize_ as resize_
 from secateur.shapes._resize import structure_hash as structure_hash
 from secateur.shapes._shrunk_directory import config_before as config_before
-from secateur.shapes._shrunk_directory import forget_how_to_load as forget_how_to_load
 from secateur.shapes._shrunk_directory import is_saved_shrunk as is_saved_shrunk
 from secateur.shapes._shrunk_directory import load_shrunk as load_shrunk
 from secateur.shapes._shrunk_directory import save_shrunk as save_shrunk

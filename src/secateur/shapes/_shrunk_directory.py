@@ -22,37 +22,26 @@ from secateur.files import (
     check_output,
     copy_all_but_weights,
     find_shards,
+    forget_how_to_load,
     is_shrunk_claim,
     is_there,
     read_config,
+    say_how_to_load,
     whole_directory,
+    with_claim,
+    without_claims,
 )
 from secateur.huggingface import check_counts, load_model, model_class, open_model, skeleton, transformers_library
 from secateur.shapes._claim import settings_for
 from secateur.shapes._facts import Facts
 from secateur.shapes._uniform import Uniform, difference, find_uniform, original_config
 
-_CARD = "README.md"
 _MARK = "shrunk"  # of an ordinary config.json of ours
 _WHOLE = "1000TB"  # of a file: all weights in one
-_AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM")
-_README = """\
-## How to load this model
-
-The layers of this model have different sizes, because it was made smaller with
-[secateur](https://pypi.org/project/secateur/), and `config.json` has one number for all of
-them. Loading it needs one more line:
-
-```python
-import secateur.huggingface
-from transformers import {auto}
-
-model = {auto}.from_pretrained("path/to/this/directory")
-```
-
-`secateur.load("path/to/this/directory")` does the same. Without the import transformers says that it finds no file
-named `model.safetensors`.
-"""
+_REASON = (
+    "The layers of this model have different sizes, because it was made smaller with\n"
+    "[secateur](https://pypi.org/project/secateur/), and `config.json` has one number for all of them."
+)
 
 
 def save_shrunk(
@@ -130,7 +119,9 @@ def save_shrunk(
             (made / name).write_text(text, encoding="utf-8")
         _write_weights(model, state, made, is_ordinary=uniform.config is not None)
         if uniform.config is None:
-            _say_how_to_load(model, made)
+            say_how_to_load(made, _REASON, type(model).__name__)
+        else:
+            forget_how_to_load(made)
     return uniform
 
 
@@ -198,7 +189,7 @@ def shrunk_without_weights(path: Path, name: str, facts: Facts, shapes: Sequence
 def _config_table(model: nn.Module, facts: Facts, uniform: Uniform, copied: Path | None) -> dict[str, Any]:
     """The contents of ``config.json``: those of the source, or of the model, and the new sizes."""
     if uniform.config is None:
-        return {**config_before(model, facts, copied), "quantization_config": settings_for(model, facts)}
+        return with_claim(config_before(model, facts, copied), settings_for(model, facts))
     original = original_config(model, facts)
     table = _table(original, copied)
     _add(table, uniform.changes)
@@ -239,7 +230,7 @@ def _table(original: Any, copied: Path | None) -> dict[str, Any]:
     table = read_config(copied)
     for key in ("quantization_config", _MARK):
         table.pop(key, None)
-    return table
+    return without_claims(table)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -283,37 +274,3 @@ def _write_weights(model: Any, state: dict[str, Any], made: Path, *, is_ordinary
     else:
         (weights / SINGLE).rename(made / SHRUNK)
     shutil.rmtree(weights)
-
-
-def _say_how_to_load(model: nn.Module, made: Path) -> None:
-    """Add to the model card, below its table of settings, what to import."""
-    auto = _AUTO_CLASSES[type(model).__name__.endswith("ForCausalLM")]
-    text = _README.format(auto=auto)
-    path = made / _CARD
-    if is_there(path):
-        old = path.read_text(encoding="utf-8", errors="replace")
-        front, end = "", "\n---\n"
-        if old.startswith("---\n") and end in old[3:]:
-            cut = old.index(end, 3) + len(end)
-            front, old = old[:cut], old[cut:]
-        text = f"{front}{text}\n{old.lstrip()}"
-    path.write_text(text, encoding="utf-8")
-
-
-def forget_how_to_load(made: Path) -> None:
-    """Take out of the model card in a copy of a directory how a shrunk model is loaded.
-
-    Args:
-        made: a directory without weights of PyTorch.
-    """
-    path = made / _CARD
-    if not is_there(path):
-        return
-    old = path.read_text(encoding="utf-8", errors="replace")
-    text = old
-    for auto in _AUTO_CLASSES:
-        text = text.replace(_README.format(auto=auto), "")
-    if not text.strip():
-        path.unlink()
-    elif text != old:
-        path.write_text(text, encoding="utf-8")
