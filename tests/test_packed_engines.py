@@ -181,13 +181,9 @@ def test_a_weight_of_a_later_version_is_refused_by_name(engine, tmp_path):
         LOAD[engine](path, "float32", 1)
 
 
-def test_an_input_of_another_size_is_refused(tmp_path):
-    """In ONNX Runtime. OpenVINO does not say that an operation failed, nor does it check sizes for its own products."""
-    library_of("onnxruntime")
-    run = _onnxruntime.load(
-        write(tmp_path / "m.onnx", kernels.to_bytes(PanelLayout.pack(sparse(40, 320)))), "float32", 1
-    )
-    with pytest.raises(Exception, match="the input of PackedLinear should have 320 features, got 319"):
+def test_an_input_of_another_size_is_refused(engine, tmp_path):
+    run = LOAD[engine](write(tmp_path / "m.onnx", kernels.to_bytes(PanelLayout.pack(sparse(40, 320)))), "float32", 1)
+    with pytest.raises(Exception, match="320"):
         run({"x": np.zeros((2, 319), np.float32)})
 
 

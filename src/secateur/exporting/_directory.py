@@ -83,9 +83,9 @@ def export_directory(
     source, output = Path(source), Path(output)
     if one_of("format", to, ("dense", *EXPORT_TARGETS)) == "dense":
         given = {"int8": int8, "bfloat16": bfloat16, "packed": packed, "calibration": calibration is not None}
-        if any(given.values()):
+        if named := [name for name, on in given.items() if on]:
             raise RecipeError(
-                f"{next(name for name, on in given.items() if on)} is for an engine, and to='dense' writes plain weights.\nGive "
+                f"{named[0]} is for an engine, and to='dense' writes plain weights.\nGive "
                 "to='onnx' or to='openvino' (--to onnx, --to openvino)."
             )
         write_dense(source, output, overwrite=overwrite)
