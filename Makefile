@@ -38,9 +38,12 @@ docs: .venv/installed
 	$(BIN)/pytest tests/test_docs.py
 
 # Compiles what changed in native/, and puts the module where the installed one is. Then nothing is to be reinstalled.
+# OPENVINO=ON: also the library for the OpenVINO that is installed.
+OPENVINO ?= OFF
 native: $(if $(wildcard .venv/installed),,.venv/installed)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt nanobind
-	cmake -S . -B build/native -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake -S . -B build/native -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -DSECATEUR_OPENVINO=$(OPENVINO)
 	cmake --build build/native --parallel
 	cmake --install build/native --prefix $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
 	touch .venv/installed

@@ -4,8 +4,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -13,72 +11,39 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
-#include "isa/machine.h"
-#include "isa/table.h"
-#include "scratch.h"
+#include "fork.h"
+#include "runtime.h"
 
 namespace nb = nanobind;
 
-// An entry of isa/list.h counts where its processor is the one that is compiled for.
-#define SECATEUR_ON_any(...) __VA_ARGS__
-#if defined(__x86_64__)
-#define SECATEUR_ON_x86_64(...) __VA_ARGS__
-#else
-#define SECATEUR_ON_x86_64(...)
-#endif
-#if defined(__aarch64__)
-#define SECATEUR_ON_aarch64(...) __VA_ARGS__
-#else
-#define SECATEUR_ON_aarch64(...)
-#endif
-
 namespace secateur {
 
-#define ISA(name, processor, supported) SECATEUR_ON_##processor(extern const Table table_##name;)
-#include "isa/list.h"
-
-#if defined(__x86_64__)
-const bool fast_wide_expand = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+void fork(int threads, void (*part)(void* data, int thread, int of), void* data) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+    part(data, omp_get_thread_num(), omp_get_num_threads());
 #else
-const bool fast_wide_expand = false;
+    (void)threads;
+    part(data, 0, 1);
 #endif
+}
 
 namespace {
 
-struct Buffer {
-    void* data = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(data); }
-};
-thread_local Buffer buffers[2];
-
-struct InstructionSet {
-    const char* name;
-    bool supported;
-    const Table& table;
-};
-
-const InstructionSet instruction_sets[] = {
-#define ISA(name, processor, supported) SECATEUR_ON_##processor({#name, supported, table_##name}, )
-#include "isa/list.h"
-};
-
 nb::list isas() {
     nb::list names;
-    for (const InstructionSet& isa : instruction_sets) names.append(isa.name);
+    for (const InstructionSet* isa = instruction_sets; isa->name; ++isa) names.append(isa->name);
     return names;
 }
 
-bool has(const std::string& name) {
-    for (const InstructionSet& isa : instruction_sets)
-        if (name == isa.name) return isa.supported;
-    return false;
-}
+bool has(const std::string& name) { return find_instruction_set(name.c_str()) != nullptr; }
 
 const Table& table(const std::string& name) {
-    for (const InstructionSet& isa : instruction_sets)
-        if (name == isa.name && isa.supported) return isa.table;
+    if (const InstructionSet* isa = find_instruction_set(name.c_str())) return isa->table;
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'");
 }
 
@@ -157,20 +122,6 @@ void bind(nb::module_& m, const char* name, const char* type, Function<Arguments
 }
 
 }  // namespace
-
-void* scratch(Slot slot, int64_t bytes) {
-    Buffer& buffer = buffers[slot];
-    if (buffer.size < bytes || !buffer.data) {
-        std::free(buffer.data);
-        buffer.size = (bytes + 4095) / 4096 * 4096 + 4096;
-        buffer.data = std::aligned_alloc(64, size_t(buffer.size));
-        if (!buffer.data) {
-            buffer.size = 0;
-            throw std::bad_alloc();
-        }
-    }
-    return buffer.data;
-}
 
 }  // namespace secateur
 

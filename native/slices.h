@@ -53,32 +53,32 @@ inline void each_part_and_slice(const Linear& args, int64_t parts, int64_t toget
     if (whole >= 4 * args.threads || (whole && whole % args.threads == 0 && args.batch % kMaxLanes == 0)) {
         const int64_t each = args.columns * kMaxLanes;
         float* slices = static_cast<float*>(scratch(kInput, args.threads * each * int64_t(sizeof(float))));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(args.threads)
-        for (int64_t i = 0; i < ceil_div(args.batch, kMaxLanes); ++i) {
-            float* slice = slices + thread_number() * each;
+        each_in_parallel(args.threads, ceil_div(args.batch, kMaxLanes), 1, [&](int64_t i, int64_t thread) {
+            float* slice = slices + thread * each;
             for (int64_t b = i * kMaxLanes, lanes; b < least(args.batch, (i + 1) * kMaxLanes); b += lanes) {
                 lanes = least(kMaxLanes, lanes_for(args.batch - b));
                 pack_slice(args, b, lanes, 0, args.columns, slice);
-                for (int64_t part = 0; part < parts; ++part) f(part, b, lanes, slice, thread_number());
+                for (int64_t part = 0; part < parts; ++part) f(part, b, lanes, slice, thread);
             }
-        }
+        });
         return;
     }
     int64_t padded = 0;
     while (padded < args.batch) padded += lanes_for(args.batch - padded);
     float* x = static_cast<float*>(scratch(kInput, padded * args.columns * int64_t(sizeof(float))));
-#pragma omp parallel for schedule(static) num_threads(args.threads)
-    for (int64_t first = 0; first < args.columns; first += 64)
+    each_in_parallel(args.threads, ceil_div(args.columns, 64), kEqually, [&](int64_t i, int64_t) {
+        const int64_t first = i * 64, last = least(args.columns, first + 64);
         for (int64_t b = 0, lanes; b < args.batch; b += lanes) {
             lanes = lanes_for(args.batch - b);
-            pack_slice(args, b, lanes, first, least(args.columns, first + 64), x + b * args.columns);
+            pack_slice(args, b, lanes, first, last, x + b * args.columns);
         }
-#pragma omp parallel for schedule(dynamic, together) num_threads(args.threads)
-    for (int64_t part = 0; part < parts; ++part)
+    });
+    each_in_parallel(args.threads, parts, together, [&](int64_t part, int64_t thread) {
         for (int64_t b = 0, lanes; b < args.batch; b += lanes) {
             lanes = lanes_for(args.batch - b);
-            f(part, b, lanes, x + b * args.columns, thread_number());
+            f(part, b, lanes, x + b * args.columns, thread);
         }
+    });
 }
 
 // Writes sums [count, lanes] to the columns of y from `row` on, for the rows of the batch from `b0` on.

@@ -56,13 +56,14 @@ SECATEUR_INLINE void bitmask_row(const uint64_t* mask, int64_t words, const T* p
         for (int b = 0; b < B; ++b) out[b] = sums[b];
     }
 }
-template <class T, int kPart> void bitmask_typed(const Bitmask& args) {
+
+// The rows from `first` to `last`. A function of its own: inside of a lambda the compiler has too few registers for it.
+template <class T, int kPart>
+__attribute__((noinline)) void bitmask_rows(const Bitmask& args, const float* x, int64_t stride, int64_t first,
+                                            int64_t last) {
     const T* values = static_cast<const T*>(args.values);
     const int64_t words = ceil_div(args.columns, 64);
-    int64_t stride = args.columns;
-    const float* x = args.columns % 64 ? padded_input(args, stride) : args.x;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(args.threads)
-    for (int64_t row = 0; row < args.rows; ++row) {
+    for (int64_t row = first; row < last; ++row) {
         const uint64_t* mask = args.mask + row * words;
         const T* p = values + args.offsets[row];
         float out[4];
@@ -76,6 +77,16 @@ template <class T, int kPart> void bitmask_typed(const Bitmask& args) {
             for (int i = 0; i < step; ++i, ++b) args.y[b * args.rows + row] = finish(args, row, out[i]);
         }
     }
+}
+
+template <class T, int kPart> void bitmask_typed(const Bitmask& args) {
+    int64_t stride = args.columns;
+    const float* x = args.columns % 64 ? padded_input(args, stride) : args.x;
+    constexpr int64_t kTogether = 32;
+    each_in_parallel(args.threads, ceil_div(args.rows, kTogether), 1, [&](int64_t part, int64_t) {
+        const int64_t first = part * kTogether;
+        bitmask_rows<T, kPart>(args, x, stride, first, least(first + kTogether, args.rows));
+    });
 }
 
 inline void bitmask(const Bitmask& args) {

@@ -112,20 +112,21 @@ template <bool Solved> struct MaskGradient {
 // Competitions of 1, 2, 4, 8 or 16 neighbours: whole ones in each vector.
 template <bool Solved, int Group> void gate_groups(const Gate& g, float* out) {
     const int64_t total = g.competitions * g.units;
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t first = 0; first < total; first += kGatePart)
+    each_in_parallel(g.threads, ceil_div(total, kGatePart), kEqually, [&](int64_t part, int64_t) {
+        const int64_t first = part * kGatePart;
         each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) SECATEUR_INLINED {
             i += first;
             const Mask<Solved> mask(g, read_thresholds<Group>(g.threshold + i / Group, count));
             write(out + i, mask.times(read(g.weight + i, count)), count);
         });
+    });
 }
 
 template <bool Solved, int Group>
 void gate_groups_backward(const Gate& g, const float* grad, float* out, float* by_threshold) {
     const int64_t total = g.competitions * g.units;
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t first = 0; first < total; first += kGatePart)
+    each_in_parallel(g.threads, ceil_div(total, kGatePart), kEqually, [&](int64_t part, int64_t) {
+        const int64_t first = part * kGatePart;
         each_vector(least(kGatePart, total - first), [&](int64_t i, int64_t count) SECATEUR_INLINED {
             i += first;
             const Mask<Solved> mask(g, read_thresholds<Group>(g.threshold + i / Group, count));
@@ -137,6 +138,7 @@ void gate_groups_backward(const Gate& g, const float* grad, float* out, float* b
             if constexpr (!Solved) write(by_threshold + i, -by_score, count);
             write(out + i, gradient.by_weight(by_score), count);
         });
+    });
 }
 
 // Short competitions of other sizes: kWidth of them at a time, one in each lane.
@@ -160,19 +162,19 @@ struct Transposed {
 };
 
 inline void gate_short(const Gate& g, float* out) {
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t first = 0; first < g.competitions; first += kWidth) {
+    each_in_parallel(g.threads, ceil_div(g.competitions, kWidth), kEqually, [&](int64_t part, int64_t) {
+        const int64_t first = part * kWidth;
         const int64_t count = least(kWidth, g.competitions - first), start = first * g.units;
         Transposed w(g.weight + start, count, g.units);
         const Mask<true> mask(g, read(g.threshold + first, count));
         for (int64_t j = 0; j < g.units; ++j) w.set(j, mask.times(w[j]));
         w.write(out + start, count, g.units);
-    }
+    });
 }
 
 inline void gate_short_backward(const Gate& g, const float* grad, float* out) {
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t first = 0; first < g.competitions; first += kWidth) {
+    each_in_parallel(g.threads, ceil_div(g.competitions, kWidth), kEqually, [&](int64_t part, int64_t) {
+        const int64_t first = part * kWidth;
         const int64_t count = least(kWidth, g.competitions - first), start = first * g.units;
         const Transposed w(g.weight + start, count, g.units);
         Transposed by(grad + start, count, g.units);
@@ -188,7 +190,7 @@ inline void gate_short_backward(const Gate& g, const float* grad, float* out) {
             by.set(j, gradient.by_weight(gradient.by_score(shift)));
         }
         by.write(out + start, count, g.units);
-    }
+    });
 }
 
 // Competitions of any length, such as rows of the matrix or all of it: one part of one at a time.
@@ -206,15 +208,14 @@ struct GateParts {
 
 template <bool Solved> void gate_rows(const Gate& g, float* out) {
     const GateParts parts(g);
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t p = 0; p < parts.total; ++p) {
+    each_in_parallel(g.threads, parts.total, kEqually, [&](int64_t p, int64_t) {
         const GatePart part = parts[p];
         const Mask<Solved> mask(g, broadcast<kWidth>(g.threshold[part.row]));
         each_vector(part.count, [&](int64_t i, int64_t count) SECATEUR_INLINED {
             i += part.first;
             write(out + i, mask.times(read(g.weight + i, count)), count);
         });
-    }
+    });
 }
 
 struct Sums {
@@ -281,14 +282,13 @@ void gate_rows_backward(const Gate& g, const float* grad, float* out, float* by_
     const GateParts parts(g);
     Sums* sums = nullptr;  // of parts, then of rows; not needed where each row is one part
     if (parts.each > 1) sums = static_cast<Sums*>(scratch(kWork, parts.total * int64_t(sizeof(Sums))));
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t p = 0; p < parts.total; ++p) {
+    each_in_parallel(g.threads, parts.total, kEqually, [&](int64_t p, int64_t) {
         const GatePart part = parts[p];
         const Sums own = Solved ? sums_of(g, grad, part) : finish_learned(g, grad, out, part);
         if (sums) sums[p] = own;
         else if (Solved) finish_solved(g, grad, out, part, own);
         else by_threshold[part.row] = float(-own.products);
-    }
+    });
     if (!sums) return;
     for (int64_t row = 0; row < g.competitions; ++row) {
         Sums& all = sums[row * parts.each];
@@ -296,8 +296,9 @@ void gate_rows_backward(const Gate& g, const float* grad, float* out, float* by_
         if (!Solved) by_threshold[row] = float(-all.products);
     }
     if (!Solved) return;
-#pragma omp parallel for schedule(static) num_threads(g.threads)
-    for (int64_t p = 0; p < parts.total; ++p) finish_solved(g, grad, out, parts[p], sums[p / parts.each * parts.each]);
+    each_in_parallel(g.threads, parts.total, kEqually, [&](int64_t p, int64_t) {
+        finish_solved(g, grad, out, parts[p], sums[p / parts.each * parts.each]);
+    });
 }
 
 template <bool value> struct Flag { static constexpr bool on = value; };

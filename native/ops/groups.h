@@ -77,8 +77,7 @@ template <class T, int Bits, int N> void groups_typed(const Groups& args) {
     const int64_t words = args.n > kSlots ? groups * ceil_div(args.n, kSlots) : ceil_div(groups, kSlots / args.n);
     int64_t stride;
     const float* x = padded_input(args, stride);
-#pragma omp parallel for schedule(dynamic, 2) num_threads(args.threads)
-    for (int64_t p = 0; p < panels; ++p) {
+    each_in_parallel(args.threads, panels, 2, [&](int64_t p, int64_t) {
         const uint32_t* places = args.words + p * words * kPanelRows;
         const T* v = static_cast<const T*>(args.values) + p * groups * args.n * kPanelRows;
         constexpr int kBatch = kRegisters / 4;  // the inputs and sums of so many rows of x fit the registers
@@ -99,7 +98,7 @@ template <class T, int Bits, int N> void groups_typed(const Groups& args) {
             }
             b += step;
         }
-    }
+    });
 }
 
 inline void groups(const Groups& args) {

@@ -110,8 +110,7 @@ template <class T, class I> SECATEUR_INLINE float segment_single(const T* v, con
 
 template <class T, class I> void panels_single(const Panels& args) {
     const int64_t panels = ceil_div(args.rows, args.height), sections = ceil_div(args.columns, args.width);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(args.threads)
-    for (int64_t panel = 0; panel < panels; ++panel) {
+    each_in_parallel(args.threads, panels, 1, [&](int64_t panel, int64_t) {
         const int64_t row = panel * args.height, count = least(args.height, args.rows - row);
         for (int64_t section = 0; section < sections; ++section) {
             const int64_t at = panel * sections + section;
@@ -128,7 +127,7 @@ template <class T, class I> void panels_single(const Panels& args) {
             }
         }
         for (int64_t r = row; r < row + count; ++r) args.y[r] = finish(args, r, args.y[r]);
-    }
+    });
 }
 
 template <class T, class I> void panels_typed(const Panels& args) {

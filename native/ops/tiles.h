@@ -180,8 +180,7 @@ template <class T> void tiles_single(const Tiles& args) {
     int64_t stride;
     const float* x = padded_input(args, stride);
     const int64_t together = ceil_div(64, args.height);  // threads that share a cache line of y wait for each other
-#pragma omp parallel for schedule(dynamic, together) num_threads(args.threads)
-    for (int64_t i = 0; i < tile_rows; ++i) {
+    each_in_parallel(args.threads, tile_rows, together, [&](int64_t i, int64_t) {
         const int64_t first = args.first_tiles[i], tiles = args.first_tiles[i + 1] - first;
         const int32_t* columns = args.tile_columns + first;
         for (int64_t b = 0; b < args.batch; ++b) {
@@ -204,7 +203,7 @@ template <class T> void tiles_single(const Tiles& args) {
                 v += tiles * args.width * height;
             }
         }
-    }
+    });
 }
 
 inline void tiles(const Tiles& args) {

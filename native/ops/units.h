@@ -46,8 +46,7 @@ inline void unit_sums(const UnitSums& u) {
     const float *a = u.a, *b = u.b;
     float* out = u.out;
     const int64_t down = u.rows / u.height, across = u.columns / u.width, each = kUnitPart / u.width * u.width;
-#pragma omp parallel for schedule(static) num_threads(u.threads)
-    for (int64_t i = 0; i < down; ++i)
+    each_in_parallel(u.threads, down, kEqually, [&](int64_t i, int64_t) {
         for (int64_t first = 0; first < u.columns; first += each) {
             const int64_t columns = least(each, u.columns - first), start = i * u.height * u.columns + first;
             float sums[kUnitPart];
@@ -66,14 +65,14 @@ inline void unit_sums(const UnitSums& u) {
                 *to = sum;
             }
         }
+    });
 }
 
 inline void times_units(const TimesUnits& u) {
     const float *a = u.a, *by_a = u.by_a, *b = u.b, *by_b = u.by_b;
     float* out = u.out;
     const int64_t down = u.rows / u.height, across = u.columns / u.width, each = kUnitPart / u.width * u.width;
-#pragma omp parallel for schedule(static) num_threads(u.threads)
-    for (int64_t i = 0; i < down; ++i)
+    each_in_parallel(u.threads, down, kEqually, [&](int64_t i, int64_t) {
         for (int64_t first = 0; first < u.columns; first += each) {
             const int64_t columns = least(each, u.columns - first), start = i * u.height * u.columns + first;
             const int64_t unit = i * across + first / u.width;
@@ -89,6 +88,7 @@ inline void times_units(const TimesUnits& u) {
                     write(out + at, v, count);
                 });
         }
+    });
 }
 
 }  // namespace secateur::SECATEUR_ISA

@@ -52,7 +52,7 @@ template <int W> inline F<W> broadcast(float s) {
     else if constexpr (W == 8) return F<8>{s, s, s, s, s, s, s, s};
     else return F<16>{s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s};
 }
-template <int W> inline float sum(F<W> v) {
+template <int W> SECATEUR_INLINE float sum(F<W> v) {
     float s[W];
     store<W>(s, v);
     for (int w = W / 2; w > 0; w /= 2)

@@ -19,6 +19,9 @@ def export(
     ] = "dense",
     int8: Annotated[bool, typer.Option("--int8", help="Compute matrix products in 8 bits.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Let OpenVINO compute the rest in bfloat16.")] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Run layers with many zeros by secateur's kernels, inside the engine.")
+    ] = False,
     calibration: Annotated[
         Path | None, typer.Option(help="Text from which OpenVINO takes ranges for 8 bits. Default: found in each call.")
     ] = None,
@@ -47,6 +50,7 @@ def export(
                 to=to,
                 int8=int8,
                 bfloat16=bfloat16,
+                packed=packed,
                 calibration=None if calibration is None else CalibrationText(calibration, samples, seed=seed),
                 overwrite=overwrite,
                 progress=progress,

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from secateur._errors import FormatError
+from secateur._errors import FormatError, KernelError
+from secateur.engines._library import DOMAIN, does_not_fit, library
 
 
 def lacks(precision: str) -> str:
@@ -38,11 +39,26 @@ def load(path: Path, precision: str, threads: int | None) -> OnnxSession:
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; what it warns of are choices of its own
+    missing = _add_kernels(options)
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # classes of its own for each kind of failure
-        raise FormatError(f"{path} is not a model that ONNX Runtime takes: {error}") from None
+        reason = f" ({missing})" if missing and DOMAIN in str(error) else ""
+        raise FormatError(f"{path} is not a model that ONNX Runtime takes: {error}{reason}") from None
     return OnnxSession(session)
+
+
+def _add_kernels(options: Any) -> str:
+    """Let models have packed layers; return why they cannot, which only matters to a model that has some."""
+    try:
+        path = library("onnxruntime")
+        options.add_session_config_entry("secateur.threads", str(options.intra_op_num_threads))
+        options.register_custom_ops_library(str(path))
+    except KernelError as error:
+        return str(error)
+    except Exception as error:
+        return does_not_fit("onnxruntime", error)
+    return ""
 
 
 class OnnxSession:

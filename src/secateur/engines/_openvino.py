@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from secateur._errors import FormatError, KernelError, StatisticsError
+from secateur.engines._library import DOMAIN, does_not_fit, library
 
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 _TELEMETRY = "openvino_telemetry"
@@ -74,10 +75,23 @@ def load(path: Path, precision: str, threads: int | None) -> OpenVinoSession:
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = openvino.Core()
+    missing = _add_kernels(core)
     try:
         return OpenVinoSession(core.compile_model(core.read_model(path), "CPU", settings))
     except Exception as error:  # RuntimeError, and whatever its layers raise
-        raise FormatError(f"{path} is not a model that OpenVINO takes: {error}") from None
+        reason = f" ({missing})" if missing and DOMAIN in str(error) else ""
+        raise FormatError(f"{path} is not a model that OpenVINO takes: {error}{reason}") from None
+
+
+def _add_kernels(core: Any) -> str:
+    """Let models have packed layers; return why they cannot, which only matters to a model that has some."""
+    try:
+        core.add_extension(str(library("openvino")))
+    except KernelError as error:
+        return str(error)
+    except Exception as error:
+        return does_not_fit("openvino", error)
+    return ""
 
 
 class OpenVinoSession:

@@ -49,6 +49,7 @@ def export_directory(
     to: str = "dense",
     int8: bool = False,
     bfloat16: bool = False,
+    packed: bool = False,
     calibration: CalibrationText | None = None,
     tolerance: float = 1e-4,
     shapes: Shapes | None = None,
@@ -65,7 +66,7 @@ def export_directory(
         output: directory to make. It appears complete or not at all.
         to: ``"onnx"`` or ``"openvino"``; ``"dense"`` writes a packed model with plain weights, zeros included.
         calibration: text from which OpenVINO takes the ranges of numbers for 8 bits; None to find them in each call.
-        int8, bfloat16, tolerance, shapes: see :func:`secateur.export`.
+        int8, bfloat16, packed, tolerance, shapes: see :func:`secateur.export`.
         overwrite: replace an existing output directory.
         progress: called with a description, and how much of how much is done.
 
@@ -77,19 +78,20 @@ def export_directory(
             function, or the output cannot be written. Nothing is written then.
         RecipeError: arguments that do not go together, or a model that cannot be exported, with the reason.
         ImportError: a package is missing; the message names the extra to install.
+        KernelError: ``packed``, and the library that the engine needs was not built.
     """
     source, output = Path(source), Path(output)
     if one_of("format", to, ("dense", *EXPORT_TARGETS)) == "dense":
-        if int8 or bfloat16 or calibration is not None:
-            given = "int8" if int8 else "bfloat16" if bfloat16 else "calibration"
+        given = {"int8": int8, "bfloat16": bfloat16, "packed": packed, "calibration": calibration is not None}
+        if named := [name for name, on in given.items() if on]:
             raise RecipeError(
-                f"{given} is for an engine, and to='dense' writes plain weights.\nGive "
+                f"{named[0]} is for an engine, and to='dense' writes plain weights.\nGive "
                 "to='onnx' or to='openvino' (--to onnx, --to openvino)."
             )
         write_dense(source, output, overwrite=overwrite)
         return None
     began = time.perf_counter()
-    settings = ExportSettings(to, int8, bfloat16, tolerance, shapes)
+    settings = ExportSettings(to, int8, bfloat16, tolerance, shapes, packed)
     settings.check_calibration(calibration)
     settings.check_installed()
     if not (is_there(source) and source.is_dir()):

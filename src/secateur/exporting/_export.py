@@ -34,6 +34,7 @@ def export(
     to: str = "onnx",
     int8: bool = False,
     bfloat16: bool = False,
+    packed: bool = False,
     pooling: Pooling | None = None,
     tokenizer: Any = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
@@ -61,6 +62,8 @@ def export(
         to: ``"onnx"``, or ``"openvino"``.
         int8: compute matrix products in 8 bits, and store weights of 8 bits.
         bfloat16: let OpenVINO compute the rest in bfloat16.
+        packed: let layers with many zeros run by secateur's own kernels, inside the engine. What runs the file then
+            needs the library of :func:`secateur.engines.library`.
         pooling: also return embeddings of sentences, as the output ``sentence_embedding``.
         tokenizer: to write beside the model; any object with ``save_pretrained``.
         dynamic: sizes that may be any, such as ``{"x": {0: "batch", 2: "width"}}``; ``{}`` for none. By default the
@@ -83,6 +86,7 @@ def export(
         KernelError: the processor has no bfloat16.
         TypeError: no module, or no batch.
         ImportError: a package is missing; the message names the extra to install.
+        KernelError: ``packed``, and the library that the engine needs was not built.
 
     Example:
         >>> import tempfile, torch, secateur
@@ -93,7 +97,7 @@ def export(
         ('onnx/model.onnx', ('output',), True)
     """
     began = time.perf_counter()
-    settings = ExportSettings(to, int8, bfloat16, tolerance, shapes)
+    settings = ExportSettings(to, int8, bfloat16, tolerance, shapes, packed)
     model = check_model(getattr(model, "_orig_mod", model))  # of a compiled one
     if is_sentence_transformer(model):
         raise RecipeError(

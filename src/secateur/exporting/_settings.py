@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from secateur._checks import flag, integer, number, one_of
 from secateur._errors import KernelError, RecipeError
-from secateur.engines import ENGINES, Engine
+from secateur.engines import ENGINES, Engine, library
 from secateur.exporting._onnx import check_exporter
 from secateur.reports import EXPORT_TARGETS
 
@@ -24,6 +24,7 @@ class ExportSettings:
         bfloat16: whether OpenVINO computes the rest in bfloat16.
         tolerance: the largest difference to PyTorch in float32, as a part of the largest number in an output.
         shapes: at which speed is measured: texts, and tokens in each; None for the usual ones.
+        packed: whether layers with many zeros run by our kernels, inside the engine.
 
     Raises:
         RecipeError: an unknown format, or settings that do not go together.
@@ -34,6 +35,7 @@ class ExportSettings:
     bfloat16: bool = False
     tolerance: float = 1e-4
     shapes: Shapes | None = None
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.to == "dense":
@@ -47,6 +49,11 @@ class ExportSettings:
             raise RecipeError(
                 f"ONNX Runtime computes nothing in bfloat16 on CPUs, so that bfloat16 does not go with to={self.to!r}."
                 "\nGive to='openvino' (--to openvino), or int8."
+            )
+        if flag("packed", self.packed) and self.int8:
+            raise RecipeError(
+                "packed layers compute with float32 weights, and int8 rounds all weights, so that they do not go "
+                "together.\nGive packed (--packed) for a model with many zeros, or int8 (--int8)."
             )
         number("tolerance", self.tolerance, above=0.0, finite=True)
         for rows, length in self.shapes or ():
@@ -86,9 +93,11 @@ class ExportSettings:
 
         Raises:
             ImportError: a package is missing; the message names the extra to install.
-            KernelError: the processor cannot compute in the precision.
+            KernelError: the processor cannot compute in the precision, or the library for packed layers was not built.
         """
         check_exporter()
         self.engine.check()
         if reason := self.engine.lacks(self.precision):
             raise KernelError(f"nothing can be checked in {self.precision}: {reason}.\nLeave out bfloat16.")
+        if self.packed:
+            library(self.engine.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.exporting._calibration import named
 from secateur.exporting._check import compare
@@ -20,6 +22,7 @@ from secateur.exporting._fuse import fuse
 from secateur.exporting._onnx import place, write_onnx
 from secateur.exporting._opened import files_bytes, open_file
 from secateur.exporting._openvino import convert
+from secateur.exporting._packed_nodes import pack_nodes, save_for_openvino
 from secateur.exporting._quantize import quantize
 from secateur.exporting._settings import ExportSettings
 from secateur.exporting._time import measure
@@ -81,6 +84,8 @@ def write_exported(
         rewritten = _folder(work, "rewritten") / "model.onnx"
         report = replace(report, fused=dict(fuse(graph, rewritten).counts))
         graph = rewritten
+    if settings.packed:
+        graph, report = _packed(graph, work, report)
     progress("checking the graph", 2, _STEPS)
     engine = open_file(graph, report, precision=None, threads=None)
     checks = compare(function, engine, settings.tolerance, "the graph in float32")
@@ -118,6 +123,9 @@ def _placed(
 ) -> ExportReport:
     """Write the files of the engine from a graph in float32, and say so in the report."""
     report = replace(report, int8=settings.int8, precision=settings.precision)
+    if settings.to == "openvino" and settings.packed:
+        save_for_openvino(graph, (made / OPENVINO).parent)
+        return replace(report, file=OPENVINO)
     if settings.to == "openvino":
         converted = convert(
             graph, (made / OPENVINO).parent, int8=settings.int8, half=settings.bfloat16, calibration=calibration
@@ -129,6 +137,21 @@ def _placed(
         graph, report = rounded, replace(report, left=dict(quantized.left))
     place(graph, made / ONNX)
     return report
+
+
+def _packed(graph: Path, work: Path, report: ExportReport) -> tuple[Path, ExportReport]:
+    """Write the graph with packed layers, and say in the report which products stay dense."""
+    packed = _folder(work, "packed") / "model.onnx"
+    found = pack_nodes(graph, packed)
+    if not found.packed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.left.items())[:3])
+        raise RecipeError(
+            f"no layer of {report.model} is worth packing ({reasons or 'it has no product by a constant weight'}).\n"
+            "Prune it further, or leave packed (--packed) out."
+        )
+    notes = [f"products that stay dense: {count} ({reason})" for reason, count in Counter(found.left.values()).items()]
+    counts = {**report.fused, "packed layers": len(found.packed)}
+    return packed, replace(report, fused=counts, notes=(*report.notes, *notes))
 
 
 def _folder(work: Path, name: str) -> Path:

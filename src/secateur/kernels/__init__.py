@@ -18,6 +18,7 @@ from secateur.kernels._backends import current_isa as current_isa
 from secateur.kernels._backends import isas as isas
 from secateur.kernels._backends import prepare as prepare
 from secateur.kernels._backends import use as use
+from secateur.kernels._blob import to_bytes as to_bytes
 from secateur.kernels._dispatch import is_intercepted as is_intercepted
 from secateur.kernels._layout import Layout as Layout
 from secateur.kernels._layout import with_spare_values as with_spare_values

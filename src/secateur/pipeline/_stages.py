@@ -228,6 +228,7 @@ _EXPORT_KEYS: Mapping[str, check.Check] = {
     "to": check.text,
     "int8": check.flag,
     "bfloat16": check.flag,
+    "packed": check.flag,
     "tolerance": check.number,
 }
 
