@@ -16,7 +16,7 @@ from fake_timing import routes_take
 from torch import nn
 
 import secateur
-from secateur import ComparisonReport, Figure, FormatError, RecipeError, StatisticsError
+from secateur import ComparisonReport, Figure, FormatError, RecipeError, StatisticsError, engines
 from secateur.comparison import WAYS, _memory, _modules, _run
 from secateur.comparison._memory import memory_of
 from secateur.comparison._subject import Deployed
@@ -382,6 +382,23 @@ def test_a_packed_module_is_run_as_it_is_and_dense(monkeypatch):
     assert [found.absence for found in made.ways[3:]] == ["", "", ""]
     assert made["packed"].quality == pytest.approx(made["torch"].quality, abs=1e-5)
     assert made["packed-int8"].nbytes < made["packed"].nbytes < made["torch"].nbytes
+
+
+def test_packed_layers_are_run_inside_an_engine(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    try:
+        engines.library("onnxruntime")
+    except secateur.KernelError as error:
+        pytest.skip(str(error))
+    fast(monkeypatch)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))  # wide enough to be worth packing
+    model = copy.deepcopy(dense)
+    secateur.prune_(model, sparsity=0.9, method="magnitude", exclude=[])
+    made = secateur.compare(model, [torch.randn(8, 64)], dense=dense, ways=["onnx-packed"], memory=False)
+    assert made["onnx-packed"].quality == pytest.approx(made["torch"].quality, abs=1e-5)
+    assert made["onnx-packed"].nbytes < made["torch"].nbytes / 2
+    assert "zeros" in made.ways[1].absence  # of the dense model
 
 
 def test_one_model_is_compared_with_itself(monkeypatch):

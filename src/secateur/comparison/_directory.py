@@ -57,7 +57,7 @@ class DirectorySubject:
     is_dense: bool
     rows: tuple[int, ...]
     folder: Path
-    _exported: dict[tuple[str, bool], Deployed] = field(default_factory=dict)
+    _exported: dict[tuple[str, bool, bool], Deployed] = field(default_factory=dict)
 
     @property
     def _is_packed(self) -> bool:
@@ -89,14 +89,14 @@ class DirectorySubject:
         check_packed(pack_directory(self._plain(), folder / "packed", settings))
         return Deployed(folder / "packed", _weight_bytes(folder / "packed"))
 
-    def exported(self, folder: Path, to: str, int8: bool) -> Deployed:
+    def exported(self, folder: Path, to: str, int8: bool, packed: bool) -> Deployed:
         """The model for another engine. What two ways share is written once."""
-        if (to, int8) not in self._exported:
+        if (key := (to, int8, packed)) not in self._exported:
             output = folder / "exported"
-            report = export_directory(self._plain(), output, to=to, int8=int8, shapes=())
+            report = export_directory(self._plain(), output, to=to, int8=int8, packed=packed, shapes=())
             assert report is not None  # it is for packed directories that are written dense
-            self._exported[to, int8] = Deployed(output, report.nbytes)
-        return self._exported[to, int8]
+            self._exported[key] = Deployed(output, report.nbytes)
+        return self._exported[key]
 
 
 def _names(path: Path, shard: str) -> Iterable[str]:

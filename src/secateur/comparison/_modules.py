@@ -43,7 +43,7 @@ class ModuleSubject:
     name: str
     is_dense: bool
     batch: Any
-    _exported: dict[tuple[str, bool], Deployed] = field(default_factory=dict)
+    _exported: dict[tuple[str, bool, bool], Deployed] = field(default_factory=dict)
 
     def _copy(self, dense: bool = True) -> nn.Module:
         made = copy.deepcopy(self.module).eval()
@@ -67,13 +67,13 @@ class ModuleSubject:
         save(made, file)
         return Deployed(_written(made, folder), file.stat().st_size, made, ("as it is",) if as_it_is else ())
 
-    def exported(self, folder: Path, to: str, int8: bool) -> Deployed:
+    def exported(self, folder: Path, to: str, int8: bool, packed: bool) -> Deployed:
         """The module for another engine. What two ways share is written once."""
-        if (to, int8) not in self._exported:
+        if (key := (to, int8, packed)) not in self._exported:
             output = folder / "exported"
-            report = export(self._copy(), self.batch, output, to=to, int8=int8, shapes=())
-            self._exported[to, int8] = Deployed(output, report.nbytes)
-        return self._exported[to, int8]
+            report = export(self._copy(), self.batch, output, to=to, int8=int8, packed=packed, shapes=())
+            self._exported[key] = Deployed(output, report.nbytes)
+        return self._exported[key]
 
 
 def _written(module: nn.Module, folder: Path) -> Path | None:

@@ -51,8 +51,8 @@ class Subject(Protocol):
         """The model with packed layers: as they are, or with values of fewer bits."""
         ...
 
-    def exported(self, folder: Path, to: str, int8: bool) -> Deployed:
-        """The model for another engine."""
+    def exported(self, folder: Path, to: str, int8: bool, packed: bool) -> Deployed:
+        """The model for another engine: in 8 bits, or with packed layers."""
         ...
 
 

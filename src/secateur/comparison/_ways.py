@@ -50,8 +50,8 @@ def _in_torch(subject: Subject, folder: Path) -> Deployed:
     return subject.in_torch(folder)
 
 
-def _exported(to: str, *, int8: bool = False) -> Make:
-    return lambda subject, folder: subject.exported(folder, to, int8)
+def _exported(to: str, *, int8: bool = False, packed: bool = False) -> Make:
+    return lambda subject, folder: subject.exported(folder, to, int8, packed)
 
 
 def _packed(value_dtype: str | None) -> Make:
@@ -80,9 +80,11 @@ WAYS: Mapping[str, Way] = {
         Way("torch-int8", "PyTorch int8", _in_torch, wrap=_quantized, stores_wrapped=True),
         Way("onnx", "ONNX Runtime", _exported("onnx"), engine="onnxruntime"),
         Way("onnx-int8", "ONNX Runtime int8", _exported("onnx", int8=True), engine="onnxruntime"),
+        Way("onnx-packed", "ONNX Runtime packed", _exported("onnx", packed=True), engine="onnxruntime"),
         Way("openvino", "OpenVINO", _exported("openvino"), engine="openvino", precision="float32"),
         Way("openvino-bfloat16", "OpenVINO bfloat16", _exported("openvino"), engine="openvino", precision="bfloat16"),
         Way("openvino-int8", "OpenVINO int8", _exported("openvino", int8=True), engine="openvino"),
+        Way("openvino-packed", "OpenVINO packed", _exported("openvino", packed=True), engine="openvino"),
         Way("packed", "secateur packed", _packed(None)),
         Way("packed-int8", "secateur packed int8", _packed("int8")),
     )
