@@ -293,7 +293,7 @@ def test_speed_is_measured_beside_pytorch(rounded: tuple[nn.Module, Path, Export
     [
         ({}, "float32"),
         ({"int8": True}, "int8"),
-        ({"int8": True, "calibration": [torch.randn(64, 64)]}, "int8"),
+        ({"int8": True, "calibration": [torch.randn(2048, 64, generator=torch.Generator().manual_seed(1))]}, "int8"),
         ({"bfloat16": True}, "bfloat16"),
     ],
     ids=["float32", "int8", "int8 with ranges", "bfloat16"],
