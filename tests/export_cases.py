@@ -6,6 +6,14 @@ from functools import cache
 import pytest
 from torch.onnx._internal.exporter import _registration
 
+from secateur.engines import ENGINES
+
+
+def needs_engine(name: str) -> None:
+    """Skip where an engine is not installed. It is not imported to find out: OpenVINO would report to its makers."""
+    if ENGINES[name].absence:
+        pytest.skip(ENGINES[name].absence, allow_module_level=True)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def registry_is_read_once() -> Iterator[None]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_cases import needs_engine
 
 from secateur._errors import FormatError, KernelError
 from secateur.engines import ENGINES, EngineModel, _openvino
 
-if ENGINES["openvino"].absence:  # not by importing it, which would report to its makers
-    pytest.skip(ENGINES["openvino"].absence, allow_module_level=True)
+needs_engine("openvino")
 onnx = pytest.importorskip("onnx")
 ENGINE = ENGINES["openvino"]
 LONGEST = 8

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from export_cases import needs_engine
 
 from secateur._errors import FormatError, RecipeError, StatisticsError
 from secateur.engines import ENGINES, import_openvino
 from secateur.exporting._openvino import convert
 
-if ENGINES["openvino"].absence:  # not by importing it, which would report to its makers
-    pytest.skip(ENGINES["openvino"].absence, allow_module_level=True)
+needs_engine("openvino")
 onnx = pytest.importorskip("onnx")
 
 VOCABULARY, WIDTH = 300, 32

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_cases import registry_is_read_once  # noqa: F401 - a fixture
+from export_cases import needs_engine, registry_is_read_once  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import secateur
@@ -299,7 +299,7 @@ def test_speed_is_measured_beside_pytorch(rounded: tuple[nn.Module, Path, Export
     ids=["float32", "int8", "int8 with ranges", "bfloat16"],
 )
 def test_openvino_runs_what_was_exported(arguments: dict[str, Any], numbers: str, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+    needs_engine("openvino")
     if ENGINES["openvino"].lacks("bfloat16" if "bfloat16" in arguments else "float32"):
         pytest.skip("this processor has no bfloat16")
     torch.manual_seed(0)
@@ -316,7 +316,7 @@ def test_openvino_runs_what_was_exported(arguments: dict[str, Any], numbers: str
 
 
 def test_a_processor_without_bfloat16_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
+    needs_engine("openvino")
     lacking = replace(ENGINES["openvino"], lacks=lambda precision: "it is too old")
     monkeypatch.setattr("secateur.exporting._settings.ENGINES", {**ENGINES, "openvino": lacking})
     with pytest.raises(KernelError, match="nothing can be checked in bfloat16: it is too old"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_cases import needs_engine
 
 import secateur
 from secateur import FormatError, KernelError, RecipeError, engines, kernels
@@ -25,7 +26,7 @@ LOAD = {"onnxruntime": _onnxruntime.load, "openvino": _openvino.load}
 
 @pytest.fixture(params=list(LOAD))
 def engine(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip(request.param)
+    needs_engine(request.param)
     library_of(request.param)
     return str(request.param)
 
@@ -189,7 +190,7 @@ def test_an_input_of_another_size_is_refused(engine, tmp_path):
 
 @pytest.mark.parametrize("name", LOAD)
 def test_without_the_library_a_packed_model_is_refused_and_others_run(name, tmp_path, monkeypatch):
-    pytest.importorskip(name)
+    needs_engine(name)
     module = {"onnxruntime": _onnxruntime, "openvino": _openvino}[name]
 
     def library(engine: str) -> Path:
@@ -271,7 +272,7 @@ def test_a_packed_file_computes_the_same(engine, tmp_path):
 
 
 def test_openvino_keeps_packed_layers_in_its_own_files(tmp_path):
-    pytest.importorskip("openvino")
+    needs_engine("openvino")
     library_of("openvino")
     source = products(tmp_path / "dense.onnx")
     pack_nodes(source, tmp_path / "packed.onnx", sparsity=0.6)
