@@ -10,7 +10,7 @@ def routes_take(monkeypatch, seconds_of, *, call=True):
     nothing is prepared, so that no memory is counted.
     """
 
-    def in_turn(calls, against, timer=None, before=None, keep=(), warm=False):
+    def in_turn(calls, against, timer=None, before=None, keep=(), alone=False):
         for function in calls.values() if call else ():
             function()
         return {name: [seconds_of(str(name), index)] * 3 for index, name in enumerate(calls)}

@@ -55,14 +55,15 @@ def test_timing_leaves_out_what_runs_before():
     assert seconds["dense"] == [1.0] * _in_turn._FEWEST
 
 
-def test_timing_calls_what_is_to_be_warm_once_more_before_it():
+def test_what_is_timed_as_if_it_were_alone_rests_and_is_called_once_more_before_it(monkeypatch):
     clock, called = Clock(), []
+    monkeypatch.setattr(_in_turn.time, "sleep", lambda seconds: called.append("rest"))
 
     def call(name, seconds):
         called.append(name)
         clock.now += seconds
 
     calls = {"dense": lambda: call("dense", 1.0), "a": lambda: call("a", 2.0)}
-    seconds = time_in_turn(calls, "dense", clock, keep=["a"], warm=True)
+    seconds = time_in_turn(calls, "dense", clock, keep=["a"], alone=True)
     assert seconds == {"dense": [1.0] * _in_turn._FEWEST, "a": [2.0] * _in_turn._FEWEST}
-    assert called[4:8] == ["dense", "dense", "a", "a"]
+    assert called[4:10] == ["rest", "dense", "dense", "rest", "a", "a"]

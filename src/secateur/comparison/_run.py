@@ -28,6 +28,7 @@ Shape = tuple[int, ...]
 Measure = Callable[[nn.Module], tuple[tuple[Figure, ...], tuple[str, ...]]]  # figures, the first decides; and notes
 
 _ROOM = 1.1  # memory that must be left for a model, as a multiple of what it took in a process of its own
+_MOST_GRAPHS = 64  # of one function, compiled for some models and shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,23 +85,24 @@ def run_ways(subjects: Sequence[Subject], ways: Iterable[Way], settings: Setting
     reference = next(
         number for number, (subject, way) in enumerate(jobs) if subject is subjects[0] and way.name == REFERENCE
     )
-    for number, (subject, way) in enumerate(jobs):
-        blank = WayResult(way.name, way.title, subject.name, subject.is_dense)
-        settings.progress(f"{way.title}, {subject.name}", number, len(jobs) + len(settings.batches))
-        if way.absence:
-            results.append(replace(blank, absence=way.absence))
-            continue
-        try:
-            candidate = _tried(subject, way, settings, settings.folder / str(number), blank)
-        except Exception as error:  # of other libraries, too: the row says what hinders it
-            if number == reference:
-                raise
-            results.append(replace(blank, absence=_first_line(error)))
-            continue
-        candidates[number] = candidate
-        results.append(candidate.result)
-    for number, timings in _timed(candidates, reference, settings, len(jobs)).items():
-        results[number] = replace(results[number], timings=timings)
+    with _compiling_all():
+        for number, (subject, way) in enumerate(jobs):
+            blank = WayResult(way.name, way.title, subject.name, subject.is_dense)
+            settings.progress(f"{way.title}, {subject.name}", number, len(jobs) + len(settings.batches))
+            if way.absence:
+                results.append(replace(blank, absence=way.absence))
+                continue
+            try:
+                candidate = _tried(subject, way, settings, settings.folder / str(number), blank)
+            except Exception as error:  # of other libraries, too: the row says what hinders it
+                if number == reference:
+                    raise
+                results.append(replace(blank, absence=_first_line(error)))
+                continue
+            candidates[number] = candidate
+            results.append(candidate.result)
+        for number, timings in _timed(candidates, reference, settings, len(jobs)).items():
+            results[number] = replace(results[number], timings=timings)
     return tuple(results), reference
 
 
@@ -174,7 +176,7 @@ def _timed(
         if reference not in calls:
             continue
         with torch.no_grad(), _no_warnings():
-            times = time_in_turn(calls, reference, keep=tuple(calls), warm=True)
+            times = time_in_turn(calls, reference, keep=tuple(calls), alone=True)
         for number, found in times.items():
             low, middle, high = quantiles(found, n=4, method="inclusive")
             timings[number].append(
@@ -191,6 +193,15 @@ def _timed(
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:400] if lines else type(error).__name__
+
+
+@contextmanager
+def _compiling_all() -> Iterator[None]:
+    """Compile as often as it takes: PyTorch counts for all models that share code, and after 8 times runs eagerly."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=_MOST_GRAPHS, fail_on_recompile_limit_hit=True):
+        yield
 
 
 @contextmanager

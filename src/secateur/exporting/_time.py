@@ -43,7 +43,7 @@ def measure(
             continue
         progress(f"measuring at {shape}", number, len(wanted))
         calls = {"engine": lambda: engine(**tensors), "pytorch": lambda: function.named(tensors)}  # noqa: B023
-        times = time_in_turn(calls, "pytorch", keep=("engine",))
+        times = time_in_turn(calls, "pytorch", keep=("engine",), alone=True)
         second_per_size = median(times["pytorch"]) / amount
         low, middle, high = ratios(times, "pytorch", "engine")
         engine_ms, pytorch_ms = (1e3 * median(times[name]) for name in ("engine", "pytorch"))

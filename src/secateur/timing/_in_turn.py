@@ -16,6 +16,7 @@ _PATIENCE = 4  # how many times the budget, while the machine is busy
 _NOISY = 1.25  # upper over lower quartile of the times of one call; on a quiet machine the ratio is lower
 _FEWEST, _MOST = 7, 31  # rounds
 _HOPELESS = 2.0  # a call that takes this many times the fastest one after two rounds is dropped
+_REST = 0.01  # seconds; threads of OpenMP, ONNX Runtime and OpenVINO go on turning for some milliseconds after a call
 _SHORT = 2e-4  # seconds; a shorter call is repeated within a round, because a timer is not exact enough for it
 
 
@@ -25,7 +26,7 @@ def time_in_turn(
     timer: Timer = time.perf_counter,
     before: Callable[[], object] | None = None,
     keep: Collection[Name] = (),
-    warm: bool = False,
+    alone: bool = False,
 ) -> dict[Name, list[float]]:
     """Call each in turn, round after round, and return the seconds of each round.
 
@@ -37,8 +38,8 @@ def time_in_turn(
         before: called before each call; its time does not count.
         keep: names of further alternatives that are never dropped. Any other is dropped after two rounds if it takes
             more than twice the time of the fastest.
-        warm: whether each is called once more, untimed, directly before it is timed: as in a process that runs nothing
-            else, it finds its data in the caches, and the threads of the one before it have gone to sleep.
+        alone: whether each is timed as in a process that runs nothing else: after a rest, in which the threads of the
+            one before it go to sleep, and one untimed call, so that it finds its data in the caches.
 
     Returns:
         Seconds by name, one number for each round. Alternatives that were dropped have fewer.
@@ -63,7 +64,8 @@ def time_in_turn(
             if before:
                 before()
             call, times = calls[name], range(repeats[name])
-            if warm:
+            if alone:
+                time.sleep(_REST)
                 call()
             start = timer()
             for _ in times:
