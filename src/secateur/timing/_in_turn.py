@@ -16,7 +16,9 @@ _PATIENCE = 4  # how many times the budget, while the machine is busy
 _NOISY = 1.25  # upper over lower quartile of the times of one call; on a quiet machine the ratio is lower
 _FEWEST, _MOST = 7, 31  # rounds
 _HOPELESS = 2.0  # a call that takes this many times the fastest one after two rounds is dropped
-_REST = 0.01  # seconds; threads of OpenMP, ONNX Runtime and OpenVINO go on turning for some milliseconds after a call
+_REST = 0.1  # seconds; threads of OpenMP and ONNX Runtime go on turning for some tens of milliseconds after a call
+_WARM = 0.1  # seconds, until the threads that were woken have found a core each, and the caches are filled
+_MOST_CALLS = 1000  # to warm up
 _SHORT = 2e-4  # seconds; a shorter call is repeated within a round, because a timer is not exact enough for it
 
 
@@ -39,7 +41,7 @@ def time_in_turn(
         keep: names of further alternatives that are never dropped. Any other is dropped after two rounds if it takes
             more than twice the time of the fastest.
         alone: whether each is timed as in a process that runs nothing else: after a rest, in which the threads of the
-            one before it go to sleep, and one untimed call, so that it finds its data in the caches.
+            one before it go to sleep, and untimed calls for as long. A round then takes a fifth of a second for each.
 
     Returns:
         Seconds by name, one number for each round. Alternatives that were dropped have fewer.
@@ -65,13 +67,21 @@ def time_in_turn(
                 before()
             call, times = calls[name], range(repeats[name])
             if alone:
-                time.sleep(_REST)
-                call()
+                _settle(call, timer)
             start = timer()
             for _ in times:
                 call()
             seconds[name].append((timer() - start) / len(times))
     return seconds
+
+
+def _settle(call: Callable[[], object], timer: Timer) -> None:
+    time.sleep(_REST)
+    began = timer()
+    for _ in range(_MOST_CALLS):
+        call()
+        if timer() - began >= _WARM:
+            return
 
 
 def is_noisy(times: Sequence[float]) -> bool:
