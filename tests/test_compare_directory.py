@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from evaluate_cases import LAYERS, LINES, SIZES, make_classifier
 from fake_timing import routes_take
 from tiny import with_tokenizer
 from typer.testing import CliRunner
@@ -20,22 +21,10 @@ from secateur.pruning import Recipe, prune_directory
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
-LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
-LINES = ["def read(path):", "with open(path) as file:", "a, b = 1, 2", "return file.read()", "import os, sys"]
-
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """A tiny encoder with a head for two classes."""
-    path = tmp_path_factory.mktemp("models") / "bert"
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **LAYERS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6)
-    model.save_pretrained(path)
-    return with_tokenizer(path)
+    return make_classifier(tmp_path_factory.mktemp("models") / "bert")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from evaluate_cases import LAYERS, LINES, SIZES, make_classifier
 from fake_timing import kernels_win
 from safetensors.torch import load_file, save_file
 from tiny import demo_tokenizer, with_tokenizer
@@ -24,23 +25,10 @@ from secateur.shrinking import analyze_directory, shrink_directory
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
-LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
-LINES = ["def read(path):", "with open(path) as file:", "a, b = 1, 2", "return file.read()", "import os, sys"]
-
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """A tiny encoder with a head for two classes."""
-    path = tmp_path_factory.mktemp("models") / "bert"
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**SIZES, **LAYERS, id2label={0: "bad", 1: "good"})
-    model = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6)
-    model.save_pretrained(path)
-    return with_tokenizer(path)
+    return make_classifier(tmp_path_factory.mktemp("models") / "bert", id2label={0: "bad", 1: "good"})
 
 
 @pytest.fixture(scope="session")

@@ -284,7 +284,7 @@ _packed_linear_transposed.register_autograd(_gradient_of_gradient, setup_context
 
 def _vmap(info: Any, in_dims: Any, x: Tensor, weight: list[Tensor], *rest: Any) -> tuple[Tensor, int]:
     if any(dim is not None for dim in (*in_dims[1], *in_dims[2:])):
-        raise NotImplementedError("vmap maps over the inputs of a packed layer, not over its weights")
+        raise NotImplementedError("vmap maps over the inputs of a packed layer, not over its weights; unpack it first")
     operator = _packed_linear if len(rest) == 2 else _packed_linear_transposed
     return operator(x.movedim(in_dims[0], 0), weight, *rest), 0
 
