@@ -127,18 +127,20 @@ def _not_a_plan(text: str) -> KernelError:
     )
 
 
-def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list[Route]:
+def candidates(packed: Format, patterns: Sequence[SparsityPattern] = (), precision: str = "exact") -> list[Route]:
     """Return the routes that are worth measuring for a weight, those of dense arithmetic last.
 
     Args:
         packed: the weight.
         patterns: further patterns that its zeros satisfy, besides the one of the format.
+        precision: the arithmetic of the routes: "exact", "bfloat16" or "int8".
     """
     density, known = stored_share(packed), tuple(dict.fromkeys((packed.pattern, *patterns)))
     native = has_kernels() and bool(packed.shape[0] and packed.shape[1])
     return [
         route
         for route_type in ROUTES
+        if route_type.precision == precision
         for route in route_type.candidates(packed, known, density)
         if native or not route.needs_kernels
     ]

@@ -23,6 +23,7 @@ class Route(ABC):
     """
 
     name: ClassVar[str]
+    precision: ClassVar[str] = "exact"  # its arithmetic: "exact", "bfloat16" or "int8"
 
     @abstractmethod
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
 from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
@@ -15,6 +16,8 @@ __all__ = [
     "DenseRoute",
     "GroupLayout",
     "GroupRoute",
+    "Int8PanelLayout",
+    "Int8PanelRoute",
     "PanelLayout",
     "PanelRoute",
     "PrepackedRoute",
@@ -31,6 +34,7 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int8PanelRoute,
     PrepackedRoute,
     DenseRoute,
 )
