@@ -3,8 +3,8 @@
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
 from secateur.kernels._dense import DenseRoute, PrepackedRoute
-from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
+from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
 from secateur.kernels._tiles import TileLayout, TileRoute
