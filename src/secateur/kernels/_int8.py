@@ -1,7 +1,7 @@
 """Products in 8 bits: weights that are bytes, and inputs that are rounded to bytes at each call (W8A8).
 
 Weights are codes from -127 to 127 with one scale for each output row. Each input row has a scale and a zero point of
-its own. Sums of products are whole numbers, so that every kernel has the same result, to the bit where there is no bias.
+its own. Sums of products are whole numbers. So every kernel has the same result, to the bit where there is no bias.
 """
 
 from __future__ import annotations
