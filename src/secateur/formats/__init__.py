@@ -11,6 +11,9 @@ from secateur.formats._format import check_mask as check_mask
 from secateur.formats._format import check_weight as check_weight
 from secateur.formats._from_sparse import from_scipy as from_scipy
 from secateur.formats._from_sparse import from_torch as from_torch
+from secateur.formats._grid import GRIDS as GRIDS
+from secateur.formats._grid import Grid as Grid
+from secateur.formats._grid import int4_codes as int4_codes
 from secateur.formats._table import *  # noqa: F403  the formats themselves
 from secateur.formats._table import FORMATS as FORMATS
 from secateur.formats._values import UNSCALED_DTYPES as UNSCALED_DTYPES

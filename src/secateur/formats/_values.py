@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur._checks import one_of
 from secateur._errors import FormatError
 from secateur._types import Weight, dtype_name
+from secateur.formats._grid import GRIDS
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ VALUE_TYPES = {
 }
 VALUE_DTYPES = tuple(VALUE_TYPES)
 UNSCALED_DTYPES = tuple(dtype for dtype, value_type in VALUE_TYPES.items() if not value_type.scaled)
-_INT8_LIMIT = 127  # -128 is not used, so that a weight and its negative have opposite codes
 
 
 def is_scaled(dtype: torch.dtype) -> bool:
@@ -97,12 +97,8 @@ def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     _refuse(~weight.isfinite(), weight, "has no int8 code")
     wide = weight.float()
     _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
-    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    # A smaller scale would be subnormal, which loses bits, or zero.
-    scales = (largest / _INT8_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
-    scales = torch.where(largest > 0, scales, 1.0)
-    codes = (wide / scales[:, None]).round().clamp(-_INT8_LIMIT, _INT8_LIMIT)
-    return codes.to(torch.int8), scales
+    scales = GRIDS["int8"].scales(wide)
+    return GRIDS["int8"].codes(wide, scales), scales[:, 0]
 
 
 def _refuse(bad: Tensor, values: Tensor, why: str) -> None:
