@@ -73,5 +73,14 @@ SECATEUR_INLINE void write_rounded(const Linear& args, const int32_t* code_sums,
     write(args.y + b * args.rows + row, y, count);
 }
 
+// The same, given the sums of the products of bytes with weights that are not whole numbers.
+SECATEUR_INLINE void write_rounded(const Linear& args, const float* weight_sums, const Rounded& x, int64_t b,
+                                   int64_t row, V sums) {
+    const int64_t count = least(kWidth, args.rows - row);
+    V y = (sums - float(x.zero[b]) * read(weight_sums + row, count)) * x.scale[b];
+    if (args.bias) y += read(args.bias + row, count);
+    write(args.y + b * args.rows + row, y, count);
+}
+
 }  // namespace secateur::SECATEUR_ISA
 #endif

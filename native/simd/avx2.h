@@ -46,6 +46,19 @@ SECATEUR_INLINE I<8> dot(I<8> sums, U<8> a, U<8> b) {
 #endif
 }
 
+SECATEUR_INLINE U<8> expand_bytes(uint64_t mask, const int8_t* p) {
+    const uint32_t low = uint32_t(mask) & 0xffff, high = uint32_t(mask >> 16) & 0xffff;
+    return (U<8>)_mm256_set_m128i(expand16(high, p + __builtin_popcount(low)), expand16(low, p));
+}
+
+SECATEUR_INLINE U<8> unpack_nibbles(const uint8_t* p) {
+    const __m256i signs = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+    const __m256i wide = _mm256_cvtepu8_epi16(load128(p));
+    const __m256i low = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
+    return (U<8>)_mm256_shuffle_epi8(signs, low);
+}
+
 SECATEUR_INLINE void to_bytes(uint8_t* p, F<8> v, int32_t zero) {
     const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)v), _mm256_set1_epi32(zero));
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));

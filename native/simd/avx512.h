@@ -70,6 +70,35 @@ SECATEUR_INLINE I<16> dot(I<16> sums, U<16> a, U<16> b) {
 #endif
 }
 
+SECATEUR_INLINE U<16> expand_bytes(uint64_t mask, const int8_t* p) {
+#if defined(__AVX512VBMI2__)
+    __m512i v = _mm512_loadu_si512(p);
+    // In place: on Zen 4 the instruction waits for the register that it writes, and is far slower from memory.
+    __asm__("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(mask));
+    return (U<16>)v;
+#else
+    __m128i part[4];
+    for (int i = 0; i < 4; ++i, p += __builtin_popcountll(mask & 0xffff), mask >>= 16)
+        part[i] = expand16(uint32_t(mask & 0xffff), p);
+    return (U<16>)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(part[1], part[0])),
+                                     _mm256_set_m128i(part[3], part[2]), 1);
+#endif
+}
+
+SECATEUR_INLINE U<16> unpack_nibbles(const uint8_t* p) {
+    const __m512i signs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+#if defined(__AVX512VBMI__)
+    // Each byte of a quad gets eight bits from its nibble on. The upper nibble of these does not count.
+    const __m512i places = _mm512_set1_epi64(0x1c1814100c080400);
+    const __m512i pairs = _mm512_multishift_epi64_epi8(places, _mm512_cvtepu32_epi64(load256(p)));
+    return (U<16>)_mm512_permutexvar_epi8(pairs, signs);
+#else
+    const __m512i wide = _mm512_cvtepu8_epi16(load256(p));
+    const __m512i low = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
+    return (U<16>)_mm512_shuffle_epi8(signs, low);
+#endif
+}
+
 SECATEUR_INLINE void to_bytes(uint8_t* p, F<16> v, int32_t zero) {
     const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)v), _mm512_set1_epi32(zero));
     const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512()));

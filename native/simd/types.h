@@ -27,16 +27,19 @@ template <class Function> SECATEUR_INLINE void with_type(int value_type, Functio
 
 template <int W> struct Types;
 template <> struct Types<4> {
+    typedef int8_t b __attribute__((vector_size(16)));
     typedef float f __attribute__((vector_size(16)));
     typedef uint32_t u __attribute__((vector_size(16)));
     typedef int32_t i __attribute__((vector_size(16)));
 };
 template <> struct Types<8> {
+    typedef int8_t b __attribute__((vector_size(32)));
     typedef float f __attribute__((vector_size(32)));
     typedef uint32_t u __attribute__((vector_size(32)));
     typedef int32_t i __attribute__((vector_size(32)));
 };
 template <> struct Types<16> {
+    typedef int8_t b __attribute__((vector_size(64)));
     typedef float f __attribute__((vector_size(64)));
     typedef uint32_t u __attribute__((vector_size(64)));
     typedef int32_t i __attribute__((vector_size(64)));

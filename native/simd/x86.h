@@ -52,4 +52,11 @@ struct ExpandTable {
 };
 alignas(64) constexpr ExpandTable kExpand;
 
+// Byte i gets the next byte of p if bit i of the mask is set, else 0. Reads 8 bytes from the first of each half on.
+inline __m128i expand16(uint32_t mask, const int8_t* p) {
+    const __m128i bytes = _mm_unpacklo_epi64(load64(p), load64(p + __builtin_popcount(mask & 0xff)));
+    const __m128i lane = _mm_unpacklo_epi64(load64(kExpand.lane[mask & 0xff]), load64(kExpand.lane[mask >> 8]));
+    return _mm_shuffle_epi8(bytes, _mm_or_si128(lane, _mm_set_epi64x(0x0808080808080808, 0)));
+}
+
 }  // namespace secateur::SECATEUR_ISA
