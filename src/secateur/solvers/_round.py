@@ -37,6 +37,8 @@ def round_columns(weight: Weight, mask: Mask, factor: Tensor, rounding: str) -> 
         factor: of the damped Gram matrix, as :func:`upper_factor` gives it.
         rounding: the name of the grid.
     """
+    if not weight.numel():
+        return weight.clone()
     places = _Places.of(weight, mask, len(factor), GRIDS[rounding])
     dense = to_columns(weight, len(factor))
     removed = torch.empty_like(dense)
@@ -73,6 +75,8 @@ def descend(
         rounding: the name of the grid.
         sweeps: over all columns; it ends earlier where nothing moves any more.
     """
+    if not rounded.numel():
+        return rounded.clone()
     places = _Places.of(near, mask, len(gram), GRIDS[rounding])
     result = to_columns(rounded, len(gram))
     lost = to_columns(dense, len(gram)) - result
