@@ -210,7 +210,7 @@ def test_rounding_together_costs_less_than_one_after_the_other(method, rounding,
 
 
 def test_a_hand_made_case():
-    # The first two inputs are nearly equal, so that only the sum of their weights matters: 6.8 steps. Others fix a step.
+    # The first two inputs are nearly equal, so that only the sum of their weights matters, 6.8 steps.
     gram = torch.eye(9)
     gram[:2, :2] = torch.tensor([[1.0, 1.0], [1.0, 1.0025]])
     weight = torch.tensor([[3.4, 3.4, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]])
