@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from secateur.formats import GRIDS, Grid
 from secateur.solvers._sweep import BLOCK, PANEL, compensate, open_block, to_columns, to_rows
 
 ROUNDINGS = tuple(GRIDS)
+
+
+def without_none(settings: Any) -> str:
+    """Return the repr of a dataclass without its fields that are None: as it was before it had them."""
+    shown = [f"{f.name}={value!r}" for f in fields(settings) if (value := getattr(settings, f.name)) is not None]
+    return f"{type(settings).__name__}({', '.join(shown)})"
 
 
 def check_rounding(rounding: str | None) -> None:
