@@ -33,6 +33,7 @@ from secateur import (
 from secateur.cli import app
 from secateur.formats import GRIDS, Bitmask
 from secateur.solvers import ROUNDINGS, parse_method, with_rounding
+from secateur.solvers._round import descend
 
 SOLVERS = [
     SparseGPT(rounding="int8"),
@@ -186,6 +187,21 @@ def test_a_refit_ends_where_no_weight_gains_by_another_place(rounding, sparsity,
         free = solution.mask & ((solution.weight + moved).abs() <= steps * (limit + 0.5))
         free &= torch.arange(150) != held[:, None]
         assert float(gain[free].max()) <= 1e-9 * cost(problem, near.weight * 0)
+
+
+@all_roundings
+def test_weights_that_move_far_land_on_the_grid_to_the_bit(rounding):
+    problem = problem_of(Unstructured(), 0.0, rows=60, columns=140)
+    near, mask = problem.weight, torch.ones(60, 140, dtype=torch.bool)
+    start = -SparseGPT(rounding=rounding).solve(problem).weight
+    gram = torch.from_numpy(reference.damped(problem.statistics.gram[0].double().numpy(), 0.01)).float()[None]
+    costs = [cost(problem, start)]
+    for sweeps in (1, 2, 5):
+        found = descend(start, near, near, mask, gram, rounding, sweeps)
+        assert torch.equal(to_nearest(found, rounding), found)
+        costs.append(cost(problem, found))
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.01 * costs[0]
 
 
 @pytest.mark.parametrize(

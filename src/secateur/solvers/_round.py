@@ -102,8 +102,9 @@ def descend(
                     compensate(slope, change, here, panel, j, j + 1)
                     before = result[:, start + j]
                     best = before + slope[:, j] / curvature[:, start + j, None]
-                    torch.sub(places.nearest(best, start + j), before, out=change[:, j])
-            result[:, start:stop] += change
+                    nearest = places.nearest(best, start + j)
+                    torch.sub(nearest, before, out=change[:, j])
+                    result[:, start + j] = nearest  # adding the change might miss the grid by a rounding
             lost[:, start:stop] -= change
             moved = moved or bool(change.any())
         if not moved:
