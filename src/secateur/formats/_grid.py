@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur._types import Weight
+from secateur._errors import FormatError
+from secateur._types import Weight, dtype_name
 
 # How far beyond the last code the largest weight of a group may lie. It is clipped then, and the others are rounded
 # more finely.
@@ -44,6 +45,9 @@ class Grid:
 
         Args:
             weight: finite.
+
+        Raises:
+            FormatError: a weight that needs a larger scale than the dtype holds.
         """
         rows, columns = weight.shape
         count, size = self.groups(columns), self.group or columns
@@ -51,6 +55,7 @@ class Grid:
         found = weight.new_empty(rows, count, dtype=self.dtype)
         for start in range(0, rows, step):
             part = weight[start : start + step].float()
+            self._refuse_large(part)
             part = torch.nn.functional.pad(part, (0, count * size - columns)).reshape(len(part) * count, size)
             chosen = self._row_scales(part) if self.group is None else self._group_scales(part)
             found[start : start + step] = chosen.view(found[start : start + step].shape)
@@ -87,6 +92,15 @@ class Grid:
         known = torch.finfo(self.dtype)
         least = known.tiny if self.dtype == torch.float32 else known.smallest_normal * known.eps
         return scales.clamp(least, known.max).to(self.dtype).float()
+
+    def _refuse_large(self, weight: Tensor) -> None:
+        limit = torch.finfo(self.dtype).max
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        if largest / self.limit > limit:
+            raise FormatError(
+                f"a weight of {largest:.3g} needs a scale of {largest / self.limit:.3g}, but a scale is "
+                f"{dtype_name(self.dtype)}, at most {limit:.3g}.\nLeave the layer out, or round it to int8."
+            )
 
     def _row_scales(self, rows: Tensor) -> Tensor:
         largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))

@@ -67,7 +67,7 @@ class Recipe:
         >>> import secateur
         >>> recipe = secateur.Recipe(pattern="2:4", method="sparsegpt")
         >>> recipe.method
-        SparseGPT(block_size=128, damping=0.01, rounding=None)
+        SparseGPT(block_size=128, damping=0.01)
         >>> secateur.Recipe.from_toml(recipe.to_toml()) == recipe
         True
     """

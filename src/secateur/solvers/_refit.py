@@ -12,7 +12,7 @@ from secateur._types import Weight
 from secateur.calibration import Need
 from secateur.solvers._gram import damped, gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
-from secateur.solvers._round import check_rounding, descend, round_columns
+from secateur.solvers._round import check_rounding, descend, round_columns, without_none
 
 _SWEEPS = 4  # on the grid; later ones hardly change the error
 
@@ -63,6 +63,8 @@ class Refit(Solver):
     iterations: int = 10
     damping: float = 0.01
     rounding: str | None = None
+
+    __repr__ = without_none
 
     def __post_init__(self) -> None:
         integer("iterations", self.iterations, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from secateur.formats import GRIDS, Grid
 from secateur.solvers._sweep import BLOCK, PANEL, compensate, open_block, to_columns, to_rows
 
 ROUNDINGS = tuple(GRIDS)
+
+
+def without_none(settings: Any) -> str:
+    """Return the repr of a dataclass without its fields that are None: as it was before it had them."""
+    shown = [f"{f.name}={value!r}" for f in fields(settings) if (value := getattr(settings, f.name)) is not None]
+    return f"{type(settings).__name__}({', '.join(shown)})"
 
 
 def check_rounding(rounding: str | None) -> None:
@@ -37,6 +44,8 @@ def round_columns(weight: Weight, mask: Mask, factor: Tensor, rounding: str) -> 
         factor: of the damped Gram matrix, as :func:`upper_factor` gives it.
         rounding: the name of the grid.
     """
+    if not weight.numel():
+        return weight.clone()
     places = _Places.of(weight, mask, len(factor), GRIDS[rounding])
     dense = to_columns(weight, len(factor))
     removed = torch.empty_like(dense)
@@ -73,6 +82,8 @@ def descend(
         rounding: the name of the grid.
         sweeps: over all columns; it ends earlier where nothing moves any more.
     """
+    if not rounded.numel():
+        return rounded.clone()
     places = _Places.of(near, mask, len(gram), GRIDS[rounding])
     result = to_columns(rounded, len(gram))
     lost = to_columns(dense, len(gram)) - result
@@ -91,8 +102,9 @@ def descend(
                     compensate(slope, change, here, panel, j, j + 1)
                     before = result[:, start + j]
                     best = before + slope[:, j] / curvature[:, start + j, None]
-                    torch.sub(places.nearest(best, start + j), before, out=change[:, j])
-            result[:, start:stop] += change
+                    nearest = places.nearest(best, start + j)
+                    torch.sub(nearest, before, out=change[:, j])
+                    result[:, start + j] = nearest  # adding the change might miss the grid by a rounding
             lost[:, start:stop] -= change
             moved = moved or bool(change.any())
         if not moved:

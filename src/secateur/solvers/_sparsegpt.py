@@ -14,7 +14,7 @@ from secateur.calibration import Need
 from secateur.patterns import SparsityPattern, units_to_prune, with_scope
 from secateur.solvers._gram import gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
-from secateur.solvers._round import check_rounding, round_columns
+from secateur.solvers._round import check_rounding, round_columns, without_none
 from secateur.solvers._sweep import PANEL, compensate, open_block, to_columns, to_rows
 
 
@@ -71,6 +71,8 @@ class SparseGPT(Solver):
     block_size: int = 128
     damping: float = 0.01
     rounding: str | None = None
+
+    __repr__ = without_none
 
     def __post_init__(self) -> None:
         integer("block_size", self.block_size, 1)
