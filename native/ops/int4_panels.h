@@ -54,8 +54,9 @@ SECATEUR_INLINE void int4_panels_part(const Linear& args, const GroupPanels& pan
             for (int n = 0; n < N; ++n) {
                 if constexpr (kHalves) {
                     const Words both = load_words<kWidth>(w[n] + pair * kWords);
-                    words[0][n] = (Words)((Bytes)(both & 0x0f0f0f0fu) - int8_t(8));
-                    words[1][n] = (Words)((Bytes)((both >> 4) & 0x0f0f0f0fu) - int8_t(8));
+                    if (B <= 2) prefetch(w[n] + pair * kWords, 4096);
+                    words[0][n] = (Words)((SignedBytes)(both & 0x0f0f0f0fu) - int8_t(8));
+                    words[1][n] = (Words)((SignedBytes)((both >> 4) & 0x0f0f0f0fu) - int8_t(8));
                 } else {
                     words[0][n] = load_words<kWidth>(w[n] + 2 * pair * kWords);
                     words[1][n] = load_words<kWidth>(w[n] + (2 * pair + 1) * kWords);
@@ -73,7 +74,6 @@ SECATEUR_INLINE void int4_panels_part(const Linear& args, const GroupPanels& pan
                 }
         }
         for (int n = 0; n < N; ++n) {
-            if (kHalves && B <= 2) prefetch(w[n], 4 * kGroup);
             w[n] += kGroup;
             const V scale = load_values<kWidth, f16>(scales[n] + group * kInt4Rows);
             for (int i = 0; i < B; ++i) totals[i][n] += __builtin_convertvector(sums[i][n], V) * scale;

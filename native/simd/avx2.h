@@ -52,11 +52,8 @@ SECATEUR_INLINE U<8> expand_bytes(uint64_t mask, const int8_t* p) {
 }
 
 SECATEUR_INLINE U<8> unpack_nibbles(const uint8_t* p) {
-    const __m256i signs = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
-    const __m256i wide = _mm256_cvtepu8_epi16(load128(p));
-    const __m256i low = _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
-    return (U<8>)_mm256_shuffle_epi8(signs, low);
+    const __m256i wide = _mm256_cvtepu8_epi16(load128(p)), all = _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
+    return (U<8>)_mm256_sub_epi8(_mm256_and_si256(all, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
 
 SECATEUR_INLINE void to_bytes(uint8_t* p, F<8> v, int32_t zero) {

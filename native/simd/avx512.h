@@ -86,16 +86,15 @@ SECATEUR_INLINE U<16> expand_bytes(uint64_t mask, const int8_t* p) {
 }
 
 SECATEUR_INLINE U<16> unpack_nibbles(const uint8_t* p) {
-    const __m512i signs = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
 #if defined(__AVX512VBMI__)
-    // Each byte of a quad gets eight bits from its nibble on. The upper nibble of these does not count.
-    const __m512i places = _mm512_set1_epi64(0x1c1814100c080400);
-    const __m512i pairs = _mm512_multishift_epi64_epi8(places, _mm512_cvtepu32_epi64(load256(p)));
-    return (U<16>)_mm512_permutexvar_epi8(pairs, signs);
+    // Each byte of a quad gets the eight bits from its half on, of which the table looks at the lowest four.
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+    const __m512i halves = _mm512_set1_epi64(0x1c1814100c080400);
+    const __m512i pairs = _mm512_multishift_epi64_epi8(halves, _mm512_cvtepu32_epi64(load256(p)));
+    return (U<16>)_mm512_permutexvar_epi8(pairs, table);
 #else
-    const __m512i wide = _mm512_cvtepu8_epi16(load256(p));
-    const __m512i low = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(15));
-    return (U<16>)_mm512_shuffle_epi8(signs, low);
+    const __m512i wide = _mm512_cvtepu8_epi16(load256(p)), all = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+    return (U<16>)_mm512_sub_epi8(_mm512_and_si512(all, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
 #endif
 }
 

@@ -48,8 +48,8 @@ inline U<4> expand_bytes(uint64_t mask, const int8_t* p) {
 inline U<4> unpack_nibbles(const uint8_t* p) {
     int8_t bytes[16];
     for (int i = 0; i < 8; ++i) {
-        bytes[2 * i] = int8_t(int8_t(p[i] << 4) >> 4);
-        bytes[2 * i + 1] = int8_t(int8_t(p[i]) >> 4);
+        bytes[2 * i] = int8_t((p[i] & 15) - 8);
+        bytes[2 * i + 1] = int8_t((p[i] >> 4) - 8);
     }
     return load_words<4>(bytes);
 }

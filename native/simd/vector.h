@@ -13,7 +13,7 @@
 //   to_bytes(p, v, zero)  writes kWidth floats as bytes: rounded to the nearest whole number, ties to even, plus zero
 //   expand_bytes(mask, p)  4 * kWidth bytes: the next byte of p where a bit of the mask is set, else 0. Other bits of the
 //                     mask do not count. Reads 4 * kWidth bytes whatever the mask.
-//   unpack_nibbles(p) 4 * kWidth signed bytes from half as many bytes, the lower nibble of each first
+//   unpack_nibbles(p) 4 * kWidth signed bytes from the halves of half as many bytes, less 8 each, the lower half first
 //   Places            kWidth words of places: read(words), take<Bits>(group), which gives each lane the input at the
 //                     lowest place of its word, and next<Bits>(), which goes to the next place
 #pragma once
@@ -30,7 +30,7 @@ namespace secateur::SECATEUR_ISA {
 using V = F<kWidth>;
 using Words = U<kWidth>;
 using Whole = I<kWidth>;
-using Bytes = typename Types<kWidth>::b;
+using SignedBytes = typename Types<kWidth>::b;
 
 // All comparisons are such that a NaN passes through.
 SECATEUR_INLINE V magnitude(V v) { return (V)((Words)v & 0x7fffffffu); }
