@@ -51,6 +51,13 @@ SECATEUR_INLINE V sigmoid(V z) {
     return 1.0f / (1.0f + p * (V)(((Words)rounded << 23) + (127u << 23)));
 }
 
+// All bits of the first `count` lanes.
+SECATEUR_INLINE Words first_lanes(int count) {
+    Words lane = {};
+    for (int i = 0; i < kWidth; ++i) lane[i] = uint32_t(i);
+    return (Words)(lane < Words{} + uint32_t(count));
+}
+
 // The first `count` floats, then zeros.
 SECATEUR_INLINE V read(const float* p, int64_t count) {
     if (count == kWidth) return load<kWidth>(p);
