@@ -69,8 +69,7 @@ inline Rounded rounded_input(const Linear& args) {
 SECATEUR_INLINE void write_rounded(const Linear& args, const int32_t* code_sums, const Rounded& x, int64_t b,
                                    int64_t row, Whole sums) {
     const int64_t count = least(kWidth, args.rows - row);
-    Whole codes = {};
-    __builtin_memcpy(&codes, code_sums + row, size_t(count) * 4);
+    const Whole codes = read(code_sums + row, count);
     V y = __builtin_convertvector(sums - x.zero[b] * codes, V) * (read(args.scale + row, count) * x.scale[b]);
     if (args.bias) y += read(args.bias + row, count);
     write(args.y + b * args.rows + row, y, count);

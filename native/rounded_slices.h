@@ -118,26 +118,30 @@ inline void unpack_rounded(const Linear& args, const int32_t* code_sums, const S
                            int64_t row, int64_t count) {
     const int64_t wanted = least(slice.lanes, args.batch - slice.start), lanes = slice.lanes;
     const float* bias = args.bias ? args.bias + row : nullptr;
+    // Inlined with a size that is known, because a copy of any size is slow.
+    const auto part = [&](int64_t b, int64_t left, int64_t r, int64_t size) SECATEUR_INLINED {
+        F<4> t[4];
+        for (int i = 0; i < 4; ++i) t[i] = (F<4>)load_words<4>(sums + (r + i) * lanes + b);
+        transpose(t);
+        I<4> codes = {};
+        F<4> scale = {}, offset = {};
+        __builtin_memcpy(&codes, code_sums + row + r, size_t(size) * 4);
+        __builtin_memcpy(&scale, args.scale + row + r, size_t(size) * 4);
+        if (bias) __builtin_memcpy(&offset, bias + r, size_t(size) * 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < left; ++i) {
+            const int64_t lane = b + i;
+            F<4> out = __builtin_convertvector((I<4>)t[i] - slice.zero[lane] * codes, F<4>) * (scale * slice.scale[lane]);
+            if (bias) out += offset;
+            __builtin_memcpy(args.y + (slice.start + lane) * args.rows + row + r, &out, size_t(size) * 4);
+        }
+    };
     for (int64_t b = 0; b < wanted; b += 4) {
         const int64_t left = least(4, wanted - b);
-        float* y = args.y + (slice.start + b) * args.rows + row;
-        for (int64_t r = 0; r < count; r += 4) {
-            const int64_t here = least(4, count - r);
-            F<4> t[4];
-            for (int i = 0; i < 4; ++i) t[i] = (F<4>)load_words<4>(sums + (r + i) * lanes + b);
-            transpose(t);
-            I<4> codes = {};
-            F<4> scale = {}, offset = {};
-            __builtin_memcpy(&codes, code_sums + row + r, size_t(here) * 4);
-            __builtin_memcpy(&scale, args.scale + row + r, size_t(here) * 4);
-            if (bias) __builtin_memcpy(&offset, bias + r, size_t(here) * 4);
-            for (int i = 0; i < left; ++i) {
-                const I<4> whole = (I<4>)t[i] - slice.zero[b + i] * codes;
-                F<4> out = __builtin_convertvector(whole, F<4>) * (scale * slice.scale[b + i]);
-                if (bias) out += offset;
-                __builtin_memcpy(y + i * args.rows + r, &out, size_t(here) * 4);
-            }
-        }
+        int64_t r = 0;
+        if (left == 4)
+            for (; r + 4 <= count; r += 4) part(b, 4, r, 4);
+        for (; r < count; r += 4) part(b, left, r, least(4, count - r));
     }
 }
 

@@ -121,8 +121,8 @@ template <int H, bool Columns> SECATEUR_INLINE Words single_inputs(const uint8_t
     else if constexpr (kWidth / H == 2) return quadruple<kWidth>(U<4>{word(0), word(1)});
     else if constexpr (H == 4) return quadruple<kWidth>(four(0));
     else if constexpr (kWidth == 4) return four(0);
-    else if constexpr (kWidth == 8) return join(four(0), four(4));
-    else return join(join(four(0), four(4)), join(four(8), four(12)));
+    else if constexpr (kWidth == 8) return join<8>(four(0), four(4));
+    else return join<16>(join<8>(four(0), four(4)), join<8>(four(8), four(12)));
 }
 
 // out [H] = a row of tiles times one row of x.
@@ -144,10 +144,10 @@ SECATEUR_INLINE void int8_tiles_single(const int8_t* v, const uint16_t* places, 
     for (; tile < tiles; tile += kTogether)
         add(tile, sums[0], first_lanes(int(least(kTogether, tiles - tile)) * H));  // values of other rows follow
     const Whole total = sums[0] + sums[1];
-    for (int h = 0; h < H; ++h) {
-        out[h] = 0;
-        for (int i = h; i < kWidth; i += H) out[h] += total[i];
-    }
+    I<4> four = {};
+    for (int i = 0; i < kWidth; i += 4) four += (I<4>)load_words<4>(reinterpret_cast<const char*>(&total) + i * 4);
+    if constexpr (H == 4) __builtin_memcpy(out, &four, sizeof four);
+    else out[0] = four[0] + four[1] + four[2] + four[3];
 }
 
 template <int H, Find find, Find wide> inline void int8_tiles_of(const Int8Tiles& args) {

@@ -70,6 +70,14 @@ SECATEUR_INLINE I<16> dot(I<16> sums, U<16> a, U<16> b) {
 #endif
 }
 
+template <> SECATEUR_INLINE U<16> join<16>(U<8> a, U<8> b) {
+    return (U<16>)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+}
+template <> SECATEUR_INLINE U<16> quadruple<16>(U<4> v) {
+    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return (U<16>)_mm512_permutexvar_epi32(lane, _mm512_castsi128_si512((__m128i)v));
+}
+
 template <> SECATEUR_INLINE U<16> columns_of<16>(const uint8_t* const (&c)[4]) {
     __m512i v = _mm512_castsi128_si512(load128(c[0]));
     v = _mm512_inserti32x4(v, load128(c[1]), 1);

@@ -143,17 +143,9 @@ inline Bytes across(Bytes v) {
     return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 }
 
-inline U<8> join(U<4> a, U<4> b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7); }
-inline U<16> join(U<8> a, U<8> b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-
-// Each of the first words in four lanes.
-template <int W> SECATEUR_INLINE U<W> quadruple(U<4> v) {
-    if constexpr (W == 4) return U<4>{} + v[0];
-    else if constexpr (W == 8) return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1);
-    else return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-}
+// Two vectors side by side, and each of the first W / 4 words in four lanes.
+template <int W> SECATEUR_INLINE U<W> join(U<W / 2> a, U<W / 2> b);
+template <int W> SECATEUR_INLINE U<W> quadruple(U<4> v) { return U<W>{} + v[0]; }
 
 // Lane i gets byte i of each of four columns.
 template <int W> SECATEUR_INLINE U<W> columns_of(const uint8_t* const (&c)[4]) {

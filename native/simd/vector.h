@@ -58,13 +58,19 @@ SECATEUR_INLINE Words first_lanes(int count) {
     return (Words)(lane < Words{} + uint32_t(count));
 }
 
-// The first `count` floats, then zeros.
+// The first `count` floats or whole numbers, then zeros.
 SECATEUR_INLINE V read(const float* p, int64_t count) {
     if (count == kWidth) return load<kWidth>(p);
     V v = {};
     __builtin_memcpy(&v, p, size_t(count) * sizeof(float));
     return v;
 }
-SECATEUR_INLINE void write(float* p, V v, int64_t count) { __builtin_memcpy(p, &v, size_t(count) * sizeof(float)); }
+SECATEUR_INLINE Whole read(const int32_t* p, int64_t count) {
+    return (Whole)read(reinterpret_cast<const float*>(p), count);
+}
+SECATEUR_INLINE void write(float* p, V v, int64_t count) {
+    if (count == kWidth) return store<kWidth>(p, v);
+    __builtin_memcpy(p, &v, size_t(count) * sizeof(float));
+}
 
 }  // namespace secateur::SECATEUR_ISA

@@ -66,6 +66,12 @@ SECATEUR_INLINE I<8> dot(I<8> sums, U<8> a, U<8> b) {
 #endif
 }
 
+template <> SECATEUR_INLINE U<8> join<8>(U<4> a, U<4> b) { return (U<8>)_mm256_set_m128i((__m128i)b, (__m128i)a); }
+template <> SECATEUR_INLINE U<8> quadruple<8>(U<4> v) {
+    const __m256i lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return (U<8>)_mm256_permutevar8x32_epi32(_mm256_castsi128_si256((__m128i)v), lane);
+}
+
 template <> SECATEUR_INLINE U<8> columns_of<8>(const uint8_t* const (&c)[4]) {
     const __m128i low = _mm_unpacklo_epi64(load64(c[0]), load64(c[1])), high = _mm_unpacklo_epi64(load64(c[2]), load64(c[3]));
     const __m256i words = _mm256_permutevar8x32_epi32(_mm256_set_m128i(high, low), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
