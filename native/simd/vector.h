@@ -55,13 +55,26 @@ SECATEUR_INLINE V sigmoid(V z) {
     return 1.0f / (1.0f + p * (V)(((Words)rounded << 23) + (127u << 23)));
 }
 
-// The first `count` floats, then zeros.
+// All bits of the first `count` lanes.
+SECATEUR_INLINE Words first_lanes(int count) {
+    Words lane = {};
+    for (int i = 0; i < kWidth; ++i) lane[i] = uint32_t(i);
+    return (Words)(lane < Words{} + uint32_t(count));
+}
+
+// The first `count` floats or whole numbers, then zeros.
 SECATEUR_INLINE V read(const float* p, int64_t count) {
     if (count == kWidth) return load<kWidth>(p);
     V v = {};
     __builtin_memcpy(&v, p, size_t(count) * sizeof(float));
     return v;
 }
-SECATEUR_INLINE void write(float* p, V v, int64_t count) { __builtin_memcpy(p, &v, size_t(count) * sizeof(float)); }
+SECATEUR_INLINE Whole read(const int32_t* p, int64_t count) {
+    return (Whole)read(reinterpret_cast<const float*>(p), count);
+}
+SECATEUR_INLINE void write(float* p, V v, int64_t count) {
+    if (count == kWidth) return store<kWidth>(p, v);
+    __builtin_memcpy(p, &v, size_t(count) * sizeof(float));
+}
 
 }  // namespace secateur::SECATEUR_ISA
