@@ -15,6 +15,9 @@ from secateur.formats import Format
 from secateur.kernels._layout import Layout
 from secateur.patterns import SparsityPattern
 
+# The arithmetic that routes may have, the most exact first.
+PRECISIONS = ("exact", "bfloat16", "int8")
+
 
 class Route(ABC):
     """How a packed weight is run: a frozen dataclass that can be compared, hashed and printed.
@@ -23,6 +26,8 @@ class Route(ABC):
     """
 
     name: ClassVar[str]
+    # The arithmetic of its products: "exact" (float32 sums of the stored values), "bfloat16" or "int8".
+    precision: ClassVar[str] = "exact"
 
     @abstractmethod
     def __str__(self) -> str:

@@ -2,7 +2,7 @@
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
-from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
@@ -17,6 +17,7 @@ __all__ = [
     "GroupRoute",
     "PanelLayout",
     "PanelRoute",
+    "PrepackedBfloat16Route",
     "PrepackedRoute",
     "RowRoute",
     "TileLayout",
@@ -31,6 +32,7 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    PrepackedBfloat16Route,
     PrepackedRoute,
     DenseRoute,
 )
