@@ -140,12 +140,8 @@ def test_without_instructions_for_bfloat16_no_plan_has_its_route(monkeypatch):
     monkeypatch.setattr("secateur.kernels._backends.multiplies_bfloat16", lambda device: False)
     weight, route = packed("dense", torch.bfloat16), PrepackedBfloat16Route()
     assert not kernels.can_run(weight, route, torch.ones(1, 64))
-    assert (
-        "no instructions for bfloat16"
-        in dict((backend.name, reason) for backend, reason in explain_route(weight, route, CPU, torch.float32))[
-            "onednn"
-        ]
-    )
+    layer = PackedLinear(weight, plan=str(route))
+    assert "no instructions for bfloat16" in dict(kernels.explain(torch.ones(1, 64), layer))["onednn"]
     assert default_plan(weight, "bfloat16") == default_plan(weight)
     assert usable_plan(weight, "prepacked-bfloat16") == default_plan(weight)  # a file of another machine
 

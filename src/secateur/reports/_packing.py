@@ -29,6 +29,8 @@ class PackReport:
         seconds: that packing took.
         notes: what else is worth knowing, such as where the patterns come from.
         whole: the weights of the whole model; None in reports of 0.1.0.
+        output_error: ``‖packed - dense‖ / ‖dense‖`` of the outputs of the whole model on the given inputs; None where
+            there were none, or where nothing was rounded.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -38,6 +40,7 @@ class PackReport:
     seconds: float
     notes: tuple[str, ...] = ()
     whole: ModelWeights | None = None
+    output_error: float | None = None
 
     @property
     def dense_bytes(self) -> int:
