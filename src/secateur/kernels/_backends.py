@@ -277,8 +277,10 @@ class _ExpandedAtEachCall(Prepared):
         self._layout, self._out, self.nbytes = layout, out, nbytes
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self._layout.to_dense()[: self._out].to(x.device)
-        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        if self._out == self._layout.shape[0]:
+            return self._layout.multiply(x, bias).to(x.dtype)
+        y = self._layout.multiply(x, None)[:, : self._out].to(x.dtype)  # rows of zeros at the end have no bias
+        return y if bias is None else y + bias.to(x.dtype)
 
 
 class _Dense(Prepared):
@@ -330,7 +332,7 @@ def isas() -> list[str]:
 
     Example:
         >>> from secateur import kernels
-        >>> set(kernels.isas()) <= {"avx512", "avx2", "generic"}
+        >>> set(kernels.isas()) <= {"avx512_vbmi2", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "generic"}
         True
     """
     return _native_backend.isas()

@@ -150,8 +150,9 @@ def candidates(
     return [
         route
         for route_type in ROUTES
+        if route_type.precision in allowed
         for route in route_type.candidates(packed, known, density)
-        if route.precision in allowed and (native or not route.needs_kernels)
+        if native or not route.needs_kernels
     ]
 
 

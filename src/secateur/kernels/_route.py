@@ -26,8 +26,7 @@ class Route(ABC):
     """
 
     name: ClassVar[str]
-    # The arithmetic of its products: "exact" (float32 sums of the stored values), "bfloat16" or "int8".
-    precision: ClassVar[str] = "exact"
+    precision: ClassVar[str] = "exact"  # its arithmetic: "exact", "bfloat16" or "int8"
 
     @abstractmethod
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
 from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
+from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
 from secateur.kernels._tiles import TileLayout, TileRoute
@@ -15,6 +16,8 @@ __all__ = [
     "DenseRoute",
     "GroupLayout",
     "GroupRoute",
+    "Int8PanelLayout",
+    "Int8PanelRoute",
     "PanelLayout",
     "PanelRoute",
     "PrepackedBfloat16Route",
@@ -32,6 +35,7 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int8PanelRoute,
     PrepackedBfloat16Route,
     PrepackedRoute,
     DenseRoute,

@@ -102,6 +102,8 @@ def _errors(job: Job, inputs: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
     if not inputs:
         return
     for precision in PRECISIONS:
+        if precision == "int8" and not is_scaled(job.packed.value_dtype):
+            continue  # the same products as with codes that are stored, which take fewer bytes
         routes = [r for r in candidates(job.packed, job.patterns, precision) if can_run(job.packed, r, inputs[0])]
         if routes:  # all routes of one arithmetic have the same error, but for the order of sums
             yield precision, layer_error(job.dense, job.built(RoutePlan((routes[-1],))), inputs)
