@@ -146,7 +146,7 @@ def _within(
     if taken:
         names = ", ".join(options[index].job.title for index in taken)
         notes.append(
-            f"{len(taken)} layers were made exact again, because the error of the model's outputs was above the "
+            f"{len(taken)} layers were made more exact, because the error of the model's outputs was above the "
             f"tolerance of {tolerance:g}: {names}"
         )
     unseen = [one.job.title for one in options if one.error is None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,13 +31,13 @@ class Chosen:
         job: the layer, with its weight as it is to be stored.
         decision: how it should run.
         error: the relative error of its outputs; None where no input of it was seen.
-        exact: the same layer in its own dtype and in exact arithmetic, to go back to; None if it is that already.
+        next: the fastest way that is more exact, to go back to; None if the layer is exact.
     """
 
     job: Job
     decision: Decision
     error: float | None = None
-    exact: Chosen | None = None
+    next: Chosen | None = None
 
 
 def choose_within(
@@ -59,7 +59,6 @@ def choose_within(
         timer: returns seconds since any fixed time.
     """
     assert settings.tolerance is not None
-    exact: Chosen | None = None
     options: list[Chosen] = []
     for variant in _variants(job, settings):
         is_own = variant.packed is job.packed
@@ -78,9 +77,15 @@ def choose_within(
         if is_own:
             own = replace(job, precisions=("exact",))
             exact = Chosen(own, decide(measured, job.dense_bytes, settings.memory), 0.0 if inputs else None)
+            options.append(exact)
+    return _with_next(options)
+
+
+def _with_next(options: Sequence[Chosen]) -> Chosen:
+    """The fastest of some ways to run a layer, with the fastest of those that are much more exact, and so on."""
     best = _fastest(options)
-    is_exact = best.job.packed is job.packed and (best.decision.plan is None or best.decision.plan.precision == "exact")
-    return best if is_exact else replace(best, exact=exact)
+    better = [option for option in options if _rounded(option.error) <= _rounded(best.error) / 2]
+    return best if _rounded(best.error) == 0 else replace(best, next=_with_next(better))
 
 
 def _variants(job: Job, settings: PackSettings) -> Iterator[Job]:
@@ -134,7 +139,7 @@ def take_back(
     error_with: Callable[[Pairs], float],
     error_alone: Callable[[Pairs], float],
 ) -> tuple[list[Chosen], list[Pairs], dict[int, float]]:
-    """Make layers exact again until the outputs of the model keep within the tolerance, the worst one first.
+    """Make layers more exact until the outputs of the model keep within the tolerance, the worst one first.
 
     Args:
         chosen: how each layer is packed.
@@ -149,23 +154,30 @@ def take_back(
     found = list(chosen)
     pairs: list[Pairs] = [option.job.pairs(option.decision) for option in chosen]
     error = error_with([pair for own in pairs for pair in own])
-    lossy = [number for number, option in enumerate(chosen) if option.exact is not None]
     taken: dict[int, float] = {}
-    if error <= tolerance or not lossy:
+    left = {number: option for number, option in enumerate(chosen) if option.next is not None}
+    if error <= tolerance or not left:
         return found, pairs, taken
-    alone = {number: error_alone(pairs[number]) for number in lossy}
-    left = sorted(lossy, key=lambda number: alone[number])
-    while error > tolerance and left:
+    shares = {number: error_alone(pairs[number]) for number in left}
+    alone = dict(shares)
+    while error > tolerance and shares:
         # The errors of layers are nearly independent, so that their squares add up. One is taken back at least.
-        squares, wanted = sum(alone[number] ** 2 for number in left), (tolerance / error) ** 2
-        rest = squares
-        while left:
-            number = left.pop()
-            exact = chosen[number].exact
-            assert exact is not None
-            taken[number], found[number], pairs[number] = alone[number], exact, exact.job.pairs(exact.decision)
-            rest -= alone[number] ** 2
-            if not rest > wanted * squares:
-                break
+        wanted, changed = (tolerance / error) ** 2 * _squares(shares), set[int]()
+        while shares and (not changed or _squares(shares) > wanted):
+            number = max(shares, key=lambda number: shares[number])
+            was, now = found[number], found[number].next
+            assert now is not None
+            found[number], taken[number] = now, alone[number]
+            changed.add(number)
+            if now.next is None:
+                del shares[number]
+            else:
+                shares[number] *= _rounded(now.error) / _rounded(was.error)
+        for number in changed:
+            pairs[number] = found[number].job.pairs(found[number].decision)
         error = error_with([pair for own in pairs for pair in own])
     return found, pairs, taken
+
+
+def _squares(shares: Mapping[int, float]) -> float:
+    return sum(share**2 for share in shares.values())
