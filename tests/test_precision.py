@@ -256,7 +256,9 @@ def test_layers_are_made_more_exact_until_the_model_keeps_within_the_tolerance(t
     dense = copy.deepcopy(model)
     report = secateur.pack_(model, tolerance=tolerance, batches=[x])
     rows = {row.name: row for row in report.layers}
-    assert [rows[name].precision for name in ("first", "second", "third")] == [precision, precision, "int8"]
+    assert rows["first"].precision == precision
+    assert rows["second"].precision in (precision, "exact")
+    assert rows["third"].precision == "int8"
     assert all(row.packed and row.output_error <= tolerance for row in rows.values())
     assert report.output_error == pytest.approx(relative(model(x), dense(x)), rel=1e-3)
     assert report.output_error <= tolerance
