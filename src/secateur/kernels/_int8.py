@@ -1,7 +1,7 @@
 """Products in 8 bits: weights that are bytes, and inputs that are rounded to bytes at each call (W8A8).
 
-Weights are codes from -127 to 127 with one scale for each output row. Each input row has a scale and a zero point of its
-own. Sums of products are whole numbers, so that every kernel has the same result, to the bit where there is no bias.
+Weights are codes from -127 to 127 with one scale for each output row. Each input row has a scale and a zero point of
+its own. Sums of products are whole numbers. So every kernel has the same result, to the bit where there is no bias.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check_columns(columns: int) -> None:
     """Raise if a weight has more columns than sums in 32 bits allow."""
     if columns > MOST_COLUMNS:
         raise KernelError(
-            f"a weight of {columns:,} inputs cannot be multiplied in 8 bits; sums of 32 bits hold the products of up to "
+            f"a weight of {columns:,} inputs cannot be multiplied in 8 bits; sums of 32 bits hold products of up to "
             f'{MOST_COLUMNS:,}. Pack this layer with precision="exact".'
         )
 

@@ -2,7 +2,7 @@
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
-from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
 from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
@@ -20,6 +20,7 @@ __all__ = [
     "Int8PanelRoute",
     "PanelLayout",
     "PanelRoute",
+    "PrepackedBfloat16Route",
     "PrepackedRoute",
     "RowRoute",
     "TileLayout",
@@ -35,6 +36,7 @@ ROUTES: tuple[type[Route], ...] = (
     BitmaskRoute,
     PanelRoute,
     Int8PanelRoute,
+    PrepackedBfloat16Route,
     PrepackedRoute,
     DenseRoute,
 )
