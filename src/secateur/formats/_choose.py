@@ -11,6 +11,7 @@ from secateur.formats._bitmask import Bitmask
 from secateur.formats._format import Format, check_weight
 from secateur.formats._nm import NMPacked
 from secateur.formats._table import FORMATS
+from secateur.formats._values import dense_nbytes
 from secateur.patterns import NM, SparsityPattern, Unstructured, satisfied
 
 
@@ -36,7 +37,7 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
         ('NMPacked', None)
     """
     best: type[Format] | None = None
-    smallest = mask.numel() * value_dtype.itemsize
+    smallest = dense_nbytes((mask.shape[0], mask.shape[1]), value_dtype)
     # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask takes any mask. The
     # formats after it say more about where the zeros are, which kernels can use.
     for format_type in reversed(FORMATS.values()):

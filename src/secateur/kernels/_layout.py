@@ -22,6 +22,7 @@ from secateur.kernels._load import load
 # Zeros after the last value. A kernel loads whole vectors of up to 16 values, and the last one may start at any value:
 # without these it would read memory that is not the weight's.
 SPARE = 16
+SPARE_BYTES = 64  # the same where a vector has so many values
 # Zeros after the values of a packed layer. A layout that has the same values in the same order finds its spare values
 # here, and so needs no copy. More than SPARE, for layouts that end with further zeros.
 _SPARE_OF_LAYERS = 64
@@ -139,6 +140,17 @@ def as_bits(mask: Mask, dtype: Any, order: Any) -> Tensor:
     """Return a mask as bits, packed into words along the last dimension."""
     packed = np.packbits(mask.numpy(), axis=-1, bitorder=order)
     return torch.from_numpy(packed.view(dtype))
+
+
+def bits_of(mask: Mask) -> Tensor:
+    """Return the rows of a mask as words, int64 ``[out, ceil(in / 64)]``, the lowest bit first."""
+    return in_large_pages(as_bits(padded(mask, 1, 64), np.int64, "little"))
+
+
+def kept_of(bits: Tensor, columns: int) -> Mask:
+    """Return the mask ``[out, in]`` whose rows are words."""
+    found = np.unpackbits(bits.numpy().view(np.uint8), axis=-1, bitorder="little")[:, :columns]
+    return torch.from_numpy(found).bool()
 
 
 def shape_of(matrix: Tensor) -> tuple[int, int]:

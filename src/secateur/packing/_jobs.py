@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import RecipeError, SparsityError
-from secateur._types import Weight, dtype_name
-from secateur.formats import Format, stored_share
+from secateur._types import Weight
+from secateur.formats import Format, stored_share, value_name
 from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Observed, Reading, Replaceability, select_layers
 from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
@@ -165,7 +165,7 @@ class Job:
             pattern=str(self.packed.pattern),
             density=stored_share(self.packed),
             format=self.packed.name,
-            value_dtype=dtype_name(self.packed.value_dtype),
+            value_dtype=value_name(self.packed.value_dtype),
             error=self.packed.error(self.weight),
             dense_bytes=self.dense_bytes,
             stored_bytes=self.packed.nbytes,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur import kernels
 from secateur._types import Weight, dtype_name
-from secateur.formats import Format, stored_share
+from secateur.formats import Format, stored_share, value_name
 from secateur.kernels import DenseRoute, PrepackedRoute, Route, RoutePlan
 from secateur.patterns import SparsityPattern
 from secateur.timing import MeasurementCache, Timer, describe_machine, is_noisy, time_in_turn
@@ -156,7 +156,7 @@ def key_of(
         str(packed.pattern),
         "+".join(sorted(map(str, patterns))) or "-",
         f"{stored_share(packed):.2f}",
-        dtype_name(packed.value_dtype),
+        value_name(packed.value_dtype),
         dtype_name(weight.dtype),
         ",".join(map(str, rows)),
         "cold" if cold else "warm",

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._errors import SparsityError
-from secateur._types import dtype_name
-from secateur.formats import Format, stored_share
+from secateur.formats import Format, stored_share, value_name
 from secateur.kernels import PRECISIONS, BitmaskRoute, Route, RoutePlan, default_plan
 from secateur.layers import Layer, Replaceability
 from secateur.nn import PackedLinear, PackedRecurrent, PackedStack, packed_recurrents
@@ -180,7 +179,7 @@ class RecurrentJob:
             pattern=", ".join(dict.fromkeys(str(packed.pattern) for packed in formats)),
             density=fmean(map(stored_share, formats)),
             format=", ".join(dict.fromkeys(packed.name for packed in formats)),
-            value_dtype=dtype_name(formats[0].value_dtype),
+            value_dtype=value_name(formats[0].value_dtype),
             error=max(weight.packed.error(weight.weight) for weight in self.weights),
             dense_bytes=self.dense_bytes,
             stored_bytes=sum(packed.nbytes for packed in formats),

@@ -9,8 +9,7 @@ import torch
 
 from secateur._checks import globs, integer, number, one_of
 from secateur._errors import RecipeError
-from secateur._types import dtype_name
-from secateur.formats import as_value_dtype, is_scaled
+from secateur.formats import as_value_dtype, is_scaled, value_name
 from secateur.kernels import PRECISIONS
 
 # The arithmetic that each precision allows. There is no sparse route for bfloat16, so that exact ones are allowed too.
@@ -85,7 +84,7 @@ tolerance=None)
             )
         if self.precision == "int8" and self.value_dtype is not None and not is_scaled(self.value_dtype):
             raise RecipeError(
-                f"precision='int8' and value_dtype='{dtype_name(self.value_dtype)}' were given. Products of 8-bit "
+                f"precision='int8' and value_dtype='{value_name(self.value_dtype)}' were given. Products of 8-bit "
                 "numbers need values that are stored in 8 bits or fewer. Leave value_dtype out, or give "
                 "precision='exact'."
             )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own documentation uses
 
 from secateur._errors import SparsityError
-from secateur._types import Weight, dtype_name
-from secateur.formats import Format, stored_share
+from secateur._types import Weight
+from secateur.formats import Format, stored_share, value_name
 from secateur.kernels import PRECISIONS, RoutePlan
 from secateur.layers import Layer
 from secateur.nn import PackedLinear, PackedStack, packed_recurrents, packed_stacks
@@ -175,7 +175,7 @@ class StackJob:
             pattern=", ".join(dict.fromkeys(str(matrix.packed.pattern) for matrix in self.matrices)),
             density=fmean(stored_share(matrix.packed) for matrix in self.matrices),
             format=", ".join(dict.fromkeys(matrix.packed.name for matrix in self.matrices)),
-            value_dtype=dtype_name(first.value_dtype),
+            value_dtype=value_name(first.value_dtype),
             error=max(weights),
             dense_bytes=dense,
             stored_bytes=stored,

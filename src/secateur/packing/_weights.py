@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from secateur._types import Weight
-from secateur.formats import DensePacked, Format, pack
+from secateur.formats import DensePacked, Format, dense_nbytes, pack
 from secateur.kernels import PRECISIONS, RoutePlan
 from secateur.packing._history import patterns_of
 from secateur.packing._settings import PackSettings
@@ -51,13 +51,15 @@ def packed_as(
         FormatError: a value that cannot be stored in the dtype.
     """
     packed = pack(weight, dtype, patterns)
-    if takes_whole and packed.nbytes >= weight.numel() * packed.value_dtype.itemsize + _scales(packed):
+    if takes_whole and packed.nbytes >= _nbytes_whole(packed):
         return DensePacked.from_dense(weight, torch.ones_like(weight, dtype=torch.bool), None, dtype)
     return packed
 
 
-def _scales(packed: Format) -> int:
-    return 0 if packed.scales is None else 4 * packed.shape[0]
+def _nbytes_whole(packed: Format) -> int:
+    """Bytes of the weight if it were stored whole."""
+    scales = 4 * packed.shape[0] if packed.value_dtype == torch.int8 else 0
+    return dense_nbytes(packed.shape, packed.value_dtype) + scales
 
 
 def packed_again(packed: Format, weight: Weight, settings: PackSettings) -> Format:
