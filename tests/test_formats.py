@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from secateur import NM, Block, Column, FormatError, PatternError, RecipeError, Row, SparsityPattern, Unstructured
 from secateur.formats import (
     FORMATS,
+    INT4,
     VALUE_DTYPES,
     Bitmask,
     BlockPacked,
@@ -77,6 +78,8 @@ def slow_dense(packed):
     rows, columns = packed.shape
     tensors = {name: tensor.tolist() for name, tensor in packed.tensors().items()}
     values, scales = tensors["values"], tensors.get("scales")
+    if packed.value_dtype == INT4:
+        return slow_int4(packed, tensors)
     dense = [[0.0] * columns for _ in range(rows)]
     match packed:
         case Bitmask():
@@ -122,6 +125,24 @@ def slow_dense(packed):
         dense = [[np.float32(code) * np.float32(scales[i]) for code in dense[i]] for i in range(rows)]
     dtype = torch.float32 if packed.value_dtype == torch.int8 else packed.value_dtype
     return torch.tensor(np.array(dense, dtype=np.float64).reshape(rows, columns)).to(dtype)
+
+
+def slow_int4(packed, tensors):
+    """The same for two weights in a byte."""
+    rows, columns = packed.shape
+    dense = torch.zeros(rows, columns)
+    for i in range(rows):
+        half = 2 * tensors["row_offsets"][i] if isinstance(packed, Bitmask) else i * 2 * math.ceil(columns / 2)
+        for j in range(columns):
+            if isinstance(packed, Bitmask):
+                half += half % 2 if j % 64 == 0 else 0
+                if not tensors["bitmask"][i][j // 8] >> (j % 8) & 1:
+                    continue
+            values = [byte for row in tensors["values"] for byte in (row if isinstance(row, list) else [row])]
+            code = (values[half // 2] >> 4 * (half % 2)) % 16 - 8
+            dense[i, j] = float(np.float32(code) * np.float32(tensors["scales"][i][j // 64]))
+            half += 1
+    return dense
 
 
 # The examples of the specification
@@ -200,7 +221,7 @@ def test_floats_come_back_bit_for_bit(format_type, pattern, shape):
 def test_the_words_of_the_specification_give_the_same_weight(format_type, pattern, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     mask = random_mask(pattern, shape, 4)
-    for dtype in VALUE_DTYPES:
+    for dtype in (*VALUE_DTYPES, *([INT4] if format_type in (Bitmask, DensePacked) else [])):
         packed = format_type.from_dense(weight, mask, pattern, dtype)
         assert same_bits(packed.to_dense(), slow_dense(packed)), dtype
 

@@ -50,7 +50,7 @@ class Halves:
         assert size is not None
         rows, columns = kept.shape
         padded = np.pad(kept, ((0, 0), (0, -columns % size)))
-        return cls(padded.reshape(rows, -1, size).sum(2, dtype=np.int64))
+        return cls(padded.reshape(rows, padded.shape[1] // size, size).sum(2, dtype=np.int64))
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
