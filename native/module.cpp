@@ -8,9 +8,6 @@
 #include <string>
 #include <type_traits>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -45,17 +42,6 @@ bool has(const std::string& name) { return find_instruction_set(name.c_str()) !=
 const Table& table(const std::string& name) {
     if (const InstructionSet* isa = find_instruction_set(name.c_str())) return isa->table;
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'");
-}
-
-// Asks for large pages under memory that has not been written yet. This is only a hint.
-void advise(uintptr_t address, int64_t bytes) {
-#if defined(__linux__)
-    const uintptr_t page = 4096, first = (address + page - 1) / page * page,
-                    last = (address + uintptr_t(bytes)) / page * page;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)address, (void)bytes;
-#endif
 }
 
 // A member as Python passes it: an address as a number.
@@ -130,7 +116,6 @@ NB_MODULE(_native, m) {
     m.doc() = "The kernels. Addresses are not checked: use secateur.kernels.linear and secateur.nn.";
     m.def("isas", &isas, "The instruction sets of this build, widest first.");
     m.def("has", &has, "Whether this build has the instruction set and this machine can run it.");
-    m.def("advise", &advise, "Ask for large pages under memory that has not been written yet.");
 #define OP(file, function, Arguments) bind<Arguments>(m, #function, #Arguments, &Table::function);
 #include "ops/list.h"
 }

@@ -47,6 +47,9 @@ inline void round_row(const float* x, int64_t columns, uint8_t* to, float& scale
     });
 }
 
+// Few inputs are rounded sooner than another thread starts.
+inline int rounding_threads(const Linear& args) { return args.batch * args.columns > 16384 ? args.threads : 1; }
+
 // All rows of x, in the scratch of inputs.
 inline Rounded rounded_input(const Linear& args) {
     const int64_t stride = ceil_div(args.columns, 64) * 64, batch = args.batch;
@@ -54,7 +57,7 @@ inline Rounded rounded_input(const Linear& args) {
     uint8_t* bytes = reinterpret_cast<uint8_t*>(at);
     float* scale = reinterpret_cast<float*>(at + batch * stride);
     int32_t* zero = reinterpret_cast<int32_t*>(at + batch * (stride + 4));
-    each_in_parallel(args.threads, batch, kEqually, [&](int64_t b, int64_t) {
+    each_in_parallel(rounding_threads(args), batch, kEqually, [&](int64_t b, int64_t) {
         uint8_t* to = bytes + b * stride;
         round_row(args.x + b * args.columns, args.columns, to, scale[b], zero[b]);
         __builtin_memset(to + args.columns, 0, size_t(stride - args.columns));
@@ -66,9 +69,17 @@ inline Rounded rounded_input(const Linear& args) {
 SECATEUR_INLINE void write_rounded(const Linear& args, const int32_t* code_sums, const Rounded& x, int64_t b,
                                    int64_t row, Whole sums) {
     const int64_t count = least(kWidth, args.rows - row);
-    Whole codes = {};
-    __builtin_memcpy(&codes, code_sums + row, size_t(count) * 4);
+    const Whole codes = read(code_sums + row, count);
     V y = __builtin_convertvector(sums - x.zero[b] * codes, V) * (read(args.scale + row, count) * x.scale[b]);
+    if (args.bias) y += read(args.bias + row, count);
+    write(args.y + b * args.rows + row, y, count);
+}
+
+// The same, given the sums of the products of bytes with weights that are not whole numbers.
+SECATEUR_INLINE void write_rounded(const Linear& args, const float* weight_sums, const Rounded& x, int64_t b,
+                                   int64_t row, V sums) {
+    const int64_t count = least(kWidth, args.rows - row);
+    V y = (sums - float(x.zero[b]) * read(weight_sums + row, count)) * x.scale[b];
     if (args.bias) y += read(args.bias + row, count);
     write(args.y + b * args.rows + row, y, count);
 }

@@ -373,3 +373,24 @@ def influence(x: np.ndarray, y: np.ndarray) -> float:
     """Of one token."""
     product = math.fsum(float(a) * float(b) for a, b in zip(x, y, strict=True))
     return 1 - product / math.sqrt(math.fsum(float(a) ** 2 for a in x) * math.fsum(float(b) ** 2 for b in y))
+
+
+# Rounding
+
+
+def nearest_multiple(value: float, step: float, limit: int) -> float:
+    return max(-limit, min(limit, round(value / step))) * step
+
+
+def round_by_columns(
+    weight: np.ndarray, mask: np.ndarray, hessian: np.ndarray, steps: np.ndarray, limit: int
+) -> np.ndarray:
+    """GPTQ, arXiv:2210.17323: each column is rounded, and its error is spread over all later columns at once."""
+    current = weight.astype(np.float64).copy()
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    for j in range(current.shape[1]):
+        for i in range(len(current)):
+            goal = nearest_multiple(current[i, j], steps[i, j], limit) if mask[i, j] else 0.0
+            current[i, j:] -= (current[i, j] - goal) / upper[j, j] * upper[j, j:]
+            current[i, j] = goal
+    return current

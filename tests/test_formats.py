@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from secateur import NM, Block, Column, FormatError, PatternError, RecipeError, Row, SparsityPattern, Unstructured
 from secateur.formats import (
     FORMATS,
+    INT4,
     VALUE_DTYPES,
     Bitmask,
     BlockPacked,
     ColumnPacked,
+    DensePacked,
     Format,
     NMPacked,
     RowPacked,
@@ -34,6 +36,7 @@ ONE_OF_EACH = [
     (BlockPacked, Block(2, 4)),
     (RowPacked, Row()),
     (ColumnPacked, Column()),
+    (DensePacked, Unstructured()),
 ]
 
 
@@ -75,6 +78,8 @@ def slow_dense(packed):
     rows, columns = packed.shape
     tensors = {name: tensor.tolist() for name, tensor in packed.tensors().items()}
     values, scales = tensors["values"], tensors.get("scales")
+    if packed.value_dtype == INT4:
+        return slow_int4(packed, tensors)
     dense = [[0.0] * columns for _ in range(rows)]
     match packed:
         case Bitmask():
@@ -114,10 +119,30 @@ def slow_dense(packed):
             for k, column in enumerate(tensors["columns"]):
                 for i in range(rows):
                     dense[i][column] = values[i][k]
+        case DensePacked():
+            dense = values
     if scales is not None:
         dense = [[np.float32(code) * np.float32(scales[i]) for code in dense[i]] for i in range(rows)]
     dtype = torch.float32 if packed.value_dtype == torch.int8 else packed.value_dtype
     return torch.tensor(np.array(dense, dtype=np.float64).reshape(rows, columns)).to(dtype)
+
+
+def slow_int4(packed, tensors):
+    """The same for two weights in a byte."""
+    rows, columns = packed.shape
+    dense = torch.zeros(rows, columns)
+    for i in range(rows):
+        half = 2 * tensors["row_offsets"][i] if isinstance(packed, Bitmask) else i * 2 * math.ceil(columns / 2)
+        for j in range(columns):
+            if isinstance(packed, Bitmask):
+                half += half % 2 if j % 64 == 0 else 0
+                if not tensors["bitmask"][i][j // 8] >> (j % 8) & 1:
+                    continue
+            values = [byte for row in tensors["values"] for byte in (row if isinstance(row, list) else [row])]
+            code = (values[half // 2] >> 4 * (half % 2)) % 16 - 8
+            dense[i, j] = float(np.float32(code) * np.float32(tensors["scales"][i][j // 64]))
+            half += 1
+    return dense
 
 
 # The examples of the specification
@@ -196,7 +221,7 @@ def test_floats_come_back_bit_for_bit(format_type, pattern, shape):
 def test_the_words_of_the_specification_give_the_same_weight(format_type, pattern, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     mask = random_mask(pattern, shape, 4)
-    for dtype in VALUE_DTYPES:
+    for dtype in (*VALUE_DTYPES, *([INT4] if format_type in (Bitmask, DensePacked) else [])):
         packed = format_type.from_dense(weight, mask, pattern, dtype)
         assert same_bits(packed.to_dense(), slow_dense(packed)), dtype
 
@@ -205,7 +230,7 @@ def test_the_words_of_the_specification_give_the_same_weight(format_type, patter
 def problems(draw):
     format_type, pattern = draw(
         st.one_of(
-            st.just((Bitmask, Unstructured())),
+            st.sampled_from([(Bitmask, Unstructured()), (DensePacked, Unstructured())]),
             st.integers(1, 16).flatmap(
                 lambda m: st.tuples(
                     st.just(NMPacked),
@@ -325,6 +350,7 @@ def test_sizes_are_what_the_specification_says():
         assert share(NMPacked, NM(1, 4)) == 0.25 * (1 + 2 / bits_)
         assert share(NMPacked, NM(1, 16)) == 1 / 16 * (1 + 4 / bits_)
         assert share(BlockPacked, Block(4, 4), 0.75) == 0.25 * (1 + 32 / (16 * bits_)) + 64 / (4 * columns * bits_)
+        assert share(DensePacked, Unstructured(), 0.75) == 1
         assert share(ColumnPacked, Column(), 0.75) == 0.25 * (1 + 32 / (rows * bits_))
         if dtype != torch.int8:  # only the stored rows have a scale
             assert share(RowPacked, Row(), 0.75) == 0.25 * (1 + 32 / (columns * bits_))
@@ -431,6 +457,7 @@ def test_bfloat16_scales_widen_exactly_and_int8_survives_conversion():
         (BlockPacked, Block(2, 2)),
         (RowPacked, Row()),
         (ColumnPacked, None),
+        (DensePacked, None),
     ):
         other = packed.convert(format_type, pattern)
         assert other.value_dtype == torch.int8
@@ -646,6 +673,7 @@ def test_patterns_that_do_not_fit():
     rejects(NMPacked, "multiple of 4, got 11", pattern=NM(2, 4))
     rejects(NMPacked, "up to 16", pattern=NM(2, 32))
     rejects(BlockPacked, "multiple of 2, got 5", pattern=Block(2, 2))
+    rejects(DensePacked, "pattern Unstructured, got Row", pattern=Row())
 
 
 def test_a_tiny_file_cannot_claim_a_huge_weight():

@@ -27,12 +27,12 @@ ROOMS = [
     "files",
     "layers",
     "calibration",
+    "formats",
     "solvers",
     "schedules",
     "timing",
     "evaluation",
     "huggingface",
-    "formats",
     "kernels",
     "nn",
     "zeros",
@@ -316,7 +316,7 @@ KNOWLEDGE = {
     # Other engines have 8 bits of their own.
     "scales of int8": Knowledge(
         knows_the_range_of_int8,
-        ("formats._values", "exporting._quantize"),
+        ("formats._grid", "exporting._quantize"),
         "scale = largest / 127",
     ),
     "replacing files": Knowledge(makes_files_appear, ("files._whole",), "os.replace(partial, path)"),

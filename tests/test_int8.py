@@ -5,10 +5,16 @@ import torch
 
 from secateur import KernelError, PackedLinear, kernels
 from secateur.formats import Bitmask
-from secateur.kernels import Int8PanelLayout
+from secateur.kernels import Int8BitmaskLayout, Int8PanelLayout
 
 ISAS = [*kernels.isas(), "reference"]
-LAYOUTS = {"panels": Int8PanelLayout.pack}
+
+
+def half_packed(weight):
+    return Int8BitmaskLayout.pack(weight, torch.rand(weight.shape) < 0.5)
+
+
+LAYOUTS = {"panels": Int8PanelLayout.pack, "bitmask": Int8BitmaskLayout.pack, "half": half_packed}
 
 
 def exactly(x, layout):
@@ -107,18 +113,29 @@ def test_a_row_that_is_not_finite_is_nan_alone(layout):
 def test_the_error_is_that_of_eight_bits(layout):
     torch.manual_seed(0)
     weight, x = torch.randn(200, 300), torch.randn(50, 300)
-    y = kernels.linear(x, LAYOUTS[layout](weight))
-    exact = x @ weight.T
+    packed = LAYOUTS[layout](weight)
+    y = kernels.linear(x, packed)
+    exact = x @ (weight * (packed.to_dense() != 0)).T
     assert 1e-4 < (y - exact).norm() / exact.norm() < 0.015
 
 
-def test_a_packed_layer_runs_in_eight_bits():
+@pytest.mark.parametrize("route", ["int8-panels", "int8-bitmask"])
+def test_a_packed_layer_runs_in_eight_bits(route):
     torch.manual_seed(0)
-    weight = torch.randn(32, 48)
+    weight, mask = torch.randn(32, 48), torch.rand(32, 48) < 0.5
     for dtype in (torch.int8, torch.float32):
-        layer = PackedLinear(Bitmask.from_dense(weight, value_dtype=dtype), plan="int8-panels")
+        layer = PackedLinear(Bitmask.from_dense(weight, mask, value_dtype=dtype), plan=route)
         x = torch.randn(5, 48)
-        assert torch.equal(layer(x), kernels.linear(x, Int8PanelLayout.pack(weight)))
+        assert torch.equal(layer(x), kernels.linear(x, Int8PanelLayout.pack(weight, mask)))
+
+
+def test_a_bitmask_shares_its_codes_with_its_kernel():
+    weight, mask = torch.randn(128, 512), torch.rand(128, 512) < 0.5
+    for dtype, route in ((torch.int8, "int8-bitmask"), ("int4", "int4-bitmask")):
+        layer = PackedLinear(Bitmask.from_dense(weight, mask, value_dtype=dtype), plan=route)
+        layer(torch.ones(1, 512))
+        beside = layer.packed.bitmask.nbytes + layer.packed.row_offsets.nbytes + layer.packed.scales.nbytes
+        assert layer.runtime_nbytes < beside + 4 * 128 + 100
 
 
 def test_too_many_columns_are_refused():

@@ -20,15 +20,26 @@ namespace secateur::SECATEUR_ISA {
 
 constexpr int kInt8Rows = 16;
 
+constexpr int kInt8Vectors = kInt8Rows / kWidth;                // of a panel
+constexpr int kInt8Together = kRegisters == 32 ? 4 : 2;  // vectors of rows whose sums stay in registers
+
+// Panels of bytes in memory, from the vector of rows `first` on.
+struct BytePanels {
+    const int8_t* bytes;
+    int64_t words;  // of four columns
+    int64_t first;
+    const int32_t* sums;  // of all rows of the weight
+};
+
 // N vectors of rows of the weight times B rows of x.
 template <int B, int N>
-SECATEUR_INLINE void int8_panels_part(const Int8Panels& args, const Rounded& x, int64_t b, int64_t vector) {
-    constexpr int kVectors = kInt8Rows / kWidth;
-    const int64_t words = ceil_div(args.columns, 4);
+SECATEUR_INLINE void int8_panels_part(const Linear& args, const BytePanels& panels, const Rounded& x, int64_t b,
+                                      int64_t vector) {
+    const int64_t words = panels.words;
     const int8_t* w[N];
     for (int n = 0; n < N; ++n) {
-        const int64_t panel = (vector + n) / kVectors, part = (vector + n) % kVectors;
-        w[n] = static_cast<const int8_t*>(args.values) + (panel * words * kInt8Rows + part * kWidth) * 4;
+        const int64_t at = vector + n - panels.first, panel = at / kInt8Vectors, part = at % kInt8Vectors;
+        w[n] = panels.bytes + (panel * words * kInt8Rows + part * kWidth) * 4;
     }
     const uint8_t* xb = x.bytes + b * x.stride;
     Whole sums[B][N] = {};
@@ -48,25 +59,31 @@ SECATEUR_INLINE void int8_panels_part(const Int8Panels& args, const Rounded& x, 
     for (int i = 0; i < B; ++i)
         for (int n = 0; n < N; ++n)
             if ((vector + n) * kWidth < args.rows)
-                write_rounded(args, args.sums, x, b + i, (vector + n) * kWidth, sums[i][n]);
+                write_rounded(args, panels.sums, x, b + i, (vector + n) * kWidth, sums[i][n]);
 }
 
-template <int N> SECATEUR_INLINE void int8_panels_rows(const Int8Panels& args, const Rounded& x, int64_t vector) {
+template <int N>
+SECATEUR_INLINE void int8_panels_rows(const Linear& args, const BytePanels& panels, const Rounded& x, int64_t vector) {
     constexpr int kBatch = kRegisters == 32 ? 6 : 4;
     int64_t b = 0;
-    for (; b + kBatch <= args.batch; b += kBatch) int8_panels_part<kBatch, N>(args, x, b, vector);
-    for (; b + 2 <= args.batch; b += 2) int8_panels_part<2, N>(args, x, b, vector);
-    if (b < args.batch) int8_panels_part<1, N>(args, x, b, vector);
+    for (; b + kBatch <= args.batch; b += kBatch) int8_panels_part<kBatch, N>(args, panels, x, b, vector);
+    for (; b + 2 <= args.batch; b += 2) int8_panels_part<2, N>(args, panels, x, b, vector);
+    if (b < args.batch) int8_panels_part<1, N>(args, panels, x, b, vector);
+}
+
+// Up to kInt8Together vectors of rows from `vector` on, of `vectors` in all.
+inline void int8_panels_some(const Linear& args, const BytePanels& panels, const Rounded& x, int64_t vector,
+                             int64_t vectors) {
+    if (vector + kInt8Together <= vectors) return int8_panels_rows<kInt8Together>(args, panels, x, vector);
+    for (; vector < vectors; ++vector) int8_panels_rows<1>(args, panels, x, vector);
 }
 
 inline void int8_panels(const Int8Panels& args) {
-    constexpr int kTogether = kRegisters == 32 ? 4 : 2;  // vectors of rows whose sums stay in registers
     const Rounded x = rounded_input(args);
-    const int64_t vectors = ceil_div(args.rows, kInt8Rows) * (kInt8Rows / kWidth);
-    each_in_parallel(args.threads, ceil_div(vectors, kTogether), 1, [&](int64_t part, int64_t) {
-        int64_t vector = part * kTogether;
-        if (vector + kTogether <= vectors) return int8_panels_rows<kTogether>(args, x, vector);
-        for (; vector < vectors; ++vector) int8_panels_rows<1>(args, x, vector);
+    const int64_t vectors = ceil_div(args.rows, kInt8Rows) * kInt8Vectors;
+    const BytePanels panels = {static_cast<const int8_t*>(args.values), ceil_div(args.columns, 4), 0, args.sums};
+    each_in_parallel(args.threads, ceil_div(vectors, kInt8Together), 1, [&](int64_t part, int64_t) {
+        int8_panels_some(args, panels, x, part * kInt8Together, vectors);
     });
 }
 

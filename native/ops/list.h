@@ -18,5 +18,8 @@ OP(gate, gate_backward, GateBackward)
 OP(units, unit_sums, UnitSums)
 OP(units, times_units, TimesUnits)
 BYTES(int8_panels, int8_panels, Int8Panels)
+BYTES(int8_bitmask, int8_bitmask, Int8Bitmask)
+BYTES(int4_panels, int4_panels, Int4Panels)
+BYTES(int4_bitmask, int4_bitmask, Int4Bitmask)
 #undef OP
 #undef BYTES

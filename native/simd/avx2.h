@@ -34,16 +34,14 @@ struct Places {
     template <int Bits> SECATEUR_INLINE void next() { words = _mm256_srli_epi32(words, Bits); }
 };
 
-SECATEUR_INLINE I<8> dot(I<8> sums, U<8> a, U<8> b) {
-#if defined(__AVXVNNI__)
-    return (I<8>)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
-#else
-    // Even and odd bytes, in words of 16 bits: the instruction that multiplies bytes saturates.
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)a, _mm256_set1_epi16(0xff)),
-                                           _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srai_epi16((__m256i)b, 8));
-    return sums + (I<8>)even + (I<8>)odd;
-#endif
+SECATEUR_INLINE U<8> expand_bytes(uint64_t mask, const int8_t* p) {
+    const uint32_t low = uint32_t(mask) & 0xffff, high = uint32_t(mask >> 16) & 0xffff;
+    return (U<8>)_mm256_set_m128i(expand16(high, p + __builtin_popcount(low)), expand16(low, p));
+}
+
+SECATEUR_INLINE U<8> unpack_nibbles(const uint8_t* p) {
+    const __m256i wide = _mm256_cvtepu8_epi16(load128(p)), all = _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
+    return (U<8>)_mm256_sub_epi8(_mm256_and_si256(all, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
 
 SECATEUR_INLINE void to_bytes(uint8_t* p, F<8> v, int32_t zero) {

@@ -70,6 +70,62 @@ SECATEUR_INLINE I<16> dot(I<16> sums, U<16> a, U<16> b) {
 #endif
 }
 
+SECATEUR_INLINE U<16> expand_bytes(uint64_t mask, const int8_t* p) {
+#if defined(__AVX512VBMI2__)
+    __m512i v = _mm512_loadu_si512(p);
+    // In place: on Zen 4 the instruction waits for the register that it writes, and is far slower from memory.
+    __asm__("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(mask));
+    return (U<16>)v;
+#else
+    __m128i part[4];
+    for (int i = 0; i < 4; ++i, p += __builtin_popcountll(mask & 0xffff), mask >>= 16)
+        part[i] = expand16(uint32_t(mask & 0xffff), p);
+    return (U<16>)_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(part[1], part[0])),
+                                     _mm256_set_m128i(part[3], part[2]), 1);
+#endif
+}
+
+SECATEUR_INLINE U<16> unpack_nibbles(const uint8_t* p) {
+#if defined(__AVX512VBMI__)
+    // Each byte of a quad gets the eight bits from its half on, of which the table looks at the lowest four.
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+    const __m512i halves = _mm512_set1_epi64(0x1c1814100c080400);
+    const __m512i pairs = _mm512_multishift_epi64_epi8(halves, _mm512_cvtepu32_epi64(load256(p)));
+    return (U<16>)_mm512_permutexvar_epi8(pairs, table);
+#else
+    const __m512i wide = _mm512_cvtepu8_epi16(load256(p)), all = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+    return (U<16>)_mm512_sub_epi8(_mm512_and_si512(all, _mm512_set1_epi8(15)), _mm512_set1_epi8(8));
+#endif
+}
+
+template <> SECATEUR_INLINE U<16> join<16>(U<8> a, U<8> b) {
+    return (U<16>)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+}
+template <> SECATEUR_INLINE U<16> quadruple<16>(U<4> v) {
+    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return (U<16>)_mm512_permutexvar_epi32(lane, _mm512_castsi128_si512((__m128i)v));
+}
+
+template <> SECATEUR_INLINE U<16> columns_of<16>(const uint8_t* const (&c)[4]) {
+    __m512i v = _mm512_castsi128_si512(load128(c[0]));
+    v = _mm512_inserti32x4(v, load128(c[1]), 1);
+    v = _mm512_inserti32x4(v, load128(c[2]), 2);
+    v = _mm512_inserti32x4(v, load128(c[3]), 3);
+    v = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (U<16>)_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(order));
+}
+
+template <> SECATEUR_INLINE void interleave<16>(const uint8_t* const (&c)[4], U<16> (&to)[4]) {
+    const auto column = [&](int i) SECATEUR_INLINED { return _mm512_loadu_si512(c[i]); };
+    const __m512i a = _mm512_unpacklo_epi8(column(0), column(1)), b = _mm512_unpacklo_epi8(column(2), column(3));
+    const __m512i d = _mm512_unpackhi_epi8(column(0), column(1)), e = _mm512_unpackhi_epi8(column(2), column(3));
+    to[0] = (U<16>)_mm512_unpacklo_epi16(a, b);
+    to[1] = (U<16>)_mm512_unpackhi_epi16(a, b);
+    to[2] = (U<16>)_mm512_unpacklo_epi16(d, e);
+    to[3] = (U<16>)_mm512_unpackhi_epi16(d, e);
+}
+
 SECATEUR_INLINE void to_bytes(uint8_t* p, F<16> v, int32_t zero) {
     const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)v), _mm512_set1_epi32(zero));
     const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512()));

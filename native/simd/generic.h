@@ -35,6 +35,25 @@ SECATEUR_INLINE I<4> dot(I<4> sums, U<4> a, U<4> b) {
     return sums;
 }
 
+inline U<4> expand_bytes(uint64_t mask, const int8_t* p) {
+    int8_t bytes[16];
+    for (int i = 0; i < 16; ++i) {
+        const int bit = int((mask >> i) & 1);
+        bytes[i] = int8_t(*p & -bit);
+        p += bit;
+    }
+    return load_words<4>(bytes);
+}
+
+inline U<4> unpack_nibbles(const uint8_t* p) {
+    int8_t bytes[16];
+    for (int i = 0; i < 8; ++i) {
+        bytes[2 * i] = int8_t((p[i] & 15) - 8);
+        bytes[2 * i + 1] = int8_t((p[i] >> 4) - 8);
+    }
+    return load_words<4>(bytes);
+}
+
 inline void to_bytes(uint8_t* p, F<4> v, int32_t zero) {
     for (int i = 0; i < 4; ++i) {
         const int32_t whole = int32_t(__builtin_lrintf(v[i])) + zero;

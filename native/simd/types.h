@@ -27,16 +27,19 @@ template <class Function> SECATEUR_INLINE void with_type(int value_type, Functio
 
 template <int W> struct Types;
 template <> struct Types<4> {
+    typedef int8_t b __attribute__((vector_size(16)));
     typedef float f __attribute__((vector_size(16)));
     typedef uint32_t u __attribute__((vector_size(16)));
     typedef int32_t i __attribute__((vector_size(16)));
 };
 template <> struct Types<8> {
+    typedef int8_t b __attribute__((vector_size(32)));
     typedef float f __attribute__((vector_size(32)));
     typedef uint32_t u __attribute__((vector_size(32)));
     typedef int32_t i __attribute__((vector_size(32)));
 };
 template <> struct Types<16> {
+    typedef int8_t b __attribute__((vector_size(64)));
     typedef float f __attribute__((vector_size(64)));
     typedef uint32_t u __attribute__((vector_size(64)));
     typedef int32_t i __attribute__((vector_size(64)));
@@ -136,5 +139,32 @@ template <int W, int H> inline F<W> spread(const float* x) {
 // Lane i gets the next unused value if bit i of the mask is set, else 0. Reads W values whatever the mask. Defined only
 // where kExpandWidth or kWideExpandWidth is W.
 template <int W, class T> F<W> expand(uint32_t mask, const T* p);
+
+// Words as bytes, and a square of four by four bytes across.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+inline Bytes across(Bytes v) {
+    return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
+
+// Two vectors side by side, and each of the first W / 4 words in four lanes.
+template <int W> SECATEUR_INLINE U<W> join(U<W / 2> a, U<W / 2> b);
+template <int W> SECATEUR_INLINE U<W> quadruple(U<4> v) { return U<W>{} + v[0]; }
+
+// Lane i gets byte i of each of four columns.
+template <int W> SECATEUR_INLINE U<W> columns_of(const uint8_t* const (&c)[4]) {
+    U<W> words = {};
+    for (int i = 0; i < W; ++i)
+        words[i] = uint32_t(c[0][i]) | uint32_t(c[1][i]) << 8 | uint32_t(c[2][i]) << 16 | uint32_t(c[3][i]) << 24;
+    return words;
+}
+
+// The same for 4 W bytes: lane 4 j + m of vector u gets byte 16 j + 4 u + m of each column.
+template <int W> SECATEUR_INLINE void interleave(const uint8_t* const (&c)[4], U<W> (&to)[4]) {
+    static_assert(W == 4, "wider vectors have their own");
+    for (int u = 0; u < 4; ++u) {
+        const uint8_t* const part[4] = {c[0] + 4 * u, c[1] + 4 * u, c[2] + 4 * u, c[3] + 4 * u};
+        to[u] = columns_of<W>(part);
+    }
+}
 
 }  // namespace secateur::SECATEUR_ISA

@@ -11,6 +11,9 @@
 //   dot(sums, a, b)   adds the products of four unsigned bytes of a and four signed bytes of b to each of kWidth sums,
 //                     exactly: no product saturates
 //   to_bytes(p, v, zero)  writes kWidth floats as bytes: rounded to the nearest whole number, ties to even, plus zero
+//   expand_bytes(mask, p)  4 * kWidth bytes: the next byte of p where a bit of the mask is set, else 0. Other bits of the
+//                     mask do not count. Reads 4 * kWidth bytes whatever the mask.
+//   unpack_nibbles(p) 4 * kWidth signed bytes from the halves of half as many bytes, less 8 each, the lower half first
 //   Places            kWidth words of places: read(words), take<Bits>(group), which gives each lane the input at the
 //                     lowest place of its word, and next<Bits>(), which goes to the next place
 #pragma once
@@ -27,6 +30,7 @@ namespace secateur::SECATEUR_ISA {
 using V = F<kWidth>;
 using Words = U<kWidth>;
 using Whole = I<kWidth>;
+using SignedBytes = typename Types<kWidth>::b;
 
 // All comparisons are such that a NaN passes through.
 SECATEUR_INLINE V magnitude(V v) { return (V)((Words)v & 0x7fffffffu); }
@@ -51,13 +55,26 @@ SECATEUR_INLINE V sigmoid(V z) {
     return 1.0f / (1.0f + p * (V)(((Words)rounded << 23) + (127u << 23)));
 }
 
-// The first `count` floats, then zeros.
+// All bits of the first `count` lanes.
+SECATEUR_INLINE Words first_lanes(int count) {
+    Words lane = {};
+    for (int i = 0; i < kWidth; ++i) lane[i] = uint32_t(i);
+    return (Words)(lane < Words{} + uint32_t(count));
+}
+
+// The first `count` floats or whole numbers, then zeros.
 SECATEUR_INLINE V read(const float* p, int64_t count) {
     if (count == kWidth) return load<kWidth>(p);
     V v = {};
     __builtin_memcpy(&v, p, size_t(count) * sizeof(float));
     return v;
 }
-SECATEUR_INLINE void write(float* p, V v, int64_t count) { __builtin_memcpy(p, &v, size_t(count) * sizeof(float)); }
+SECATEUR_INLINE Whole read(const int32_t* p, int64_t count) {
+    return (Whole)read(reinterpret_cast<const float*>(p), count);
+}
+SECATEUR_INLINE void write(float* p, V v, int64_t count) {
+    if (count == kWidth) return store<kWidth>(p, v);
+    __builtin_memcpy(p, &v, size_t(count) * sizeof(float));
+}
 
 }  // namespace secateur::SECATEUR_ISA

@@ -23,7 +23,7 @@ from secateur.cli._options import (
     SequenceLength,
 )
 from secateur.pruning import Recipe
-from secateur.solvers import METHODS
+from secateur.solvers import METHODS, ROUNDINGS
 
 _METHOD_HELP = f"{', '.join(METHODS)}; add +refit to re-estimate the kept weights. Default: wanda."
 
@@ -51,6 +51,10 @@ def prune(
         int | None,
         typer.Option(help="Prune in that many rounds, each to more sparsity, with statistics anew. Default: 1."),
     ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help=f"Round what is kept as well, for packing: {', '.join(ROUNDINGS)}. Default: it is not."),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
@@ -76,6 +80,7 @@ def prune(
             "include": include,
             "exclude": exclude,
             "rounds": rounds,
+            "rounding": rounding,
             "strict": strict or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}

@@ -11,12 +11,20 @@ from secateur.formats._format import check_mask as check_mask
 from secateur.formats._format import check_weight as check_weight
 from secateur.formats._from_sparse import from_scipy as from_scipy
 from secateur.formats._from_sparse import from_torch as from_torch
+from secateur.formats._grid import GRIDS as GRIDS
+from secateur.formats._grid import Grid as Grid
+from secateur.formats._grid import int4_codes as int4_codes
+from secateur.formats._halves import pack_codes as pack_codes
+from secateur.formats._halves import unpack_codes as unpack_codes
 from secateur.formats._table import *  # noqa: F403  the formats themselves
 from secateur.formats._table import FORMATS as FORMATS
+from secateur.formats._values import INT4 as INT4
 from secateur.formats._values import UNSCALED_DTYPES as UNSCALED_DTYPES
 from secateur.formats._values import VALUE_DTYPES as VALUE_DTYPES
 from secateur.formats._values import VALUE_TYPES as VALUE_TYPES
 from secateur.formats._values import ValueType as ValueType
 from secateur.formats._values import as_value_dtype as as_value_dtype
+from secateur.formats._values import dense_nbytes as dense_nbytes
 from secateur.formats._values import encode as encode
 from secateur.formats._values import is_scaled as is_scaled
+from secateur.formats._values import value_name as value_name

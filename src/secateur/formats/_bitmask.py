@@ -14,6 +14,8 @@ from secateur._errors import FormatError
 from secateur._types import Mask
 from secateur.formats._arrays import as_array, as_tensor, check_offsets, expect, population, starts_of
 from secateur.formats._format import Format
+from secateur.formats._halves import Halves, pack_codes, unpack_codes
+from secateur.formats._values import INT4
 from secateur.patterns import SparsityPattern, Unstructured
 
 
@@ -26,16 +28,20 @@ class Bitmask(Format):
     compressed-tensors' ``sparse-bitmask``.
 
     Args:
-        shape, pattern, values, scales: see :class:`Format`; values are ``[stored]``, row-major.
+        shape, pattern, values, scales: see :class:`Format`; values are ``[stored]``, row-major. With int4: uint8
+            ``[bytes]``, the lower half of a byte first, 8 added to each number. Each group of 64 columns of a row starts
+            at a whole byte.
         bitmask: uint8 ``[out, ceil(in / 8)]``. Bit ``j % 8`` (from the lowest) of byte ``j // 8`` is column j. Bits
             beyond the last column are 0.
-        row_offsets: int64 ``[out]``, how many values the rows before each row have.
+        row_offsets: int64 ``[out]``, how many values (with int4: bytes) the rows before each row have.
     """
 
     name: ClassVar[str] = "bitmask"
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (SparsityPattern,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "bitmask", "row_offsets")
     _default: ClassVar[SparsityPattern | None] = Unstructured()
+
+    _int4_nbytes = staticmethod(lambda mask: Halves.of(mask.cpu().numpy()).total)
 
     bitmask: Tensor
     row_offsets: Tensor
@@ -47,14 +53,21 @@ class Bitmask(Format):
     @classmethod
     def _pack(cls, stored: Tensor, mask: Mask, pattern: SparsityPattern, scales: Tensor | None) -> Self:
         kept = mask.cpu().numpy()
-        values = as_tensor(as_array(stored)[kept], stored, stored.dtype)
         bitmask = as_tensor(np.packbits(kept, axis=1, bitorder="little"), stored)
-        offsets = as_tensor(starts_of(kept), stored)
+        if scales is not None and scales.dim() == 2:
+            packed, starts = pack_codes(stored.cpu(), mask.cpu())
+            values, offsets = packed.to(stored.device), starts.to(stored.device)
+        else:
+            values = as_tensor(as_array(stored)[kept], stored, stored.dtype)
+            offsets = as_tensor(starts_of(kept), stored)
         return cls((mask.shape[0], mask.shape[1]), pattern, values, scales, bitmask, offsets)
 
     def _stored(self) -> Tensor:
-        dense = np.zeros(self.shape, dtype=as_array(self.values).dtype)
-        dense[self.mask().cpu().numpy()] = as_array(self.values)
+        kept, values = self.mask().cpu().numpy(), as_array(self.values)
+        if self.value_dtype == INT4:
+            return unpack_codes(self.values.cpu(), self.mask().cpu()).to(self.values.device)
+        dense = np.zeros(self.shape, dtype=values.dtype)
+        dense[kept] = values
         return as_tensor(dense, self.values, self.values.dtype)
 
     def _check(self) -> None:
@@ -66,6 +79,9 @@ class Bitmask(Format):
         if columns % 8 and (bits[:, -1] >> (columns % 8)).any():
             raise FormatError(f"bitmask has bits set beyond the last of {columns} columns; they should be 0.")
         check_offsets(as_array(self.row_offsets), total, "values")
+        if self.value_dtype == INT4:
+            Halves.of(self.mask().cpu().numpy()).check(as_array(self.values), as_array(self.row_offsets))
+            return
         counts = population(bits)
         if counts.sum() != total:
             raise FormatError(f"bitmask marks {counts.sum()} weights, but there are {total} values.")

@@ -11,6 +11,7 @@ from secateur.formats._bitmask import Bitmask
 from secateur.formats._format import Format, check_weight
 from secateur.formats._nm import NMPacked
 from secateur.formats._table import FORMATS
+from secateur.formats._values import dense_nbytes
 from secateur.patterns import NM, SparsityPattern, Unstructured, satisfied
 
 
@@ -36,9 +37,9 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
         ('NMPacked', None)
     """
     best: type[Format] | None = None
-    smallest = mask.numel() * value_dtype.itemsize
-    # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask, the first, takes
-    # any mask. The others say more about where the zeros are, which kernels can use.
+    smallest = dense_nbytes((mask.shape[0], mask.shape[1]), value_dtype)
+    # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask takes any mask. The
+    # formats after it say more about where the zeros are, which kernels can use.
     for format_type in reversed(FORMATS.values()):
         size = format_type.predicted_nbytes(mask, pattern, value_dtype)
         if size is not None and size < smallest:
@@ -102,7 +103,7 @@ def smallest(
 
 
 def made_for(pattern: SparsityPattern) -> type[Format]:
-    """Return the format that is made for a pattern: the last that holds it, because Bitmask, the first, holds any."""
+    """Return the format that is made for a pattern: the last that holds it, because Bitmask holds any."""
     return next(format_type for format_type in reversed(FORMATS.values()) if format_type.holds(pattern))
 
 

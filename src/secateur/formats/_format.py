@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from secateur._errors import FormatError, PatternError, RecipeError
 from secateur._types import Mask, Weight, dtype_name
 from secateur.formats._arrays import NO_VALUES, check_shape, expect
+from secateur.formats._grid import GRIDS
 from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_scipy_sparse, to_torch_sparse
-from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
+from secateur.formats._values import INT4, VALUE_DTYPES, as_value_dtype, encode, is_scaled, value_name
 from secateur.patterns import NM, Block, SparsityPattern
 
 
@@ -24,17 +25,20 @@ class Format(ABC):
 
     A pruned weight is not stored and comes back as ``+0.0``. A stored weight comes back bit for bit, ``-0.0``, NaN and
     infinities included, unless ``value_dtype`` asks for fewer bits. With int8, a weight is ``code * scale``, with one
-    float32 scale for each output row, ``max |w| / 127``. :meth:`error` returns the error of the rounding.
+    float32 scale for each output row, ``max |w| / 127``; with int4, which :class:`Bitmask` and :class:`DensePacked`
+    can hold, with one float16 scale for each output row and group of 64 columns. :meth:`error` returns the error of the
+    rounding.
 
-    The five formats are :class:`Bitmask`, :class:`NMPacked`, :class:`BlockPacked`, :class:`RowPacked` and
-    :class:`ColumnPacked`. :func:`~secateur.formats.choose` returns the smallest for a pattern. Make one with
-    :meth:`from_dense` or, from tensors that are not trusted, with :meth:`from_tensors`. The constructor checks nothing.
+    The formats are :class:`Bitmask`, :class:`NMPacked`, :class:`BlockPacked`, :class:`RowPacked` and
+    :class:`ColumnPacked`, and :class:`DensePacked` for weights without zeros. :func:`~secateur.formats.choose` returns
+    the smallest for a pattern. Make one with :meth:`from_dense` or, from tensors that are not trusted, with
+    :meth:`from_tensors`. The constructor checks nothing.
 
     Args:
         shape: ``(out, in)`` of the dense weight.
         pattern: the pattern that the weight was pruned to.
-        values: the stored weights, in float32, bfloat16, float16 or int8.
-        scales: float32, one for each stored row, for int8 values; else None.
+        values: the stored weights, in float32, bfloat16, float16 or int8; for int4 bytes, two weights in each.
+        scales: float32, one for each stored row, for int8 values; float16 ``[out, ceil(in / 64)]`` for int4; else None.
     """
 
     name: ClassVar[str]  # in files
@@ -45,6 +49,9 @@ class Format(ABC):
     _scaled_rows: ClassVar[str | None] = None  # the tensor that lists the rows that have a scale; None: all rows have
     _layout: ClassVar[torch.layout] = torch.sparse_csr  # the sparse layout that is most like it
     _largest_group: ClassVar[int | None] = None  # the largest m of the N:M patterns that it can hold
+
+    # How many bytes the values of a mask take as int4; None for a format that cannot hold these.
+    _int4_nbytes: ClassVar[Callable[[Mask], int] | None] = None
 
     shape: tuple[int, int]
     pattern: SparsityPattern
@@ -68,7 +75,7 @@ class Format(ABC):
             mask: ``[out, in]`` bool, True = kept. A weight that it prunes is not stored, whatever its value. None, the
                 default, keeps every weight that is not zero (``-0.0`` is zero).
             pattern: the pattern that the mask follows. :class:`NMPacked` and :class:`BlockPacked` need it.
-            value_dtype: float32, bfloat16, float16 or int8. None, the default, is that of the weight.
+            value_dtype: float32, bfloat16, float16, int8 or ``INT4``. None, the default, is that of the weight.
 
         Raises:
             PatternError: the mask or the shape breaks the pattern, or the mask has another shape than the weight.
@@ -90,7 +97,9 @@ class Format(ABC):
         pattern.validate(weight.shape)
         mask = weight != 0 if mask is None else check_mask(mask, weight)
         kept = torch.where(mask, weight.detach(), torch.zeros((), dtype=weight.dtype, device=weight.device))
-        stored, scales = encode(kept, as_value_dtype(value_dtype))
+        dtype = as_value_dtype(value_dtype)
+        cls._check_holds(dtype)
+        stored, scales = encode(kept, dtype)
         return cls._pack(stored, mask, pattern, scales)
 
     @final
@@ -104,12 +113,29 @@ class Format(ABC):
         """Return the weight in the dtype of the values, ``[out, in]``, and the scale of every row, ``[out]`` or None.
 
         The layouts of the kernels are made from these, so that int8 codes are not rounded a second time. On the meta
-        device these have no values either.
+        device these have no values either. With int4: the weight itself, in float32, without scales.
         """
+        if self.value_dtype == INT4:
+            if self.values.is_meta:
+                return self.values.new_empty(self.shape, dtype=torch.float32), None
+            codes, scales = self.grouped()
+            return codes * GRIDS["int4"].spread(scales, self.shape[1]), None
         if self.values.is_meta:
             scales = None if self.scales is None else self.scales.new_empty(self.shape[0])
             return self.values.new_empty(self.shape), scales
         return self._stored(), None if self.scales is None else self._row_scales()
+
+    @final
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """Return int4 codes, int8 ``[out, in]``, and the scales of groups of 64 columns, float16 ``[out, groups]``.
+
+        Raises:
+            FormatError: the values are not int4, or on the meta device.
+        """
+        self._must_have_values()
+        if self.value_dtype != INT4 or self.scales is None:
+            raise FormatError(f"the values are {value_name(self.value_dtype)}; only int4 has scales of groups.")
+        return self._stored(), self.scales
 
     @final
     def tensors(self) -> dict[str, Tensor]:
@@ -159,13 +185,17 @@ class Format(ABC):
                 f"{cls.__name__} needs the tensors {sorted(wanted)}: {missing} are missing, {extra} are unknown."
             )
         packed = cls.assemble(tensors, size, pattern)
-        if packed.values.dtype not in VALUE_DTYPES:
+        held = (*VALUE_DTYPES, INT4) if cls._int4_nbytes else VALUE_DTYPES
+        if packed.values.dtype not in held:
             raise FormatError(
-                f"values should be {', '.join(map(dtype_name, VALUE_DTYPES))}, got {dtype_name(packed.values.dtype)}."
+                f"values should be {', '.join(map(value_name, held))}, got {dtype_name(packed.values.dtype)}."
             )
         packed._check()
         if packed.scales is not None:
-            expect("scales", packed.scales, torch.float32, (packed._num_scales(),))
+            if packed.value_dtype == INT4:
+                expect("scales", packed.scales, GRIDS["int4"].dtype, (size[0], GRIDS["int4"].groups(size[1])))
+            else:
+                expect("scales", packed.scales, torch.float32, (packed._num_scales(),))
             if not bool((packed.scales.isfinite() & (packed.scales >= 0)).all()):
                 raise FormatError("scales should be finite and not negative, but some are not.")
         return packed
@@ -195,9 +225,11 @@ class Format(ABC):
         except PatternError:
             return None
         counted = cls._count(mask, pattern)
-        if counted is None:
+        if counted is None or (value_dtype == INT4 and cls._int4_nbytes is None):
             return None
         values, index_bytes, scaled_rows = counted
+        if value_dtype == INT4 and cls._int4_nbytes is not None:
+            return cls._int4_nbytes(mask) + index_bytes + 2 * mask.shape[0] * GRIDS["int4"].groups(mask.shape[1])
         return values * value_dtype.itemsize + index_bytes + (4 * scaled_rows if is_scaled(value_dtype) else 0)
 
     @final
@@ -206,12 +238,13 @@ class Format(ABC):
 
         Raises:
             PatternError: the other format cannot hold the weight.
-            FormatError: the weight is on the meta device.
+            FormatError: the weight is on the meta device, or its values are int4 and the other format cannot hold them.
         """
         self._must_have_values()
         pattern = to._accept(pattern)
         pattern.validate(self.shape)
-        stored, scales = self.unscaled()
+        to._check_holds(self.value_dtype)
+        stored, scales = self.grouped() if self.value_dtype == INT4 else self.unscaled()
         return to._pack(stored, self.mask(), pattern, scales)
 
     @final
@@ -318,7 +351,7 @@ class Format(ABC):
     @final
     def __repr__(self) -> str:
         size = f"{self.shape[0]}x{self.shape[1]}"
-        return f"{type(self).__name__}({size}, {self.pattern}, {dtype_name(self.value_dtype)}, {self.nbytes:,} bytes)"
+        return f"{type(self).__name__}({size}, {self.pattern}, {value_name(self.value_dtype)}, {self.nbytes:,} bytes)"
 
     @final
     def _entries(
@@ -331,13 +364,13 @@ class Format(ABC):
             whole = tile is not None and not (self.shape[0] % tile[0] or self.shape[1] % tile[1])
             layout = self._layout if whole or self._layout != torch.sparse_bsr else torch.sparse_csr
         tile = check_blocksize(blocksize, layout) or tile
-        if value_dtype == torch.int8 and is_scaled(self.value_dtype):
+        if value_dtype == torch.int8 == self.value_dtype:
             return Entries(self.unscaled()[0], self.mask(), tile), layout
         dense = self.to_dense()
         exact = (dense.dtype, torch.float32, torch.float64)
         if value_dtype not in (None, *exact):
             raise RecipeError(
-                f"value_dtype={value_dtype} would lose bits of {dtype_name(self.value_dtype)} values. Give "
+                f"value_dtype={value_dtype} would lose bits of {value_name(self.value_dtype)} values. Give "
                 f"{' or '.join(dict.fromkeys(map(str, exact)))}, and convert the sparse tensor."
             )
         return Entries(dense.to(value_dtype or dense.dtype), self.mask(), tile), layout
@@ -349,11 +382,14 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def _pack(cls, stored: Tensor, mask: Mask, pattern: SparsityPattern, scales: Tensor | None) -> Self:
-        """Pack a matrix of value dtype that is zero where the mask is False. ``scales`` has one scale for each row."""
+        """Pack a matrix of value dtype that is zero where the mask is False. ``scales`` has one scale for each row.
+
+        With int4 the matrix has codes, int8, and ``scales`` has one for each row and group.
+        """
 
     @abstractmethod
     def _stored(self) -> Tensor:
-        """The matrix that was packed, without scales."""
+        """The matrix that was packed, without scales; with int4 its codes."""
 
     @abstractmethod
     def _check(self) -> None:
@@ -363,6 +399,16 @@ class Format(ABC):
     @abstractmethod
     def _count(cls, mask: Mask, pattern: SparsityPattern) -> tuple[int, int, int] | None:
         """How many values, bytes of indices and scales a mask needs; None where the format cannot hold it."""
+
+    @classmethod
+    @final
+    def _check_holds(cls, dtype: torch.dtype | None) -> None:
+        """Raise if the format cannot hold values of a dtype."""
+        if dtype == INT4 and cls._int4_nbytes is None:
+            raise FormatError(
+                f"{cls.__name__} cannot hold int4 values, which have a scale for each group of 64 columns; Bitmask and "
+                "DensePacked can. Use one of these, or value_dtype=torch.int8."
+            )
 
     @final
     def _must_have_values(self) -> None:

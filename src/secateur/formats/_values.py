@@ -1,4 +1,4 @@
-"""The dtypes that stored values may have, and the rounding to int8."""
+"""The dtypes that stored values may have, and the rounding to int8 and int4."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur._checks import one_of
 from secateur._errors import FormatError
 from secateur._types import Weight, dtype_name
+from secateur.formats._grid import GRIDS, int4_codes
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class ValueType:
     Args:
         dtype: dtype of the tensor of values.
         code: its number in native code, ``native/``.
-        scaled: whether a weight is the value times the scale of its output row.
+        scaled: whether a weight is the value times a scale.
+        grouped: whether each row has a scale for each group of columns, instead of one.
+        called: its name in settings and reports; None for that of the dtype.
         carrier: a floating-point dtype that holds every value exactly. Layouts are made from a weight in this dtype,
             because they take only floating-point weights. None for floating-point values.
     """
@@ -28,7 +31,11 @@ class ValueType:
     code: int
     scaled: bool = False
     carrier: torch.dtype | None = None
+    grouped: bool = False
+    called: str | None = None
 
+
+INT4 = torch.uint8  # two numbers from -7 to 7 in a byte
 
 # The one table of value types.
 VALUE_TYPES = {
@@ -38,16 +45,30 @@ VALUE_TYPES = {
         ValueType(torch.bfloat16, 1),
         ValueType(torch.float16, 3),
         ValueType(torch.int8, 2, scaled=True, carrier=torch.float16),
+        ValueType(INT4, 4, scaled=True, grouped=True, called="int4"),
     )
 }
-VALUE_DTYPES = tuple(VALUE_TYPES)
+VALUE_DTYPES = tuple(dtype for dtype in VALUE_TYPES if dtype != INT4)  # the ones that every format can hold
 UNSCALED_DTYPES = tuple(dtype for dtype, value_type in VALUE_TYPES.items() if not value_type.scaled)
-_INT8_LIMIT = 127  # -128 is not used, so that a weight and its negative have opposite codes
 
 
 def is_scaled(dtype: torch.dtype) -> bool:
-    """Return whether a weight is a stored value of this dtype times the scale of its row."""
+    """Return whether a weight is a stored value of this dtype times a scale."""
     return dtype in VALUE_TYPES and VALUE_TYPES[dtype].scaled
+
+
+def value_name(dtype: torch.dtype) -> str:
+    """Return the name of a value dtype in settings and reports, such as ``"int4"``."""
+    called = VALUE_TYPES[dtype].called if dtype in VALUE_TYPES else None
+    return called or dtype_name(dtype)
+
+
+def dense_nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the bytes of a weight ``[out, in]`` with all its zeros, in a value dtype; with int4, and its scales."""
+    rows, columns = shape
+    if dtype != INT4:
+        return rows * columns * dtype.itemsize
+    return rows * (-(-columns // 2) + 2 * GRIDS["int4"].groups(columns))
 
 
 def as_value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
@@ -59,18 +80,20 @@ def as_value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         RecipeError: values cannot be stored in it.
     """
-    names = {dtype_name(dtype): dtype for dtype in VALUE_DTYPES}
+    names = {value_name(dtype): dtype for dtype in VALUE_TYPES}
     if given is None:
         return None
-    return names[one_of("value_dtype", dtype_name(given) if isinstance(given, torch.dtype) else given, names)]
+    return names[one_of("value_dtype", value_name(given) if isinstance(given, torch.dtype) else given, names)]
 
 
 def encode(kept: Weight, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """Return a weight ``[out, in]`` in a value dtype, and the scale of each row, float32 ``[out]`` or None.
 
+    With int4: codes from -7 to 7 as int8, and the scale of each row and group of 64 columns, float16 ``[out, groups]``.
+
     Args:
         kept: the weight, zero where it is pruned.
-        dtype: one of ``VALUE_DTYPES``; None for that of the weight.
+        dtype: one of ``VALUE_TYPES``; None for that of the weight.
 
     Raises:
         FormatError: a weight that the dtype cannot hold, or whose own dtype is none of them.
@@ -79,14 +102,14 @@ def encode(kept: Weight, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     if dtype not in VALUE_TYPES:
         raise FormatError(
             f"the weight is {dtype_name(dtype)}, but values can be stored as "
-            f"{', '.join(map(dtype_name, VALUE_TYPES))}. Give one of these as value_dtype."
+            f"{', '.join(map(value_name, VALUE_TYPES))}. Give one of these as value_dtype."
         )
     if dtype == kept.dtype:
         return kept, None
     if kept.dtype.itemsize < 2:  # float8, for which PyTorch has no comparisons, and whose scale is elsewhere
         raise FormatError(f"the weight is {dtype_name(kept.dtype)}. Multiply it by its scale in float32 first.")
     if VALUE_TYPES[dtype].scaled:
-        return _quantize_rows(kept)
+        return _quantize_groups(kept) if VALUE_TYPES[dtype].grouped else _quantize_rows(kept)
     values = kept.to(dtype)
     _refuse(kept.isfinite() & ~values.isfinite(), kept, f"is beyond the range of {dtype_name(dtype)}")
     return values, None
@@ -97,12 +120,16 @@ def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     _refuse(~weight.isfinite(), weight, "has no int8 code")
     wide = weight.float()
     _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
-    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
-    # A smaller scale would be subnormal, which loses bits, or zero.
-    scales = (largest / _INT8_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
-    scales = torch.where(largest > 0, scales, 1.0)
-    codes = (wide / scales[:, None]).round().clamp(-_INT8_LIMIT, _INT8_LIMIT)
-    return codes.to(torch.int8), scales
+    scales = GRIDS["int8"].scales(wide)
+    return GRIDS["int8"].codes(wide, scales), scales[:, 0]
+
+
+def _quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The int4 codes of a weight ``[out, in]``, and the scales ``[out, groups]``."""
+    _refuse(~weight.isfinite(), weight, "has no int4 code")
+    most = GRIDS["int4"].limit * torch.finfo(torch.float16).max
+    _refuse(weight.abs() > most, weight, "is beyond the range of the float16 scales of int4")
+    return int4_codes(weight)
 
 
 def _refuse(bad: Tensor, values: Tensor, why: str) -> None:

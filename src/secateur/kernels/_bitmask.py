@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from secateur._types import Mask, Weight
-from secateur.formats import ColumnPacked, Format, RowPacked
-from secateur.kernels._layout import SPARE, Layout, as_bits, in_large_pages, offsets_of, padded, prepare, shape_of
+from secateur.formats import ColumnPacked, DensePacked, Format, RowPacked
+from secateur.kernels._layout import SPARE, Layout, bits_of, in_large_pages, kept_of, offsets_of, prepare, shape_of
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import SparsityPattern
 
@@ -31,14 +30,12 @@ class BitmaskLayout(Layout):
     ) -> BitmaskLayout:
         """Pack the weights ``[out, in]`` that a mask keeps; without a mask, those that are not zero."""
         values, mask, scale = prepare(weight, mask, value_dtype)
-        words = as_bits(padded(mask, 1, 64), np.int64, "little")
-        return cls(shape_of(values), in_large_pages(values[mask], SPARE), scale, words, offsets_of(mask.sum(1)))
+        shape, kept = shape_of(values), in_large_pages(values[mask], SPARE)
+        return cls(shape, kept, scale, bits_of(mask), offsets_of(mask.sum(1)))
 
     def to_dense(self) -> Weight:
-        rows, columns = self.shape
-        bits = np.unpackbits(self.mask.numpy().view(np.uint8), axis=-1, bitorder="little")[:, :columns]
-        weight = self.values.new_zeros(rows, columns)
-        weight[torch.from_numpy(bits).bool()] = self.values[:-SPARE]
+        weight = self.values.new_zeros(self.shape)
+        weight[kept_of(self.mask, self.shape[1])] = self.values[:-SPARE]
         return self._scaled(weight)
 
     def arguments(self) -> tuple[int, ...]:
@@ -55,7 +52,7 @@ class BitmaskRoute(LayoutRoute):
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
         """One, for weights whose zeros may be anywhere."""
-        return [] if isinstance(packed, RowPacked | ColumnPacked) else [cls()]
+        return [] if isinstance(packed, RowPacked | ColumnPacked | DensePacked) else [cls()]
 
     def why_not(self, packed: Format) -> str | None:
         """Any weight fits."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur._types import Mask, Weight
-from secateur.formats import ColumnPacked, Format, RowPacked
+from secateur.formats import Format
 from secateur.kernels._int8 import MOST_COLUMNS, Int8Layout, Int8Route, check_columns, round_weight
 from secateur.kernels._layout import in_large_pages, padded
 from secateur.patterns import SparsityPattern
@@ -60,8 +60,8 @@ class Int8PanelRoute(Int8Route):
 
     @classmethod
     def fits(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
-        """One, for weights that are not left out by rows or columns."""
-        return [] if isinstance(packed, RowPacked | ColumnPacked) else [cls()]
+        """Always one, so that each weight whose sums fit has a route in 8 bits."""
+        return [cls()]
 
     def why_not(self, packed: Format) -> str | None:
         """Any weight fits whose sums fit 32 bits."""

@@ -6,6 +6,8 @@ of the value dtypes of the formats, int8 with one scale for each output row. Sum
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
@@ -17,15 +19,16 @@ from torch import Tensor, nn
 from secateur._errors import PatternError
 from secateur._types import Mask, Weight
 from secateur.formats import as_value_dtype, check_mask, check_weight, encode
-from secateur.kernels._load import load
 
 # Zeros after the last value. A kernel loads whole vectors of up to 16 values, and the last one may start at any value:
 # without these it would read memory that is not the weight's.
 SPARE = 16
+SPARE_BYTES = 64  # the same where a vector has so many values
 # Zeros after the values of a packed layer. A layout that has the same values in the same order finds its spare values
 # here, and so needs no copy. More than SPARE, for layouts that end with further zeros.
 _SPARE_OF_LAYERS = 64
-_LARGE = 4 << 20  # bytes from which on large pages are asked for; a smaller weight stays in a cache
+_PAGE = 2 << 20  # bytes of a large page
+_WORTH = 2 * _PAGE // 3  # used bytes from which on one is asked for: the others are wasted
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +108,31 @@ def in_large_pages(tensor: Tensor, spare: int = 0) -> Tensor:
     """Return a copy of a tensor in large pages, where the system has them.
 
     A kernel reads its whole weight once for each call. With large pages the processor looks up fewer addresses, which
-    saves a sixth of the time for one input row.
+    saves a quarter of the time for one input row.
 
     Args:
         tensor: to copy.
         spare: zeros to add after the values. If there are any, the copy is flat.
     """
-    copied = tensor.new_empty(tensor.numel() + spare)
-    native = load()
-    if copied.nbytes >= _LARGE and not isinstance(native, str):
-        native.advise(copied.data_ptr(), copied.nbytes)
+    copied = _empty(tensor.numel() + spare, tensor.dtype)
     copied[: tensor.numel()] = tensor.flatten()
     copied[tensor.numel() :] = 0
     return copied if spare else copied.view(tensor.shape)
+
+
+def _empty(count: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor whose values are not set yet."""
+    size = count * dtype.itemsize
+    pages, rest = divmod(size, _PAGE)
+    large = pages + (rest >= _WORTH)
+    if not large or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype)
+    # Memory of its own, because the system gives large pages only from one of their borders on, where memory begins
+    # whose size is a multiple of theirs. What is not used of it takes no memory.
+    memory = mmap.mmap(-1, (pages + bool(rest)) * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE, 0, large * _PAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count)
 
 
 def with_spare_values(values: Tensor) -> Tensor:
@@ -139,6 +154,17 @@ def as_bits(mask: Mask, dtype: Any, order: Any) -> Tensor:
     """Return a mask as bits, packed into words along the last dimension."""
     packed = np.packbits(mask.numpy(), axis=-1, bitorder=order)
     return torch.from_numpy(packed.view(dtype))
+
+
+def bits_of(mask: Mask) -> Tensor:
+    """Return the rows of a mask as words, int64 ``[out, ceil(in / 64)]``, the lowest bit first."""
+    return in_large_pages(as_bits(padded(mask, 1, 64), np.int64, "little"))
+
+
+def kept_of(bits: Tensor, columns: int) -> Mask:
+    """Return the mask ``[out, in]`` whose rows are words."""
+    found = np.unpackbits(bits.numpy().view(np.uint8), axis=-1, bitorder="little")[:, :columns]
+    return torch.from_numpy(found).bool()
 
 
 def shape_of(matrix: Tensor) -> tuple[int, int]:

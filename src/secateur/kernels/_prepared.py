@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur._types import Mask, Weight
-from secateur.formats import VALUE_TYPES, Bitmask, Format
+from secateur.formats import INT4, VALUE_TYPES, Bitmask, Format
+from secateur.kernels._int4 import Int4Route
 from secateur.kernels._int8 import Int8Route
 from secateur.kernels._layout import Layout
 from secateur.kernels._route import LayoutRoute
@@ -38,18 +39,22 @@ class StoredWeight:
         scales: float32 ``[out]``, by which int8 values are multiplied; else None.
         owner: the tensor of values of the format. A layout with the same values in the same order shares its memory.
         mask: ``[out, in]`` bool, which values the format stores; None for all that are not zero.
+        groups: for int4 values their codes, int8 ``[out, in]``, and the scales of groups; else None. The values are the
+            weights then, in float32.
     """
 
     values: Tensor
     scales: Tensor | None
     owner: Tensor
     mask: Mask | None = None
+    groups: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, packed: Format) -> StoredWeight:
         """Return the weight in a format as a matrix."""
         values, scales = packed.unscaled()
-        return cls(values, scales, packed.values, packed.mask() if isinstance(packed, Bitmask) else None)
+        groups = packed.grouped() if packed.value_dtype == INT4 else None
+        return cls(values, scales, packed.values, packed.mask() if isinstance(packed, Bitmask) else None, groups)
 
     def to_dense(self) -> Weight:
         """Return the weight: times its scales, or the stored values themselves if there are none."""
@@ -57,6 +62,10 @@ class StoredWeight:
 
     def lay_out(self, route: LayoutRoute) -> tuple[Layout, int]:
         """Return the layout for a route, and how many of its bytes are the owner's memory."""
+        if isinstance(route, Int4Route) and self.groups is not None:
+            codes, group_scales = (part.cpu() for part in self.groups)
+            stored = self.mask if self.mask is not None and route.stores_zeros else codes != 0
+            return _sharing(route.lay_out_groups(codes, group_scales, stored.cpu()), self.owner)
         if isinstance(route, Int8Route):
             return _sharing(self._lay_out_codes(route), self.owner)
         dtype = self.values.dtype

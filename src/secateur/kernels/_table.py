@@ -2,8 +2,11 @@
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
-from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
+from secateur.kernels._int4_bitmask import Int4BitmaskLayout, Int4BitmaskRoute
+from secateur.kernels._int4_panels import Int4PanelLayout, Int4PanelRoute
+from secateur.kernels._int8_bitmask import Int8BitmaskLayout, Int8BitmaskRoute
 from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
@@ -16,10 +19,17 @@ __all__ = [
     "DenseRoute",
     "GroupLayout",
     "GroupRoute",
+    "Int4BitmaskLayout",
+    "Int4BitmaskRoute",
+    "Int4PanelLayout",
+    "Int4PanelRoute",
+    "Int8BitmaskLayout",
+    "Int8BitmaskRoute",
     "Int8PanelLayout",
     "Int8PanelRoute",
     "PanelLayout",
     "PanelRoute",
+    "PrepackedBfloat16Route",
     "PrepackedRoute",
     "RowRoute",
     "TileLayout",
@@ -34,7 +44,11 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int4BitmaskRoute,
+    Int4PanelRoute,
+    Int8BitmaskRoute,
     Int8PanelRoute,
+    PrepackedBfloat16Route,
     PrepackedRoute,
     DenseRoute,
 )

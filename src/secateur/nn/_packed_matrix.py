@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from secateur._checks import instance
 from secateur._errors import SparsityError
-from secateur._types import Weight, dtype_name
-from secateur.formats import VALUE_DTYPES, Format
+from secateur._types import Weight
+from secateur.formats import VALUE_DTYPES, Format, value_name
 from secateur.kernels import (
     FLOATS,
     PackedSpec,
@@ -211,5 +211,5 @@ class PackedMatrix(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _describe(self) -> str:
-        values = dtype_name(self.values.dtype)
+        values = value_name(self.values.dtype)
         return f"bias={self.bias is not None}, pattern={str(self.pattern)!r}, values={values!r}, bytes={self.nbytes:,}"

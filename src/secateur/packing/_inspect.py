@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur._errors import naming
 from secateur._types import dtype_name
 from secateur.files import TensorSummary, check_no_pickle, find_shards, inspect, read_header, summarize
-from secateur.formats import Format
+from secateur.formats import INT4, Format
 from secateur.packing._compressed_tensors import read_compressed_tensors
 from secateur.packing._contents import Contents
 from secateur.packing._file import DAMAGED, ENTRY, PackedFile, read_packed
@@ -26,6 +26,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int8: "I8",
+    INT4: "I4",
 }
 _LARGEST = 2**28  # weights: more are not made dense to look for patterns, because a few bytes may claim any shape
 
@@ -74,7 +75,10 @@ def _summaries(path: Path, file: PackedFile) -> Iterator[TensorSummary]:
 def _summary(name: str, packed: Format, shape: tuple[int, ...]) -> TensorSummary:
     stored = packed.tensors()
     total = math.prod(packed.shape)
-    kept = sum(int(stored[part].count_nonzero()) for part in packed.value_names if part in stored)
+    if packed.value_dtype == INT4:
+        kept = int(packed.grouped()[0].count_nonzero())
+    else:
+        kept = sum(int(stored[part].count_nonzero()) for part in packed.value_names if part in stored)
     found: tuple[SparsityPattern, ...] = ()
     if 0 < total <= _LARGEST:
         dense: Tensor = packed.to_dense()

@@ -39,7 +39,7 @@ from secateur.pruning._rounds import (
     sparsities,
 )
 from secateur.reports import Report, StoredMasks, versions
-from secateur.solvers import Importance, Solver
+from secateur.solvers import Importance, Solver, with_rounding
 from secateur.zeros import considered_of, weigh_skipped, weights_of
 
 
@@ -59,6 +59,7 @@ def prune_(
     strict: bool | None = None,
     remainder: Remainder | None = None,
     rounds: int | None = None,
+    rounding: str | None = None,
     between: Between | None = None,
     forward: Forward | None = None,
     padding: PaddingSource | None = None,
@@ -85,6 +86,7 @@ def prune_(
             :class:`Recipe`.
         rounds: see :class:`Recipe`. The report is of the last one. With several rounds and an error to measure, a copy
             of the weights is kept meanwhile, so that the error is that of all rounds together.
+        rounding: see :class:`Recipe`. The error in the report is that of pruning and rounding.
         between: ``between(model, round)`` is called after every round but the last, to train the model, for example;
             rounds are counted from 1. Pruned weights that it moves are set to zero again, with a warning and a note in
             the report.
@@ -127,6 +129,7 @@ def prune_(
         "strict": strict,
         "remainder": remainder,
         "rounds": rounds,
+        "rounding": rounding,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
@@ -156,6 +159,7 @@ def prune_(
         names = parameter_names(model) if forward is None else ()
         paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
         calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model)
+    unrounded = replace(recipe, method=with_rounding(recipe.method, None), rounding=None)
     tell = progress or (lambda description, done, total: None)
     known = {layer.name for layer in layers} | {entry.name for entry in skipped}
     last, reached, moved = Round({}), list[int](), dict[str, tuple[str, ...]]()
@@ -164,7 +168,8 @@ def prune_(
         if number == recipe.rounds or gains(layers, current, last.done):
             free = recipe.pattern.sparsity is None
             told = in_round(tell, number, recipe.rounds)
-            last = prune_round_(model, recipe, layers, current, target if free else None, calibration, last.done, told)
+            now = recipe if number == recipe.rounds else unrounded
+            last = prune_round_(model, now, layers, current, target if free else None, calibration, last.done, told)
         reached.append(sum(entry.report.pruned for entry in last.done.values()))
         if between is not None and number < recipe.rounds:
             for name, note in go_between_(model, between, number, last.done).items():

@@ -17,9 +17,12 @@ from secateur.solvers import (
     Select,
     Solver,
     Wanda,
+    check_rounding,
     method_from_dict,
     method_to_dict,
     parse_method,
+    rounding_of,
+    with_rounding,
 )
 
 
@@ -51,9 +54,13 @@ class Recipe:
             The report notes how many. It is only a way to set the pattern's own ``remainder``, and shows that.
         rounds: prune in that many rounds, each to the next sparsity of a cubic schedule and on the weights that the
             round before left, with statistics gathered again. What a round prunes stays pruned.
+        rounding: ``"int8"`` or ``"int4"``: the weights that are kept are rounded as well, to the grid that
+            ``pack_(..., value_dtype=...)`` stores, and others make up for the errors, as :class:`SparseGPT` and
+            :class:`Refit` say. With ``sparsity=0`` nothing is pruned. Of several rounds, the last one rounds. It is
+            only a way to set the method's own ``rounding``, and shows that.
 
     Raises:
-        RecipeError: an unknown method or allocation, or rounds below 1.
+        RecipeError: an unknown method, allocation or rounding, a method that cannot round, or rounds below 1.
         PatternError: an unknown pattern, or a sparsity that is missing, out of range or not the pattern's own.
 
     Example:
@@ -77,6 +84,7 @@ class Recipe:
     strict: bool = field(default=False, repr=False)
     remainder: Remainder = field(default="error", repr=False)
     rounds: int = field(default=1, repr=False)
+    rounding: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -90,6 +98,10 @@ class Recipe:
             object.__setattr__(self, "pattern", with_dense_remainder(self.pattern))
         object.__setattr__(self, "remainder", getattr(self.pattern, "remainder", "error"))
         instance("method", self.method, Solver, "a Solver or its name")  # type: ignore[type-abstract]
+        check_rounding(self.rounding)
+        if self.rounding is not None:
+            object.__setattr__(self, "method", with_rounding(self.method, self.rounding))
+        object.__setattr__(self, "rounding", rounding_of(self.method))
         for name in ("include", "exclude"):
             object.__setattr__(self, name, globs(name, getattr(self, name)))
         for name in ("sequential", "measure_error", "strict"):
@@ -102,6 +114,7 @@ class Recipe:
         """Return the recipe as a table of plain values; fields that are None are left out."""
         table = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         del table["remainder"]  # the pattern says it
+        table.pop("rounding", None)  # the method says it
         if not self.strict:
             del table["strict"]
         if self.rounds == 1:

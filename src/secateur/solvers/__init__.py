@@ -14,6 +14,8 @@ from secateur.solvers._methods import method_from_dict as method_from_dict
 from secateur.solvers._methods import method_name as method_name
 from secateur.solvers._methods import method_to_dict as method_to_dict
 from secateur.solvers._methods import parse_method as parse_method
+from secateur.solvers._methods import rounding_of as rounding_of
+from secateur.solvers._methods import with_rounding as with_rounding
 from secateur.solvers._problem import LayerProblem as LayerProblem
 from secateur.solvers._problem import Solution as Solution
 from secateur.solvers._problem import Solver as Solver
@@ -22,6 +24,8 @@ from secateur.solvers._refit import Refit as Refit
 from secateur.solvers._remove import Reader as Reader
 from secateur.solvers._remove import remove_columns as remove_columns
 from secateur.solvers._remove import remove_units as remove_units
+from secateur.solvers._round import ROUNDINGS as ROUNDINGS
+from secateur.solvers._round import check_rounding as check_rounding
 from secateur.solvers._select import Select as Select
 from secateur.solvers._sparsegpt import SparseGPT as SparseGPT
 from secateur.solvers._units import UNIT_IMPORTANCES as UNIT_IMPORTANCES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from secateur._checks import known_keys, one_of
@@ -49,11 +49,14 @@ def method_name(solver: Solver) -> str:
 
 
 def method_to_dict(solver: Solver) -> dict[str, Any]:
-    """Return a solver as a table of its name and settings. One of an unknown class has its class and repr instead."""
+    """Return a solver as a table of its name and settings, without those that are None.
+
+    One of an unknown class has its class and repr instead.
+    """
     value = _without_select(solver)
     if type(value) not in _NAMES or not is_dataclass(value):
         return {"name": type(value).__name__, "repr": repr(solver)}
-    settings = {f.name: getattr(value, f.name) for f in fields(value)}
+    settings = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) is not None}
     return {"name": _NAMES[type(value)]} | {
         key: method_to_dict(inner) if isinstance(inner, Solver) else inner for key, inner in settings.items()
     }
@@ -76,6 +79,30 @@ def method_from_dict(table: Mapping[str, Any]) -> Solver:
         raise RecipeError(f'method {name!r} needs the method inside it: inner = "wanda", for example.')
     made = _CLASSES[name](**settings)
     return Select(made) if isinstance(made, Importance) else made
+
+
+def rounding_of(solver: Solver) -> str | None:
+    """Return the grid that a solver rounds to; None if it does not round."""
+    return getattr(solver, "rounding", None)
+
+
+def with_rounding(solver: Solver, rounding: str | None) -> Solver:
+    """Return a solver that rounds to a grid; None: one that does not.
+
+    Raises:
+        RecipeError: it cannot round.
+    """
+    if rounding == rounding_of(solver):
+        return solver
+    if not is_dataclass(solver) or "rounding" not in [f.name for f in fields(solver)]:
+        raise RecipeError(
+            f"rounding={rounding!r} needs a method that makes up for the errors of rounding, and {method_name(solver)} "
+            "does not.\nUse 'sparsegpt', or add '+refit' to the method. Packing rounds what no method has rounded."
+        )
+    changes: dict[str, Any] = {"rounding": rounding}
+    if isinstance(inner := getattr(solver, "inner", None), Solver):  # only what comes last rounds
+        changes["inner"] = with_rounding(inner, None)
+    return replace(solver, **changes)
 
 
 def _without_select(solver: Solver) -> Solver | Importance:

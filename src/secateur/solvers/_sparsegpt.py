@@ -14,8 +14,8 @@ from secateur.calibration import Need
 from secateur.patterns import SparsityPattern, units_to_prune, with_scope
 from secateur.solvers._gram import gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
-
-_PANEL = 32  # columns swept one by one before the rest is updated by a matrix product
+from secateur.solvers._round import check_rounding, round_columns, without_none
+from secateur.solvers._sweep import PANEL, compensate, open_block, to_columns, to_rows
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,24 @@ class SparseGPT(Solver):
     and a block's compensation for all columns before it follows from one product with R. That saves the inverse, one of
     two factorisations and every write to columns still to come.
 
-    Differs from the paper: inputs that are never active are pruned first, but their weights are untouched at sparsity
-    0, where the public code zeroes them; a failed factorisation raises the damping tenfold, up to 1, and says so.
+    With ``rounding``, the weights that are kept are then rounded in a second sweep, in which the later columns make up
+    for each error of rounding as well. The grid of each row, or of each group of columns in it, is that of the pruned
+    weights, and it is what packing with that ``value_dtype`` stores: nothing is lost there. At sparsity 0 this is GPTQ.
 
-    Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications; memory: three ``[in, in]`` and five
-    ``[out, in]`` matrices.
+    Differs from the paper: inputs that are never active are pruned first, but their weights are untouched at sparsity
+    0, where the public code zeroes them; a failed factorisation raises the damping tenfold, up to 1, and says so. The
+    paper prunes and rounds in one sweep; with two, the scales are chosen from the weights as pruning left them.
+
+    Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications, twice as many with rounding; memory:
+    three ``[in, in]`` and five ``[out, in]`` matrices.
 
     Args:
         block_size: columns whose mask is decided together, the paper's B_s.
         damping: added to the diagonal of H, as a fraction of its mean.
+        rounding: ``"int8"`` or ``"int4"`` to round what is kept; None not to.
 
     Raises:
-        RecipeError: block_size below 1 or damping below 0.
+        RecipeError: block_size below 1, damping below 0, or an unknown rounding.
 
     Example:
         >>> import torch, secateur
@@ -58,15 +64,20 @@ class SparseGPT(Solver):
 
     Reference:
         Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot", 2023,
-        arXiv:2301.00774.
+        arXiv:2301.00774; section 3.5 for rounding. Frantar et al., "GPTQ: Accurate Post-Training Quantization for
+        Generative Pre-trained Transformers", 2022, arXiv:2210.17323.
     """
 
     block_size: int = 128
     damping: float = 0.01
+    rounding: str | None = None
+
+    __repr__ = without_none
 
     def __post_init__(self) -> None:
         integer("block_size", self.block_size, 1)
         number("damping", self.damping, 0)
+        check_rounding(self.rounding)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -79,65 +90,48 @@ class SparseGPT(Solver):
         target = pattern.resolve(problem.sparsity)
         gram = gram_for(weight, problem.statistics)
         assert problem.statistics is not None
-        groups, (rows, columns) = len(gram), weight.shape
+        groups, rows = len(gram), len(weight)
         factor, damping = upper_factor(weight, problem.statistics, self.damping)
         notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
         scale = factor.diagonal(dim1=1, dim2=2).masked_fill(gram.diagonal(dim1=1, dim2=2) == 0, 0)  # [groups, in]
 
-        # Columns are swept, so all is kept as [groups, in, out / groups], with the weights of a column side by side.
-        dense = weight.view(groups, rows // groups, columns).transpose(1, 2).contiguous()
+        dense = to_columns(weight, groups)
         pruned = torch.empty_like(dense)
         removed = torch.empty_like(dense)  # dense - pruned, of the columns done
         scores = torch.empty_like(dense)
         kept = torch.empty_like(dense, dtype=torch.bool)
 
         for start, stop, sparsity in _blocks(pattern, problem, target, self.block_size):
-            inverse = torch.linalg.solve_triangular(
-                factor[:, start:stop, start:stop], torch.eye(stop - start).to(weight), upper=True
-            )  # the block of U
-            # What the columns before this block leave for it to compensate, then the block's values if it were free.
-            carried = factor[:, :start, start:stop].transpose(1, 2) @ removed[:, :start]
-            current = dense[:, start:stop] + inverse.transpose(1, 2) @ carried
+            inverse, current = open_block(dense, removed, factor, start, stop)
             error = torch.empty_like(current)
 
             width = stop - start if pattern.sparsity is None or pattern.width is None else pattern.width
             for begin in range(0, stop - start, width):
                 end = min(begin + width, stop - start)
                 here = slice(start + begin, start + end)
-                _compensate(current, error, inverse, 0, begin, end)
+                compensate(current, error, inverse, 0, begin, end)
                 torch.mul(current[:, begin:end].abs(), scale[:, here, None], out=scores[:, here])
                 part = replace(problem, pruned=None if problem.pruned is None else problem.pruned[:, here])
-                mask = pattern.mask(part.ranked(_to_rows(scores[:, here])), sparsity)
+                mask = pattern.mask(part.ranked(to_rows(scores[:, here])), sparsity)
                 kept[:, here] = mask.view(groups, rows // groups, end - begin).transpose(1, 2)
                 drop = (~kept[:, here]).to(weight.dtype)
-                for panel in range(begin, end, _PANEL):
-                    panel_end = min(panel + _PANEL, end)
-                    _compensate(current, error, inverse, begin, panel, panel_end)
+                for panel in range(begin, end, PANEL):
+                    panel_end = min(panel + PANEL, end)
+                    compensate(current, error, inverse, begin, panel, panel_end)
                     for j in range(panel, panel_end):
-                        _compensate(current, error, inverse, panel, j, j + 1)
+                        compensate(current, error, inverse, panel, j, j + 1)
                         torch.mul(current[:, j], drop[:, j - begin], out=error[:, j])
                         current[:, j].sub_(error[:, j])  # what is pruned is exactly zero now: x - x
                         error[:, j].div_(inverse[:, j, j, None])
             pruned[:, start:stop] = current
             removed[:, start:stop] = dense[:, start:stop] - current
 
-        mask = _to_rows(kept)
+        mask = to_rows(kept)
         # Where nothing is pruned nothing moves, but adding zeros would turn -0.0 into 0.0.
-        solved = weight.clone() if mask.all() else _to_rows(pruned)
-        return Solution(solved, mask, _to_rows(scores), pattern, notes)
-
-
-def _to_rows(columns: Tensor) -> Tensor:
-    """From ``[groups, in, out / groups]`` back to ``[out, in]``."""
-    return columns.transpose(1, 2).reshape(columns.shape[0] * columns.shape[2], columns.shape[1])
-
-
-def _compensate(current: Tensor, error: Tensor, inverse: Tensor, since: int, begin: int, end: int) -> None:
-    """Move columns [begin, end) of the block by the errors that columns [since, begin) made."""
-    if begin > since:
-        current[:, begin:end].baddbmm_(
-            inverse[:, since:begin, begin:end].transpose(1, 2), error[:, since:begin], alpha=-1
-        )
+        solved = weight.clone() if mask.all() else to_rows(pruned)
+        if self.rounding is not None:
+            solved = round_columns(solved, mask, factor, self.rounding)
+        return Solution(solved, mask, to_rows(scores), pattern, notes)
 
 
 def _blocks(
