@@ -73,6 +73,7 @@ PUBLIC = [
     "LayerStatistics",
     "LotteryTicket",
     "Magnitude",
+    "ModelTime",
     "ModelWeights",
     "NM",
     "PackReport",

@@ -29,6 +29,7 @@ from secateur.packing._attention import as_dense, losing_attention
 from secateur.packing._history import History, patterns_in, readings_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
+from secateur.packing._promise import Kept, keep_promise
 from secateur.packing._recurrent import RecurrentJob
 from secateur.packing._settings import PackSettings
 from secateur.packing._stacks import StackJob
@@ -62,14 +63,17 @@ def pack_(
     heads, and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers
     that are already packed are measured again, and packed again if ``value_dtype`` differs.
 
-    A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits.
+    A layer that is faster alone may still make the model slower. With ``batches`` the whole model is timed before and
+    after, and layers that do not pay are taken back. A measurement takes about a second. Values are exact unless
+    ``value_dtype`` asks for fewer bits.
 
     Args:
         model: any module on the CPU, except a bare layer.
         settings: all settings as one value, instead of the following ones.
-        batches: inputs as for :func:`prune_`, to see which weights functions multiply. They are needed only for weights
-            that are found in no other way: parameters of modules that are no known kind of layer, without a report in
-            ``history`` that has them.
+        batches: inputs as for :func:`prune_`. The whole model is timed with one of each shape, dense and packed in
+            turn. Layers are taken back until it is faster with one input and slower with none. The batches also show
+            which weights functions multiply. This is needed only for weights that are found in no other way: parameters
+            of modules that are no known kind of layer, without a report in ``history`` that has them.
         batch_sizes, value_dtype, include, exclude, memory: see :class:`PackSettings`.
         cache: a JSON file of measurements, to read and to add to; None keeps them only while the process runs.
         history: reports of how the layers were pruned, whose patterns are used. The patterns of other layers are found
@@ -107,7 +111,8 @@ def pack_(
     made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
     check_model(model)
-    read = {**readings_in(history, model), **({} if batches is None else _read(model, batches, forward))}
+    loaded = None if batches is None else load_batches(batches, torch.device("cpu"))
+    read = {**readings_in(history, model), **({} if loaded is None else _read(model, loaded, forward))}
     jobs, skipped = find_jobs(model, made, patterns_in(history), read)
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
@@ -132,26 +137,28 @@ def pack_(
         elif isinstance(job.modules[0], Packed):
             swaps += [(module, job.dense) for module in job.modules]
         rows.append(job.report(decision))
-    pairs = [*swaps, *in_place]
+    pairs: list[tuple[nn.Module | nn.Parameter, nn.Module | nn.Parameter]] = [*swaps, *in_place]
     losing = losing_attention(model, {id(old): new for old, new in pairs}, made.batch_sizes, timer)
     if losing:
-        swaps = [(old, new) for old, new in swaps if id(old) not in losing]
-        in_place = [(old, new) for old, new in in_place if id(old) not in losing]
+        pairs = [(old, new) for old, new in pairs if id(old) not in losing]
         reasons = {name: losing[id(part)] for name, part in _named_parts(model) if id(part) in losing}
         rows = [as_dense(row, reasons[row.name]) if row.name in reasons else row for row in rows]
     known.save()  # which may fail, and then the model is as it was
-    swap_modules_(model, swaps)
-    put_in_place_(model, in_place)
+    kept = Kept(rows, pairs)
+    if loaded is not None:
+        kept = keep_promise(model, jobs, rows, pairs, loaded, forward, timer, progress)
+    put_in_place_(model, kept.pairs)
     found = sum(job.pattern_was_found for job in jobs)
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     return PackReport(
-        layers=tuple(rows),
+        layers=tuple(kept.rows),
         skipped=weigh_skipped(model, skipped, {}),
         machine=machine(),
         memory=made.memory,
         seconds=time.perf_counter() - began,
-        notes=tuple(notes),
+        notes=(*notes, *kept.notes),
         whole=weights_of(model),
+        times=kept.times,
     )
 
 
@@ -161,9 +168,8 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Paramet
     yield from model.named_parameters()
 
 
-def _read(model: nn.Module, batches: Iterable[Any], forward: Forward) -> Mapping[int, Reading]:
+def _read(model: nn.Module, loaded: list[Any], forward: Forward) -> Mapping[int, Reading]:
     """How functions multiply parameters, by their id."""
-    loaded = load_batches(batches, torch.device("cpu"))
     with quiet(model), torch.no_grad():
         return observe(model, loaded, forward).read
 

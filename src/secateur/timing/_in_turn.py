@@ -29,6 +29,8 @@ def time_in_turn(
     before: Callable[[], object] | None = None,
     keep: Collection[Name] = (),
     alone: bool = False,
+    ready: Mapping[Name, Callable[[], object]] | None = None,
+    fewest: int = _FEWEST,
 ) -> dict[Name, list[float]]:
     """Call each in turn, round after round, and return the seconds of each round.
 
@@ -42,12 +44,16 @@ def time_in_turn(
             more than twice the time of the fastest.
         alone: whether each is timed as in a process that runs nothing else: after a rest, in which the threads of the
             one before it go to sleep, and untimed calls for as long. A round then takes a fifth of a second for each.
+        ready: what to do before the calls of a name in each round; its time does not count.
+        fewest: rounds. Calls that take seconds need fewer than others, because little of that is noise.
 
     Returns:
         Seconds by name, one number for each round. Alternatives that were dropped have fewer.
     """
-    repeats = {}
+    repeats, ready = {}, ready or {}
     for name, call in calls.items():
+        if name in ready:
+            ready[name]()
         call()  # the first call may do work that later ones do not
         began = timer()
         call()
@@ -57,7 +63,7 @@ def time_in_turn(
     running = list(calls)
     began = timer()
     for number in range(_MOST):
-        if number >= _FEWEST and timer() - began > _BUDGET * (_PATIENCE if is_noisy(seconds[against]) else 1):
+        if number >= fewest and timer() - began > _BUDGET * (_PATIENCE if is_noisy(seconds[against]) else 1):
             break
         if number == 2:
             limit = _HOPELESS * min(min(times) for times in seconds.values())
@@ -65,6 +71,8 @@ def time_in_turn(
         for name in running:
             if before:
                 before()
+            if name in ready:
+                ready[name]()
             call, times = calls[name], range(repeats[name])
             if alone:
                 _settle(call, timer)
