@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from secateur._errors import FormatError
+from secateur._errors import FormatError, RecipeError
+from secateur.calibration import call_model, quiet
 from secateur.files import (
     INDEX,
     SINGLE,
@@ -20,7 +23,7 @@ from secateur.files import (
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES
-from secateur.huggingface import Progress, load_model, open_model
+from secateur.huggingface import Progress, example_inputs, load_model, open_model
 from secateur.packing._measure import cache_at
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
@@ -44,6 +47,9 @@ def pack_directory(
     """Pack a pruned Hugging Face model directory into another one that :func:`load` reads.
 
     The patterns are those of the pruning report in the directory. Without a report they are found from the zeros.
+    The whole model is timed before and after, and layers that do not pay are taken back, as with ``batches`` of
+    :func:`pack_`. The inputs are made up: texts of as many tokens as the batch sizes say, or up to 8 images. If the
+    model takes neither, the report says so.
 
     Args:
         source: model directory with safetensors weights.
@@ -76,13 +82,16 @@ def pack_directory(
         settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
     history = pruned_before(stages_in(directory.path), model)
+    batches, note = _examples(model, settings.batch_sizes)
     report = pack_(
         model,
         replace(settings, exclude=(*settings.exclude, *untrained)),
+        batches=batches,
         cache=cache,
         history=history,
         progress=progress,
     )
+    report = replace(report, notes=(*report.notes, *note))
     absent = [name for name in model.state_dict() if name in missing]
     progress("writing", 0, 1)
     extra = {REPORT: report.to_json() + "\n"}
@@ -90,6 +99,22 @@ def pack_directory(
         model, output, source=source, dtype=stored, overwrite=overwrite, history=history, absent=absent, extra=extra
     )
     return report
+
+
+def _examples(model: nn.Module, sizes: Sequence[int]) -> tuple[list[dict[str, Tensor]] | None, tuple[str, ...]]:
+    """Made-up inputs to time a model with; or None, and a note that says why there are none."""
+    untimed = "the whole model was not timed before and after: "
+    try:
+        batches = [example_inputs(model, rows) for rows in sizes]
+    except RecipeError as error:
+        return None, (untimed + str(error).partition("\n")[0],)
+    try:
+        with quiet(model):
+            call_model(model, batches[0])
+    except Exception as error:  # whatever the code of a model raises at an input that it does not take
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return None, (f"{untimed}{type(model).__name__} fails with made-up {' and '.join(batches[0])}: {reason}",)
+    return batches, ()
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
