@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError
 from secateur._types import Mask
-from secateur.formats._arrays import as_array, as_tensor, check_offsets, expect, population, starts_of
+from secateur.formats._arrays import as_array, as_tensor, check_offsets, entries, expect, population, starts_of
 from secateur.formats._format import Format
 from secateur.patterns import SparsityPattern, Unstructured
 
@@ -47,14 +47,14 @@ class Bitmask(Format):
     @classmethod
     def _pack(cls, stored: Tensor, mask: Mask, pattern: SparsityPattern, scales: Tensor | None) -> Self:
         kept = mask.cpu().numpy()
-        values = as_tensor(as_array(stored)[kept], stored, stored.dtype)
+        values = as_tensor(entries(as_array(stored), kept), stored, stored.dtype)
         bitmask = as_tensor(np.packbits(kept, axis=1, bitorder="little"), stored)
         offsets = as_tensor(starts_of(kept), stored)
         return cls((mask.shape[0], mask.shape[1]), pattern, values, scales, bitmask, offsets)
 
     def _stored(self) -> Tensor:
         dense = np.zeros(self.shape, dtype=as_array(self.values).dtype)
-        dense[self.mask().cpu().numpy()] = as_array(self.values)
+        dense.ravel()[np.flatnonzero(self.mask().cpu().numpy())] = as_array(self.values)
         return as_tensor(dense, self.values, self.values.dtype)
 
     def _check(self) -> None:

@@ -17,6 +17,8 @@ from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_sci
 from secateur.formats._values import VALUE_DTYPES, as_value_dtype, encode, is_scaled
 from secateur.patterns import NM, Block, SparsityPattern
 
+_IN_CACHE = 1 << 14  # weights that are compared at a time
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Format(ABC):
@@ -308,12 +310,14 @@ class Format(ABC):
             mask: the mask that it was packed with.
         """
         self._must_have_values()
-        kept = (weight.detach() if mask is None else weight.detach().where(mask, 0)).double()
-        packed = self.to_dense().double()
-        same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
-        if bool(same.all()):
+        kept = weight.detach() if mask is None else weight.detach().where(mask, 0)
+        packed = self.to_dense()
+        if packed.dtype == kept.dtype and torch.equal(packed, kept):
             return 0.0
-        return float(torch.where(same, 0.0, packed - kept).norm() / kept.norm())
+        rows = max(1, _IN_CACHE // max(1, self.shape[1]))
+        norms = [_norms(*part) for part in zip(packed.split(rows), kept.split(rows), strict=True)]
+        difference, whole = (torch.stack(parts).norm() for parts in zip(*norms, strict=True))
+        return float(difference / whole) if difference != 0 else 0.0
 
     @final
     def __repr__(self) -> str:
@@ -407,6 +411,13 @@ class Format(ABC):
                 f"{cls.__name__} holds groups of up to {cls._largest_group} weights, got {pattern}. Use Bitmask."
             )
         return pattern
+
+
+def _norms(packed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of the difference of two matrices and of the second one, in float64."""
+    packed, kept = packed.double(), kept.double()
+    same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
+    return torch.where(same, 0.0, packed - kept).norm(), kept.norm()
 
 
 def check_weight(weight: Weight) -> None:

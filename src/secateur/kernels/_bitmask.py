@@ -12,7 +12,17 @@ from torch import Tensor
 
 from secateur._types import Mask, Weight
 from secateur.formats import ColumnPacked, Format, RowPacked
-from secateur.kernels._layout import SPARE, Layout, as_bits, in_large_pages, offsets_of, padded, prepare, shape_of
+from secateur.kernels._layout import (
+    SPARE,
+    Layout,
+    as_bits,
+    entries,
+    in_large_pages,
+    offsets_of,
+    padded,
+    prepare,
+    shape_of,
+)
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import SparsityPattern
 
@@ -32,7 +42,9 @@ class BitmaskLayout(Layout):
         """Pack the weights ``[out, in]`` that a mask keeps; without a mask, those that are not zero."""
         values, mask, scale = prepare(weight, mask, value_dtype)
         words = as_bits(padded(mask, 1, 64), np.int64, "little")
-        return cls(shape_of(values), in_large_pages(values[mask], SPARE), scale, words, offsets_of(mask.sum(1)))
+        kept, _ = entries(values, mask)
+        counts = mask.sum(1, dtype=torch.int32)
+        return cls(shape_of(values), in_large_pages(kept, SPARE), scale, words, offsets_of(counts))
 
     def to_dense(self) -> Weight:
         rows, columns = self.shape
