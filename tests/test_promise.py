@@ -159,7 +159,7 @@ def test_many_kinds_of_layers_are_tried_in_a_few_groups(monkeypatch):
 def test_a_disturbance_is_measured_again():
     model = pruned(32)
     clock = Clock(lambda outputs, rows: 0.5)
-    clock.disturbed = 5  # all calls of the first measurement
+    clock.disturbed = 7  # all calls of the first measurement
     report = pack(model, clock)
     assert report.layers[0].packed
     assert clock.disturbed < 0

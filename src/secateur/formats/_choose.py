@@ -122,4 +122,7 @@ def made_for(pattern: SparsityPattern) -> type[Format]:
 def stored_share(packed: Format) -> float:
     """Return how many weights are stored, as a fraction of all weights."""
     size = packed.shape[0] * packed.shape[1]
-    return int(packed.mask().count_nonzero()) / size if size else 0.0
+    values = [tensor for name, tensor in packed.tensors().items() if name in packed.value_names]
+    if any(tensor.dtype == torch.uint8 for tensor in values):  # which hold several values in a byte
+        return int(packed.mask().count_nonzero()) / size if size else 0.0
+    return sum(tensor.numel() for tensor in values) / size if size else 0.0

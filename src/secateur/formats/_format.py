@@ -415,9 +415,15 @@ class Format(ABC):
 
 def _norms(packed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """The norms of the difference of two matrices and of the second one, in float64."""
-    packed, kept = packed.double(), kept.double()
-    same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
-    return torch.where(same, 0.0, packed - kept).norm(), kept.norm()
+    least = torch.float64 if torch.float64 in (packed.dtype, kept.dtype) else torch.float32
+    difference, whole = (
+        torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (packed.to(least) - kept.to(least), kept)
+    )
+    if not bool(difference.isfinite()):
+        packed, kept = packed.double(), kept.double()
+        same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
+        difference = torch.where(same, 0.0, packed - kept).norm()
+    return difference, whole
 
 
 def check_weight(weight: Weight) -> None:

@@ -31,7 +31,8 @@ Times: TypeAlias = dict[str, dict[str, list[float]]]  # by input and arrangement
 
 _MOST_INPUTS = 6  # of different shapes
 _MOST_GROUPS = 8  # of layers; the groups that take the least time are one
-_FEWEST = 3  # rounds; short calls get more, as many as fit into a quarter of a second
+_FEWEST = 5  # rounds; short calls get more, as many as fit into a quarter of a second
+_SLOWER = 0.99  # upper quartile of the ratios below which a model is slower, however little
 _DENSE, _PACKED = "dense", "packed"
 
 
@@ -269,7 +270,7 @@ def _why_not(times: Times) -> str | None:
     """The reason why packing does not pay, or None."""
     reached = {title: ratios(own, _DENSE, _PACKED) for title, own in times.items()}
     slowest, fastest = (pick(reached, key=lambda title: reached[title][1]) for pick in (min, max))
-    slower = [title for title, (_, middle, high) in reached.items() if middle < LOSS or high < 1]
+    slower = [title for title, (_, middle, high) in reached.items() if middle < LOSS or high < _SLOWER]
     if slower:
         title = slowest if slowest in slower else slower[0]
         return f"the whole model takes {1 / reached[title][1]:.2f} of its time at {title}"
