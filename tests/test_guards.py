@@ -395,6 +395,7 @@ def test_public_callables_have_examples():
         "Figure",
         "Histogram",
         "LayerReport",
+        "ModelTime",
         "ModelWeights",
         "PackReport",
         "PackSettings",
