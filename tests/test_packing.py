@@ -196,6 +196,28 @@ def test_layers_that_are_alike_are_measured_once(monkeypatch):
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize(
+    ("sparsities", "expected"),
+    [
+        ((0.7, 0.7, 0.7, 0.7), 1),  # though each satisfies another N:M by chance
+        ((0.5, 0.51), 1),
+        ((0.9, 0.903), 1),
+        ((0.5, 0.6, 0.7, 0.8), 4),
+        ((0.9, 0.95), 2),
+    ],
+)
+def test_what_random_zeros_satisfy_by_chance_makes_no_other_kind_of_layer(monkeypatch, sparsities, expected):
+    winner(monkeypatch)
+    measured, inner = [], _measure.time_in_turn
+    monkeypatch.setattr(_measure, "time_in_turn", lambda *args, **keep: measured.append(1) or inner(*args))
+    model = nn.Sequential(*(pruned(nn.Linear(64, 64), sparsity=sparsity)[0] for sparsity in sparsities))
+    for layer in model:  # another order of rows and columns, and so other patterns by chance
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight[torch.randperm(64)][:, torch.randperm(64)])
+    secateur.pack_(model, batch_sizes=[1])
+    assert len(measured) == expected
+
+
 def test_a_route_of_one_layer_is_not_taken_for_another_whose_zeros_do_not_allow_it(monkeypatch):
     """Both are as dense, but the zeros of one of them happen to follow a pattern with faster kernels."""
     kernels_win(monkeypatch)

@@ -49,6 +49,7 @@ from secateur.reports import ExportReport as ExportReport
 from secateur.reports import Figure as Figure
 from secateur.reports import Histogram as Histogram
 from secateur.reports import LayerReport as LayerReport
+from secateur.reports import ModelTime as ModelTime
 from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport
