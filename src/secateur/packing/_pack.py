@@ -26,7 +26,8 @@ from secateur.nn import (
 from secateur.packing._attention import as_dense, losing_attention
 from secateur.packing._changes import Given, find_changes
 from secateur.packing._history import History, patterns_in, readings_in
-from secateur.packing._jobs import find_jobs
+from secateur.packing._images import is_convolution, sizes_in
+from secateur.packing._jobs import find_jobs, with_sizes
 from secateur.packing._measure import cache_at, machine
 from secateur.packing._promise import Kept, keep_promise
 from secateur.packing._settings import PackSettings
@@ -120,6 +121,8 @@ def pack_(
     loaded = None if batches is None else load_batches(batches, torch.device("cpu"))
     read = {**readings_in(history, model), **({} if loaded is None else _read(model, loaded, forward))}
     jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    if loaded is not None and any(is_convolution(module) for module in model.modules()):
+        jobs = with_sizes(jobs, sizes_in(model, loaded, forward))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     given = Given(loaded, forward)
     changes, remarks = find_changes(model, jobs, given, made, cold, known, timer, progress)
