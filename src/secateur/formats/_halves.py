@@ -29,7 +29,7 @@ def pack_halves(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
 
 def unpack_halves(values: NDArray[np.uint8]) -> NDArray[np.int8]:
     """Return the halves of bytes ``[..., n]`` as codes ``[..., 2 n]``."""
-    halves = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+    halves = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], 2 * values.shape[-1])
     return halves.astype(np.int8) - np.int8(_ADDED)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur._errors import KernelError
 from secateur._types import Mask, Weight
-from secateur.formats import GRIDS, INT4, Format, check_mask, check_weight, encode, value_name
+from secateur.formats import GRIDS, INT4, DensePacked, Format, check_mask, check_weight, encode, value_name
 from secateur.kernels._int8 import MOST_COLUMNS, round_inputs
 from secateur.kernels._layout import Layout
 from secateur.kernels._route import LayoutRoute
@@ -79,8 +79,9 @@ class Int4Route(LayoutRoute):
 
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
-        """One, for weights that are stored in 4 bits."""
-        return [cls()] if cls().why_not(packed) is None else []
+        """One, for weights that are stored in 4 bits and whose zeros the layout leaves out, if it leaves out any."""
+        whole = isinstance(packed, DensePacked) and cls.stores_zeros
+        return [] if whole or cls().why_not(packed) is not None else [cls()]
 
     def why_not(self, packed: Format) -> str | None:
         """Only int4 values fit, of not too many columns."""
