@@ -235,6 +235,20 @@ def test_of_ways_that_are_as_fast_the_most_exact_is_taken(monkeypatch):
     assert (row.precision, row.output_error) == ("exact", 0.0)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("int8", "int8")])
+def test_a_tolerance_leaves_what_is_stored_as_it_was_asked_for(dtype, precision):
+    (row,) = secateur.pack_(
+        whole(nn.Linear(64, 48)), tolerance=0.1, value_dtype=dtype, batches=[torch.randn(9, 64)]
+    ).layers
+    assert (row.value_dtype, row.precision) == (dtype, precision)
+
+
+def test_rounded_products_are_stored_in_as_few_bits():
+    """Products in bfloat16 are the same with float32 values, which would take twice the bytes."""
+    (row,) = secateur.pack_(whole(nn.Linear(64, 48)), tolerance=0.005, batches=[torch.randn(9, 64)]).layers
+    assert (row.value_dtype, row.precision) == ("bfloat16", "bfloat16")
+
+
 @pytest.mark.parametrize(
     ("precisions", "plan"),
     [

@@ -63,7 +63,8 @@ def choose_within(
     expected = outputs_of(job.dense, inputs)
     for variant in _variants(job, settings):
         is_own = variant.packed is job.packed
-        errors = {p: e for p, e in _errors(variant, inputs, expected) if e <= settings.tolerance}
+        precisions = _precisions(variant, settings)
+        errors = {p: e for p, e in _errors(variant, precisions, inputs, expected) if e <= settings.tolerance}
         if is_own:
             errors.setdefault("exact", 0.0)
         allowed = tuple(precision for precision in PRECISIONS if precision in errors)
@@ -103,12 +104,20 @@ def _variants(job: Job, settings: PackSettings) -> Iterator[Job]:
             continue
 
 
-def _errors(job: Job, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
+def _precisions(job: Job, settings: PackSettings) -> tuple[str, ...]:
+    """The arithmetic that is worth trying. The same products with values of fewer bits take fewer bytes."""
+    if is_scaled(job.packed.value_dtype):
+        return PRECISIONS
+    fewer = settings.value_dtype is not None or job.packed.value_dtype in _STORED
+    return ("exact", "bfloat16") if fewer else ("exact",)
+
+
+def _errors(
+    job: Job, precisions: Sequence[str], inputs: Sequence[Tensor], expected: Sequence[Tensor]
+) -> Iterator[tuple[str, float]]:
     """The relative error of a layer's outputs in each arithmetic that a route has here."""
     if not inputs:
         return
-    # Products of 8 bits are the same with codes that are stored, which take fewer bytes.
-    precisions = PRECISIONS if is_scaled(job.packed.value_dtype) else PRECISIONS[:-1]
     routes = candidates(job.packed, job.patterns, precisions)
     # All routes of one arithmetic have the same error, but for the order of sums. The last one is a dense one.
     by_precision = {route.precision: route for route in routes if can_run(job.packed, route, inputs[0])}
