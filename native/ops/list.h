@@ -18,5 +18,6 @@ OP(gate, gate_backward, GateBackward)
 OP(units, unit_sums, UnitSums)
 OP(units, times_units, TimesUnits)
 BYTES(int8_panels, int8_panels, Int8Panels)
+BYTES(int8_tiles, int8_tiles, Int8Tiles)
 #undef OP
 #undef BYTES

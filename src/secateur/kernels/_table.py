@@ -5,6 +5,7 @@ from secateur.kernels._compact import ColumnRoute, RowRoute
 from secateur.kernels._dense import DenseRoute, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
 from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
+from secateur.kernels._int8_tiles import Int8TileLayout, Int8TileRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
 from secateur.kernels._tiles import TileLayout, TileRoute
@@ -18,6 +19,8 @@ __all__ = [
     "GroupRoute",
     "Int8PanelLayout",
     "Int8PanelRoute",
+    "Int8TileLayout",
+    "Int8TileRoute",
     "PanelLayout",
     "PanelRoute",
     "PrepackedRoute",
@@ -34,6 +37,7 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int8TileRoute,
     Int8PanelRoute,
     PrepackedRoute,
     DenseRoute,
