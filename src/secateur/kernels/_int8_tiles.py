@@ -19,8 +19,8 @@ from secateur.patterns import Block, SparsityPattern
 _BYTES = 4  # of a word: what one instruction multiplies and adds
 _SPARE = 64  # zeros after the last tile: a kernel loads whole vectors, which may start at any tile
 _TILES = ((1, 4), (4, 4), (4, 1))
-# Rows that run together: with all columns, and with sections of so many columns, for tiles that use each input once. Then
-# the inputs of a section, for 32 rows of x, stay in the first-level cache.
+# Rows that run together: with all columns, and with sections of so many columns, for tiles that use each input once.
+# Then the inputs of a section, for 32 rows of x, stay in the first-level cache.
 _PANEL, _HIGH_PANEL, _SECTION = 16, 64, 1024
 # The largest share of kept tiles, of weights whose zeros have no pattern, that is worth measuring.
 _MOST_KEPT = 0.5
@@ -58,8 +58,8 @@ class Int8TileLayout(Int8Layout):
         """Return the layout of codes int8 ``[out, in]``, zero where the mask prunes, with a scale for each row."""
         if (height, width) not in _TILES:
             raise KernelError(
-                f"tiles of {height}x{width} cannot be multiplied in 8 bits; tiles are 1x4, 4x4 or 4x1, four products to an "
-                "instruction. Larger blocks are made of these."
+                f"tiles of {height}x{width} cannot be multiplied in 8 bits; tiles are 1x4, 4x4 or 4x1, because an "
+                "instruction adds four products. Larger blocks are made of these."
             )
         check_columns(codes.shape[1])
         sections, panel = 1, _PANEL

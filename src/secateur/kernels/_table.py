@@ -1,7 +1,7 @@
 """The table of routes. A new route is one file, and its lines here."""
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
-from secateur.kernels._compact import ColumnRoute, RowRoute
+from secateur.kernels._compact import ColumnRoute, Int8ColumnRoute, Int8RowRoute, RowRoute
 from secateur.kernels._dense import DenseRoute, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
 from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
@@ -17,8 +17,10 @@ __all__ = [
     "DenseRoute",
     "GroupLayout",
     "GroupRoute",
+    "Int8ColumnRoute",
     "Int8PanelLayout",
     "Int8PanelRoute",
+    "Int8RowRoute",
     "Int8TileLayout",
     "Int8TileRoute",
     "PanelLayout",
@@ -37,6 +39,8 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int8RowRoute,
+    Int8ColumnRoute,
     Int8TileRoute,
     Int8PanelRoute,
     PrepackedRoute,
