@@ -1,5 +1,5 @@
-// All weights as bytes, in panels of 16 rows: values [panel, ceil(columns / 4), 16, 4]. Rows and columns past the end are
-// zeros. The inputs are rounded to bytes.
+// All weights as bytes, in panels of 16 rows: values [panel, ceil(columns / 4), 16, 4]. Rows and columns past the end
+// are zeros. The inputs are rounded to bytes.
 #pragma once
 #include "linear.h"
 
@@ -76,8 +76,8 @@ inline void int8_panels_vectors(const Int8Panels& args, const Rounded& x, int64_
     for (; vector < vectors; ++vector) int8_panels_rows<1>(args, x, vector);
 }
 
-// Many rows of x are shared among the threads: a thread rounds some, which stay in its cache while the weight passes by. With
-// few rows the threads share the weight.
+// Many rows of x are shared among the threads: a thread rounds some, which stay in its cache while the weight passes
+// by. With few rows the threads share the weight.
 inline void int8_panels(const Int8Panels& args) {
     constexpr int64_t kShare = 48, kCached = 262144;  // rows of a thread, and bytes of rows that stay in its cache
     const int64_t vectors = ceil_div(args.rows, kInt8Rows) * (kInt8Rows / kWidth), parts = ceil_div(vectors, kTogether);

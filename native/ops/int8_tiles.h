@@ -1,8 +1,8 @@
-// The kept tiles of a weight as bytes, for inputs that are rounded to bytes. A tile is four neighbours of one row (1x4),
-// four neighbours of four rows (4x4), or four kept columns, anywhere, of four rows (4x1): values [tile, height, 4].
+// The kept tiles of a weight as bytes. A tile is four neighbours of one row (1x4), four neighbours of four rows (4x4),
+// or four kept columns, anywhere, of four rows (4x1): values [tile, height, 4]. The inputs are rounded to bytes.
 //
-// Tiles stand by panels of rows, in a panel by sections of columns, in a section by rows. All rows of a panel read the inputs
-// of one section before those of the next, so that these stay in the nearest cache.
+// Tiles stand by panels of rows, in a panel by sections of columns, in a section by rows. All rows of a panel read the
+// inputs of one section before those of the next, so that these stay in the nearest cache.
 #pragma once
 #include "linear.h"
 
@@ -15,9 +15,9 @@ struct Int8Tiles : Linear {
     int64_t height, width;       // 1x4, 4x4 or 4x1
     int64_t sections, panel;     // how many sections, and the rows of a panel: 16 or 64
 
-    using Members = Linear::Members::And<&Int8Tiles::sums, &Int8Tiles::places, &Int8Tiles::first_tiles,
-                                         &Int8Tiles::height, &Int8Tiles::width, &Int8Tiles::sections,
-                                         &Int8Tiles::panel>;
+    using Members =
+        Linear::Members::And<&Int8Tiles::sums, &Int8Tiles::places, &Int8Tiles::first_tiles, &Int8Tiles::height,
+                             &Int8Tiles::width, &Int8Tiles::sections, &Int8Tiles::panel>;
 };
 
 }  // namespace secateur
@@ -29,11 +29,11 @@ namespace secateur::SECATEUR_ISA {
 
 constexpr int64_t kMostPanel = 64, kOutputs = 16;  // rows of a panel, and those whose outputs are written together
 
-// How a tile finds its inputs: four neighbours, or four columns anywhere, whose lanes lie as they come or for `interleave`.
+// How a tile finds its inputs: four neighbours, or four columns anywhere, whose lanes lie as they come or are taken by
+// `interleave`.
 enum class Find { kWord, kColumns, kInterleaved };
 
-
-// Adds H rows of tiles, `skip` bytes apart, times a slice to sums [H, W * N], or sets the sums if these are the first tiles.
+// Adds H rows of tiles, `skip` bytes apart, times a slice to sums [H, W * N]. The first tiles set the sums.
 template <int W, int N, int H, Find find>
 SECATEUR_INLINE void int8_tiles_part(const int8_t* v, int64_t skip, const uint16_t* places, int64_t tiles,
                                      const uint8_t* x, int64_t lanes, bool first, int32_t* sums) {
@@ -89,7 +89,8 @@ template <int W, int N, int H, Find find>
 SECATEUR_INLINE void int8_tiles_row(const int8_t* v, const uint16_t* places, int64_t tiles, const uint8_t* x,
                                     int64_t lanes, bool first, int32_t* sums) {
     constexpr int kSums = kRegisters / 2;  // the other half holds inputs and codes
-    constexpr int kN = find != Find::kInterleaved && H * N > kSums ? kSums / H : N, kH = kSums / kN < H ? kSums / kN : H;
+    constexpr int kN = find != Find::kInterleaved && H * N > kSums ? kSums / H : N,
+                  kH = kSums / kN < H ? kSums / kN : H;
     for (int h = 0; h < H; h += kH)
         for (int n = 0; n < N; n += kN)
             int8_tiles_part<W, kN, kH, find>(v + h * 4, H * 4, places, tiles, x + n * W * (find == Find::kWord ? 4 : 1),
@@ -122,9 +123,8 @@ template <int H, bool Columns> SECATEUR_INLINE Words single_inputs(const uint8_t
             return found;
         }
     };
-    const auto four = [&](int tile) SECATEUR_INLINED {
-        return U<4>{word(tile), word(tile + 1), word(tile + 2), word(tile + 3)};
-    };
+    const auto four = [&](int tile)
+                          SECATEUR_INLINED { return U<4>{word(tile), word(tile + 1), word(tile + 2), word(tile + 3)}; };
     if constexpr (kWidth / H == 1) return Words{} + word(0);
     else if constexpr (kWidth / H == 2) return quadruple<kWidth>(U<4>{word(0), word(1)});
     else if constexpr (H == 4) return quadruple<kWidth>(four(0));
@@ -181,8 +181,8 @@ template <int H, Find find, Find wide> inline void int8_tiles_of(const Int8Tiles
         each_in_parallel(args.threads, panels, 1, [&](int64_t panel, int64_t) {
             for (int64_t b = 0; b < args.batch; ++b) {
                 Whole sums[kMostPanel / H] = {};
-                each_row(panel, [&](int64_t i, const int8_t* v, const uint16_t* places, int64_t tiles, bool)
-                                    SECATEUR_INLINED {
+                each_row(panel,
+                         [&](int64_t i, const int8_t* v, const uint16_t* places, int64_t tiles, bool) SECATEUR_INLINED {
                     int8_tiles_single<H, kColumns>(v, places, tiles, x.bytes + b * x.stride, sums[i]);
                 });
                 int32_t totals[kMostPanel];
@@ -204,8 +204,8 @@ template <int H, Find find, Find wide> inline void int8_tiles_of(const Int8Tiles
         for (int64_t lane = 0; lane < least(lanes, args.batch - slice.start); ++lane)
             for (int64_t i = 0; i < count; i += kOutputs)
                 __builtin_prefetch(args.y + (slice.start + lane) * args.rows + row + i, 1);
-        each_row(panel, [&](int64_t i, const int8_t* v, const uint16_t* places, int64_t tiles, bool first)
-                            SECATEUR_INLINED {
+        each_row(panel,
+                 [&](int64_t i, const int8_t* v, const uint16_t* places, int64_t tiles, bool first) SECATEUR_INLINED {
             int8_tiles_lanes<H, find, wide>(v, places, tiles, slice.bytes, lanes, first, sums + i * H * lanes);
         });
         for (int64_t i = 0; i < count; i += kOutputs)

@@ -151,6 +151,8 @@ class Int8TileRoute(Int8Route):
             for height, width in _TILES
             if any(not (block.height % height or block.width % width) for block in blocks)
         ]
+        if cls(_BYTES, _BYTES) in found:
+            return [cls(_BYTES, _BYTES)]  # it reads each input once for four rows
         # Without blocks, a tile of four is stored if any of its weights is.
         return found or ([cls(1, _BYTES)] if 1 - (1 - density) ** _BYTES <= _MOST_KEPT else [])
 
