@@ -15,7 +15,7 @@ from secateur._types import Weight, dtype_name
 from secateur.formats import Format, pack, stored_share
 from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Observed, Reading, Replaceability, select_layers
-from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
+from secateur.nn import Packed, PackedAs, PackedEmbedding, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._history import patterns_of
 from secateur.packing._measure import Measurement, key_of, measure
@@ -224,7 +224,8 @@ def _packed_jobs(
         if id(module) in jobs or id(module) in skipped or any(fnmatchcase(name, glob) for glob in exclude):
             continue
         inner = linear_of(module)
-        if (reason := _why_not_here(inner.values)) is not None:
+        reason = "its rows are int8 already" if isinstance(module, PackedEmbedding) else _why_not_here(inner.values)
+        if reason is not None:
             skipped[id(module)] = SkippedLayer(name, type(module).__name__, reason)
             continue
         weight = inner.matrix()

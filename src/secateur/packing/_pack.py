@@ -26,6 +26,7 @@ from secateur.nn import (
     put_in_place_,
 )
 from secateur.packing._attention import as_dense, losing_attention
+from secateur.packing._embeddings import embedding_jobs, is_for_embeddings, pack_embeddings, rounds_embeddings
 from secateur.packing._history import History, patterns_in, readings_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
@@ -45,6 +46,7 @@ def pack_(
     batches: Iterable[Any] | None = None,
     batch_sizes: Sequence[int] | None = None,
     value_dtype: torch.dtype | str | None = None,
+    precision: str | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     memory: float | None = None,
@@ -70,7 +72,7 @@ def pack_(
         batches: inputs as for :func:`prune_`, to see which weights functions multiply. They are needed only for weights
             that are found in no other way: parameters of modules that are no known kind of layer, without a report in
             ``history`` that has them.
-        batch_sizes, value_dtype, include, exclude, memory: see :class:`PackSettings`.
+        batch_sizes, value_dtype, precision, include, exclude, memory: see :class:`PackSettings`.
         cache: a JSON file of measurements, to read and to add to; None keeps them only while the process runs.
         history: reports of how the layers were pruned, whose patterns are used. The patterns of other layers are found
             from their zeros.
@@ -100,6 +102,7 @@ def pack_(
     keywords = {
         "batch_sizes": batch_sizes,
         "value_dtype": value_dtype,
+        "precision": precision,
         "include": include,
         "exclude": exclude,
         "memory": memory,
@@ -108,7 +111,13 @@ def pack_(
     known = cache_at(cache)
     check_model(model)
     read = {**readings_in(history, model), **({} if batches is None else _read(model, batches, forward))}
-    jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    embeddings, left = embedding_jobs(model, made.include, made.exclude) if rounds_embeddings(made) else ([], [])
+    try:
+        jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    except RecipeError:
+        if not is_for_embeddings(made.include, embeddings):
+            raise
+        jobs, skipped = [], []
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
     swaps: list[tuple[nn.Module, nn.Module]] = []
@@ -139,6 +148,8 @@ def pack_(
         in_place = [(old, new) for old, new in in_place if id(old) not in losing]
         reasons = {name: losing[id(part)] for name, part in _named_parts(model) if id(part) in losing}
         rows = [as_dense(row, reasons[row.name]) if row.name in reasons else row for row in rows]
+    tables = pack_embeddings(embeddings, left, {id(old): new for old, new in swaps}, skipped)
+    swaps, rows = [*swaps, *tables.swaps], [*rows, *tables.rows]
     known.save()  # which may fail, and then the model is as it was
     swap_modules_(model, swaps)
     put_in_place_(model, in_place)
@@ -146,7 +157,7 @@ def pack_(
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     return PackReport(
         layers=tuple(rows),
-        skipped=weigh_skipped(model, skipped, {}),
+        skipped=weigh_skipped(model, tables.skipped, {}),
         machine=machine(),
         memory=made.memory,
         seconds=time.perf_counter() - began,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur._checks import globs, integer, number
+from secateur._checks import globs, integer, number, one_of
 from secateur._errors import RecipeError
 from secateur.formats import as_value_dtype
 
@@ -20,6 +20,8 @@ class PackSettings:
         batch_sizes: input rows (tokens, samples) at which to measure. Any other number takes the route of the nearest.
         value_dtype: dtype of stored values, or its name: float32, bfloat16, float16 or int8 (with one scale for each
             output row). None for that of the weights.
+        precision: arithmetic of products: ``"exact"``, ``"bfloat16"`` or ``"int8"``. With ``"int8"``, and beside int8
+            values with ``"bfloat16"``, embeddings are stored as rows of int8, too.
         include: glob patterns on qualified names. If there are any, exactly the layers that match one are considered.
         exclude: glob patterns on qualified names. A layer that matches is not packed, even if it matches ``include``.
         memory: limit for the bytes that a layer's routes take together, besides the stored weight, as a multiple of the
@@ -38,6 +40,7 @@ class PackSettings:
 
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     value_dtype: torch.dtype | None = None
+    precision: str = "exact"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     memory: float = 1.0
@@ -50,6 +53,7 @@ class PackSettings:
             raise RecipeError("batch_sizes is empty. Give at least one number of input rows to measure at.")
         object.__setattr__(self, "batch_sizes", sizes)
         object.__setattr__(self, "value_dtype", as_value_dtype(self.value_dtype))
+        one_of("precision", self.precision, ("exact", "bfloat16", "int8"))
         object.__setattr__(self, "include", globs("include", self.include))
         object.__setattr__(self, "exclude", globs("exclude", self.exclude))
         object.__setattr__(self, "memory", number("memory", self.memory, above=0))
