@@ -20,30 +20,30 @@ class PackSettings:
         batch_sizes: input rows (tokens, samples) at which to measure. Any other number takes the route of the nearest.
         value_dtype: dtype of stored values, or its name: float32, bfloat16, float16 or int8 (with one scale for each
             output row). None for that of the weights.
-        precision: arithmetic of products: ``"exact"``, ``"bfloat16"`` or ``"int8"``. With ``"int8"``, and beside int8
-            values with ``"bfloat16"``, embeddings are stored as rows of int8, too.
         include: glob patterns on qualified names. If there are any, exactly the layers that match one are considered.
         exclude: glob patterns on qualified names. A layer that matches is not packed, even if it matches ``include``.
         memory: limit for the bytes that a layer's routes take together, besides the stored weight, as a multiple of the
             bytes of the dense weight. Each route keeps the weight in its own order. With 2 or more, this may be the
             dense weight in oneDNN's order, which is fast at large batches.
+        precision: arithmetic of products: ``"exact"``, ``"bfloat16"`` or ``"int8"``. With ``"int8"``, and beside int8
+            values with ``"bfloat16"``, embeddings are stored as rows of int8, too.
 
     Raises:
-        RecipeError: no batch sizes, one below 1, an unknown value dtype, or a memory that is not above 0.
+        RecipeError: no batch sizes, one below 1, an unknown value dtype or precision, or a memory that is not above 0.
         TypeError: a setting of another type.
 
     Example:
         >>> import secateur
         >>> secateur.PackSettings(batch_sizes=[8, 1], value_dtype="int8")
-        PackSettings(batch_sizes=(1, 8), value_dtype=torch.int8, include=(), exclude=(), memory=1.0)
+        PackSettings(batch_sizes=(1, 8), value_dtype=torch.int8, include=(), exclude=(), memory=1.0, precision='exact')
     """
 
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     value_dtype: torch.dtype | None = None
-    precision: str = "exact"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     memory: float = 1.0
+    precision: str = "exact"
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch_sizes, Iterable):
