@@ -347,9 +347,11 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):
         return _run(x, weight, bias, spec)
-    if torch.compiler.is_compiling() or differentiated:
+    # What was exported may be differentiated later. What was compiled is compiled anew for inputs with a gradient.
+    if differentiated or torch.compiler.is_exporting():
         y: Tensor = _packed_linear(x, weight, bias, spec)
     else:
-        _refuse_onnx_export()
+        if not torch.compiler.is_compiling():
+            _refuse_onnx_export()
         y = _inference(x, weight, bias, spec)
     return y
