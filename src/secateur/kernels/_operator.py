@@ -131,7 +131,7 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
     if prepared is None:
         y = x.new_zeros(*shape[:-1], rows)
         return y if bias is None else y + bias.to(x.dtype)
-    if len(shape) == 2:
+    if len(shape) == 2 or prepared.any_shape:
         return prepared.run(x, bias)
     return prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias).view(*shape[:-1], rows)
 
