@@ -14,7 +14,7 @@ from secateur import (
     Unstructured,
     Wanda,
 )
-from secateur.formats import Bitmask, BlockPacked, ColumnPacked, NMPacked, RowPacked
+from secateur.formats import Bitmask, BlockPacked, ColumnPacked, DensePacked, NMPacked, RowPacked
 
 # All fit a weight of 6 x 20.
 PATTERNS = [
@@ -58,6 +58,8 @@ HEADS = {
 FORMATS = [
     (Bitmask, Unstructured(), (5, 19)),
     (Bitmask, NM(2, 4), (3, 8)),
+    (DensePacked, Unstructured(), (5, 19)),
+    (DensePacked, Unstructured(), (32, 8)),
     (NMPacked, NM(2, 4), (6, 16)),
     (NMPacked, NM(1, 3), (5, 15)),
     (NMPacked, NM(0, 4), (2, 8)),

@@ -136,6 +136,16 @@ def embedding(kind):
     return make
 
 
+def packed_whole(kind, value_dtype=None):
+    def make():
+        original = original_of(kind)
+        weight = original.weight.T if kind == "Conv1D" else original.weight.flatten(1)
+        fits = formats.DensePacked.from_dense(weight, value_dtype=value_dtype)
+        return original, PackedAs.of(original).build(fits, original.bias, None, torch.float32)
+
+    return make
+
+
 CASES = {
     **{
         f"learning {kind} {pattern} {stage}": Case(kind, learning(kind, pattern, stage))
@@ -153,6 +163,8 @@ CASES = {
         for kind, patterns in PACKED_KINDS.items()
         for pattern in patterns
     },
+    **{f"packed {kind} whole": Case(kind, packed_whole(kind)) for kind in PACKED_KINDS},
+    "packed linear whole int8": Case("linear", packed_whole("linear", torch.int8)),
     "packed linear int8": Case("linear", packed("linear", "unstructured", torch.int8)),
     "packed pixels int8": Case("pixels", packed("pixels", "unstructured", torch.int8)),
 }

@@ -594,11 +594,41 @@ def test_pack_in_fewer_bits_as_json(llama, tmp_path, kernels_win):
     assert report["machine"]["threads"] == "1"
 
 
+def test_pack_in_other_arithmetic(llama, text, tmp_path, monkeypatch):
+    routes_take(monkeypatch, lambda name, index: {"dense": 1.0, "int8-panels": 0.2}.get(name, 5.0))
+    found = {}
+    for name, asked in {"precision": ("--precision", "int8"), "tolerance": ("--tolerance", "0.2")}.items():
+        arguments = (*asked, "--batch", "4", "--calibration", text, *SMALL)
+        result = run("pack", llama, "--output", tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+        assert "packed 14 of 14 layers, skipped" in result.stdout
+        assert "the relative error of the model's outputs is 0.0" in result.stdout
+        found[name] = json.loads((tmp_path / name / "secateur.pack.json").read_text(encoding="utf-8"))
+    for table in found.values():
+        assert {(row["format"], row["precision"], row["value_dtype"]) for row in table["layers"]} == {
+            ("dense", "int8", "int8")
+        }
+        assert all(0 < row["output_error"] < 0.2 for row in table["layers"])
+        assert 0 < table["output_error"] < 0.2
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = [secateur.load(tmp_path / name, dtype=torch.float32)(ids).logits for name in found]
+    assert torch.equal(*logits)
+    result = run("export", tmp_path / "precision", "--output", tmp_path / "dense")
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)(ids).logits
+    assert (dense - logits[0]).norm() < 0.1 * dense.norm()
+
+
 def test_pack_and_export_say_what_is_wrong(llama, tmp_path, kernels_win):
     for arguments in (
         ("pack", tmp_path / "nothing", "--output", tmp_path / "out"),
         ("pack", llama, "--output", tmp_path / "out", "--value-dtype", "int4"),
         ("pack", llama, "--output", tmp_path / "out", "--memory", "0"),
+        ("pack", llama, "--output", tmp_path / "out", "--tolerance", "0.1"),
+        ("pack", llama, "--output", tmp_path / "out", "--precision", "int4"),
+        ("pack", llama, "--output", tmp_path / "out", "--precision", "int8", "--value-dtype", "float32"),
         ("pack", llama, "--output", tmp_path / "out", "--include", "nowhere"),
         ("pack", llama, "--output", llama),
         ("export", llama, "--output", tmp_path / "out"),

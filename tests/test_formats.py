@@ -19,6 +19,7 @@ from secateur.formats import (
     Bitmask,
     BlockPacked,
     ColumnPacked,
+    DensePacked,
     Format,
     NMPacked,
     RowPacked,
@@ -34,6 +35,7 @@ ONE_OF_EACH = [
     (BlockPacked, Block(2, 4)),
     (RowPacked, Row()),
     (ColumnPacked, Column()),
+    (DensePacked, Unstructured()),
 ]
 
 
@@ -114,6 +116,8 @@ def slow_dense(packed):
             for k, column in enumerate(tensors["columns"]):
                 for i in range(rows):
                     dense[i][column] = values[i][k]
+        case DensePacked():
+            dense = values
     if scales is not None:
         dense = [[np.float32(code) * np.float32(scales[i]) for code in dense[i]] for i in range(rows)]
     dtype = torch.float32 if packed.value_dtype == torch.int8 else packed.value_dtype
@@ -205,7 +209,7 @@ def test_the_words_of_the_specification_give_the_same_weight(format_type, patter
 def problems(draw):
     format_type, pattern = draw(
         st.one_of(
-            st.just((Bitmask, Unstructured())),
+            st.sampled_from([(Bitmask, Unstructured()), (DensePacked, Unstructured())]),
             st.integers(1, 16).flatmap(
                 lambda m: st.tuples(
                     st.just(NMPacked),
@@ -325,6 +329,7 @@ def test_sizes_are_what_the_specification_says():
         assert share(NMPacked, NM(1, 4)) == 0.25 * (1 + 2 / bits_)
         assert share(NMPacked, NM(1, 16)) == 1 / 16 * (1 + 4 / bits_)
         assert share(BlockPacked, Block(4, 4), 0.75) == 0.25 * (1 + 32 / (16 * bits_)) + 64 / (4 * columns * bits_)
+        assert share(DensePacked, Unstructured(), 0.75) == 1
         assert share(ColumnPacked, Column(), 0.75) == 0.25 * (1 + 32 / (rows * bits_))
         if dtype != torch.int8:  # only the stored rows have a scale
             assert share(RowPacked, Row(), 0.75) == 0.25 * (1 + 32 / (columns * bits_))
@@ -431,6 +436,7 @@ def test_bfloat16_scales_widen_exactly_and_int8_survives_conversion():
         (BlockPacked, Block(2, 2)),
         (RowPacked, Row()),
         (ColumnPacked, None),
+        (DensePacked, None),
     ):
         other = packed.convert(format_type, pattern)
         assert other.value_dtype == torch.int8
@@ -646,6 +652,7 @@ def test_patterns_that_do_not_fit():
     rejects(NMPacked, "multiple of 4, got 11", pattern=NM(2, 4))
     rejects(NMPacked, "up to 16", pattern=NM(2, 32))
     rejects(BlockPacked, "multiple of 2, got 5", pattern=Block(2, 2))
+    rejects(DensePacked, "pattern Unstructured, got Row", pattern=Row())
 
 
 def test_a_tiny_file_cannot_claim_a_huge_weight():

@@ -44,7 +44,7 @@ def test_the_guard_of_instruction_sets_can_fail():
 
 def test_every_operation_is_listed():
     files = {path.stem for path in (NATIVE / "ops").iterdir()} - {"list"}
-    listed = entries("ops/list.h", "OP")
+    listed = entries("ops/list.h", "(?:OP|BYTES)")
     assert files == {file for file, _ in listed}
     for file, function in listed:
         assert f"inline void {function}(const " in (NATIVE / "ops" / f"{file}.h").read_text(encoding="utf-8")
@@ -71,8 +71,8 @@ def test_the_module_has_what_the_lists_say():
     assert native.isas()[-1] == "generic"
     assert native.has("generic")
     assert not native.has("sse9")
-    for _, function in entries("ops/list.h", "OP"):
-        assert hasattr(native, function) or hasattr(native, function.capitalize())
+    for _, function in entries("ops/list.h", "(?:OP|BYTES)"):
+        assert hasattr(native, function) or hasattr(native, "".join(map(str.capitalize, function.split("_"))))
     with pytest.raises(ValueError, match="instruction set 'sse9'"):
         native.Bitmask("sse9", 0, 0, 0, 0, 0, 0, 0)
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from fake_timing import kernels_win
 from torch import nn
 from torch.nn import functional
 
@@ -291,6 +292,18 @@ def test_a_head_that_is_packed_and_its_table_share_rows(tmp_path):
     secateur.unpack_(again)
     assert again.table.weight is again.head.weight
     torch.testing.assert_close(again.head(x), model.head(x))
+
+
+def test_a_head_that_was_named_takes_its_table_along(monkeypatch):
+    kernels_win(monkeypatch)
+    model = pruned(tied=True)
+    report = packed(model, include=["head"])
+    assert [(row.name, row.packed, row.tied_to) for row in report.layers] == [
+        ("head", True, ()),
+        ("table", True, ("head",)),
+    ]
+    assert model.table.values is model.head.values
+    assert type(model.twin) is nn.Embedding
 
 
 def test_a_head_with_other_rows_leaves_its_table_dense():

@@ -233,6 +233,19 @@ def test_a_packing_report_survives_json_and_names_routes():
     assert '"way"' not in PACKED.to_json()
 
 
+def test_a_packing_report_says_what_fewer_bits_cost():
+    up = replace(PACKED.layers[0], format="dense", precision="int8", output_error=0.0123)
+    report = replace(PACKED, layers=(up, *PACKED.layers[1:]), output_error=0.0045)
+    assert PackReport.from_json(report.to_json()) == report
+    assert str(report).splitlines()[-1] == "the relative error of the model's outputs is 0.0045"
+    assert "packed 1 of 2 layers, skipped" in str(report)
+    assert "packed 1 of 2 layers with zeros, skipped" in str(PACKED)
+    text = report.to_markdown()
+    assert "| dense | int8 | int8 | 0.013 | 0.012 | 0.25 |" in text
+    assert "The relative error of the model's outputs is 0.0045." in Page(report.to_html()).text
+    assert "outputs:" not in PACKED.to_markdown()
+
+
 def test_a_packing_report_of_0_1_0_is_read():
     """Until 0.1.0 the route of a choice was called its way."""
     table = json.loads(PACKED.to_json())
@@ -339,9 +352,9 @@ def test_markdown_of_a_packing_report():
     lines = PACKED.to_markdown().splitlines()
     assert lines[0] == "# Packing report"
     assert "Measured on: processor Abacus, threads 1." in lines
-    wanted = "50.0% | nm | int8 | 0.013 | 0.25 | 0.38 | 1: 2.00 (1.50-2.50) lanes:2:4, 8: 1.25 (1.00-2.00) rows |"
-    assert f"| blocks.0.mlp.up | 4 x 8 | 2:4 | {wanted}" in lines
-    assert "| head | 2 x 0 | row | 100.0% | dense |  |  |  |  | nothing is faster |" in lines
+    wanted = "50.0% | nm | int8 | exact | 0.013 | 0.25 | 0.38 | 1: 2.00 (1.50-2.50) 0.1000 ms lanes:2:4, "
+    assert f"| blocks.0.mlp.up | 4 x 8 | 2:4 | {wanted}8: 1.25 (1.00-2.00) 1,000 ms rows |" in lines
+    assert "| head | 2 x 0 | row | 100.0% | dense |  |  |  |  |  | nothing is faster |" in lines
     assert "| embed | Embedding |  | embedding |" in lines
 
 

@@ -7,13 +7,15 @@ from torch import nn
 
 import secateur
 from secateur import FormatError, KernelError, PackedLinear, kernels
-from secateur.formats import VALUE_DTYPES, Bitmask, pack
+from secateur.formats import VALUE_DTYPES, Bitmask, DensePacked, pack
 from secateur.kernels import (
+    PRECISIONS,
     BitmaskRoute,
     ColumnRoute,
     DenseRoute,
     GroupRoute,
     PanelRoute,
+    PrepackedBfloat16Route,
     PrepackedRoute,
     RoutePlan,
     RowRoute,
@@ -26,7 +28,9 @@ from secateur.kernels._backends import BACKENDS, explain_route
 from secateur.kernels._table import ROUTES, read_route
 from secateur.nn import PackedConv2d
 
-PATTERNS = [pattern for pattern in PACKED_PATTERNS if pattern not in ("3:8", "block:16x1")]
+PATTERNS = [*(pattern for pattern in PACKED_PATTERNS if pattern not in ("3:8", "block:16x1")), "dense"]
+# The relative error of one product of random numbers, by the arithmetic of the route.
+ERRORS = {"exact": 1e-6, "bfloat16": 0.01, "int8": 0.03}
 CPU = torch.device("cpu")
 
 
@@ -37,11 +41,14 @@ def pruned(pattern, rows=32, columns=64, sparsity=0.5):
 
 
 def packed(pattern, dtype=None):
+    if pattern == "dense":
+        return DensePacked.from_dense(pruned("unstructured", sparsity=0.0), value_dtype=dtype)
     return pack(pruned(pattern), dtype, (secateur.SparsityPattern.parse(pattern),))
 
 
 def every_route():
-    return {route for pattern in PATTERNS for route in candidates(packed(pattern))}
+    stored = [packed(pattern, dtype) for pattern in PATTERNS for dtype in VALUE_DTYPES]
+    return {route for weight in stored for route in candidates(weight, (), PRECISIONS)}
 
 
 @pytest.fixture(autouse=True)
@@ -96,23 +103,62 @@ def test_names_of_version_0_1_warn():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_every_candidate_can_be_read_from_a_file(pattern):
-    weight = packed(pattern)
-    for route in candidates(weight):
-        assert usable_plan(weight, str(route)) == RoutePlan((route,))
+def test_every_candidate_can_be_read_from_a_file(pattern, monkeypatch):
+    monkeypatch.setattr("secateur.kernels._backends.multiplies_bfloat16", lambda device: True)
+    for weight in (packed(pattern, dtype) for dtype in VALUE_DTYPES):
+        for route in candidates(weight, (), PRECISIONS):
+            assert usable_plan(weight, str(route)) == RoutePlan((route,))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_default_plan_takes_candidates(pattern):
-    weight = packed(pattern)
-    assert set(default_plan(weight).routes) <= set(candidates(weight))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_default_plan_takes_candidates(pattern, precision, monkeypatch):
+    monkeypatch.setattr("secateur.kernels._backends.multiplies_bfloat16", lambda device: True)
+    for weight in (packed(pattern, dtype) for dtype in VALUE_DTYPES):
+        found = candidates(weight, (), precision)
+        assert all(route.precision == precision for route in found)
+        assert set(default_plan(weight, precision).routes) <= set(found or candidates(weight))
+
+
+def test_candidates_of_several_precisions_are_those_of_each():
+    weight = packed("unstructured", torch.int8)
+    each = [route for precision in PRECISIONS for route in candidates(weight, (), precision)]
+    assert set(candidates(weight, (), PRECISIONS)) == set(each)
+    assert len(each) == len(set(each))
+    assert not candidates(weight, (), ())
+
+
+@pytest.mark.parametrize(
+    ("plan", "precision"),
+    [("bitmask@2 panels:128x256", "exact"), ("bitmask@2 prepacked-bfloat16", "bfloat16"), ("dense", "exact")],
+)
+def test_the_precision_of_a_plan_is_that_of_its_least_exact_route(plan, precision):
+    assert RoutePlan.parse(plan).precision == precision
+
+
+def test_without_instructions_for_bfloat16_no_plan_has_its_route(monkeypatch):
+    monkeypatch.setattr("secateur.kernels._backends.multiplies_bfloat16", lambda device: False)
+    weight, route = packed("dense", torch.bfloat16), PrepackedBfloat16Route()
+    assert not kernels.can_run(weight, route, torch.ones(1, 64))
+    layer = PackedLinear(weight, plan=str(route))
+    assert "no instructions for bfloat16" in dict(kernels.explain(torch.ones(1, 64), layer))["onednn"]
+    assert default_plan(weight, "bfloat16") == default_plan(weight)
+    assert usable_plan(weight, "prepacked-bfloat16") == default_plan(weight)  # a file of another machine
+
+
+def test_a_plan_of_another_machine_keeps_its_arithmetic(monkeypatch):
+    monkeypatch.setattr("secateur.kernels._backends.multiplies_bfloat16", lambda device: True)
+    weight = packed("2:4", torch.bfloat16)
+    assert usable_plan(weight, "dense@2 prepacked-bfloat16", same_machine=False) == default_plan(weight, "bfloat16")
+    assert usable_plan(weight, "dense@2 prepacked", same_machine=False) == default_plan(weight)
+    assert usable_plan(weight, "nonsense", same_machine=False) == default_plan(weight)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_backend_runs_every_route_or_says_why_not(pattern):
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     weights = [packed(pattern, dtype) for dtype in VALUE_DTYPES]
-    for weight, route in ((made, route) for made in weights for route in candidates(made)):
+    for weight, route in ((made, route) for made in weights for route in candidates(made, (), PRECISIONS)):
         expected = x.double() @ weight.to_dense().double().T
         found = explain_route(weight, route, CPU, torch.float32)
         assert [backend for backend, _ in found] == list(BACKENDS)
@@ -121,7 +167,7 @@ def test_a_backend_runs_every_route_or_says_why_not(pattern):
                 kernels.prepare(weight, route, CPU, torch.float32)
             continue
         y = kernels.prepare(weight, route, CPU, torch.float32).run(x, None)
-        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+        assert (y - expected).norm() <= ERRORS[route.precision] * expected.norm()
 
 
 def test_prepacked_weights_need_onednn(monkeypatch):

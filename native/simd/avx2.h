@@ -34,4 +34,22 @@ struct Places {
     template <int Bits> SECATEUR_INLINE void next() { words = _mm256_srli_epi32(words, Bits); }
 };
 
+SECATEUR_INLINE I<8> dot(I<8> sums, U<8> a, U<8> b) {
+#if defined(__AVXVNNI__)
+    return (I<8>)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#else
+    // Even and odd bytes, in words of 16 bits: the instruction that multiplies bytes saturates.
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)a, _mm256_set1_epi16(0xff)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srai_epi16((__m256i)b, 8));
+    return sums + (I<8>)even + (I<8>)odd;
+#endif
+}
+
+SECATEUR_INLINE void to_bytes(uint8_t* p, F<8> v, int32_t zero) {
+    const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)v), _mm256_set1_epi32(zero));
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(half, half));
+}
+
 }  // namespace secateur::SECATEUR_ISA

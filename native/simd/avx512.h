@@ -58,4 +58,22 @@ struct Places {
     template <int Bits> SECATEUR_INLINE void next() { words = _mm512_srli_epi32(words, Bits); }
 };
 
+SECATEUR_INLINE I<16> dot(I<16> sums, U<16> a, U<16> b) {
+#if defined(__AVX512VNNI__)
+    return (I<16>)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#else
+    // Even and odd bytes, in words of 16 bits: the instruction that multiplies bytes saturates.
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512((__m512i)a, _mm512_set1_epi16(0xff)),
+                                           _mm512_srai_epi16(_mm512_slli_epi16((__m512i)b, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)a, 8), _mm512_srai_epi16((__m512i)b, 8));
+    return sums + (I<16>)even + (I<16>)odd;
+#endif
+}
+
+SECATEUR_INLINE void to_bytes(uint8_t* p, F<16> v, int32_t zero) {
+    const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)v), _mm512_set1_epi32(zero));
+    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512()));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
 }  // namespace secateur::SECATEUR_ISA

@@ -29,4 +29,17 @@ struct Places {
     }
 };
 
+SECATEUR_INLINE I<4> dot(I<4> sums, U<4> a, U<4> b) {
+    for (int byte = 0; byte < 4; ++byte)
+        sums += (I<4>)((a >> (8 * byte)) & 0xff) * ((I<4>)(b << (24 - 8 * byte)) >> 24);
+    return sums;
+}
+
+inline void to_bytes(uint8_t* p, F<4> v, int32_t zero) {
+    for (int i = 0; i < 4; ++i) {
+        const int32_t whole = int32_t(__builtin_lrintf(v[i])) + zero;
+        p[i] = uint8_t(whole < 0 ? 0 : whole > 255 ? 255 : whole);
+    }
+}
+
 }  // namespace secateur::SECATEUR_ISA

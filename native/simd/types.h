@@ -29,20 +29,29 @@ template <int W> struct Types;
 template <> struct Types<4> {
     typedef float f __attribute__((vector_size(16)));
     typedef uint32_t u __attribute__((vector_size(16)));
+    typedef int32_t i __attribute__((vector_size(16)));
 };
 template <> struct Types<8> {
     typedef float f __attribute__((vector_size(32)));
     typedef uint32_t u __attribute__((vector_size(32)));
+    typedef int32_t i __attribute__((vector_size(32)));
 };
 template <> struct Types<16> {
     typedef float f __attribute__((vector_size(64)));
     typedef uint32_t u __attribute__((vector_size(64)));
+    typedef int32_t i __attribute__((vector_size(64)));
 };
 template <int W> using F = typename Types<W>::f;
 template <int W> using U = typename Types<W>::u;
+template <int W> using I = typename Types<W>::i;
 
 template <int W> inline F<W> load(const float* p) {
     F<W> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+template <int W> inline U<W> load_words(const void* p) {
+    U<W> v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }

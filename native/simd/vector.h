@@ -8,6 +8,9 @@
 //   load_values, spread  specialised where the machine is better at it than simd/types.h
 //   gather4           four floats at four places, 8 or 16 bits each
 //   GroupInputs, load_group<Bits>(x)  the group of inputs that places of 2 or 4 bits choose from; reads 4 or 16 floats
+//   dot(sums, a, b)   adds the products of four unsigned bytes of a and four signed bytes of b to each of kWidth sums,
+//                     exactly: no product saturates
+//   to_bytes(p, v, zero)  writes kWidth floats as bytes: rounded to the nearest whole number, ties to even, plus zero
 //   Places            kWidth words of places: read(words), take<Bits>(group), which gives each lane the input at the
 //                     lowest place of its word, and next<Bits>(), which goes to the next place
 #pragma once
@@ -23,6 +26,7 @@ namespace secateur::SECATEUR_ISA {
 
 using V = F<kWidth>;
 using Words = U<kWidth>;
+using Whole = I<kWidth>;
 
 // All comparisons are such that a NaN passes through.
 SECATEUR_INLINE V magnitude(V v) { return (V)((Words)v & 0x7fffffffu); }

@@ -37,8 +37,8 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
     """
     best: type[Format] | None = None
     smallest = mask.numel() * value_dtype.itemsize
-    # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask, the first, takes
-    # any mask. The others say more about where the zeros are, which kernels can use.
+    # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask takes any mask. The
+    # formats after it say more about where the zeros are, which kernels can use.
     for format_type in reversed(FORMATS.values()):
         size = format_type.predicted_nbytes(mask, pattern, value_dtype)
         if size is not None and size < smallest:
@@ -102,7 +102,7 @@ def smallest(
 
 
 def made_for(pattern: SparsityPattern) -> type[Format]:
-    """Return the format that is made for a pattern: the last that holds it, because Bitmask, the first, holds any."""
+    """Return the format that is made for a pattern: the last that holds it, because Bitmask holds any."""
     return next(format_type for format_type in reversed(FORMATS.values()) if format_type.holds(pattern))
 
 

@@ -26,9 +26,10 @@ class Format(ABC):
     infinities included, unless ``value_dtype`` asks for fewer bits. With int8, a weight is ``code * scale``, with one
     float32 scale for each output row, ``max |w| / 127``. :meth:`error` returns the error of the rounding.
 
-    The five formats are :class:`Bitmask`, :class:`NMPacked`, :class:`BlockPacked`, :class:`RowPacked` and
-    :class:`ColumnPacked`. :func:`~secateur.formats.choose` returns the smallest for a pattern. Make one with
-    :meth:`from_dense` or, from tensors that are not trusted, with :meth:`from_tensors`. The constructor checks nothing.
+    The formats are :class:`Bitmask`, :class:`NMPacked`, :class:`BlockPacked`, :class:`RowPacked` and
+    :class:`ColumnPacked`, and :class:`DensePacked` for weights without zeros. :func:`~secateur.formats.choose` returns
+    the smallest for a pattern. Make one with :meth:`from_dense` or, from tensors that are not trusted, with
+    :meth:`from_tensors`. The constructor checks nothing.
 
     Args:
         shape: ``(out, in)`` of the dense weight.

@@ -15,10 +15,12 @@ from secateur.kernels._backends import Backend as Backend
 from secateur.kernels._backends import available as available
 from secateur.kernels._backends import can_run as can_run
 from secateur.kernels._backends import current_isa as current_isa
+from secateur.kernels._backends import explain_route as explain_route
 from secateur.kernels._backends import isas as isas
 from secateur.kernels._backends import prepare as prepare
 from secateur.kernels._backends import use as use
 from secateur.kernels._blob import to_bytes as to_bytes
+from secateur.kernels._dense import multiplies_bfloat16 as multiplies_bfloat16
 from secateur.kernels._dispatch import is_intercepted as is_intercepted
 from secateur.kernels._keep_memory import keep_memory as keep_memory
 from secateur.kernels._layout import Layout as Layout
@@ -40,6 +42,7 @@ from secateur.kernels._plan import RoutePlan as RoutePlan
 from secateur.kernels._plan import candidates as candidates
 from secateur.kernels._plan import default_plan as default_plan
 from secateur.kernels._plan import usable_plan as usable_plan
+from secateur.kernels._route import PRECISIONS as PRECISIONS
 from secateur.kernels._route import Route as Route
 from secateur.kernels._table import *  # noqa: F403  the layouts and routes themselves
 

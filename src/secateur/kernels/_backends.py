@@ -20,7 +20,7 @@ from secateur._errors import KernelError
 from secateur.formats import Format
 from secateur.kernels import _native_backend
 from secateur.kernels._compact import CompactRoute
-from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute, multiplies_bfloat16
 from secateur.kernels._layout import Layout
 from secateur.kernels._load import load
 from secateur.kernels._prepared import Prepared, StoredWeight
@@ -99,14 +99,17 @@ class _OneDNN(Backend):
     def supports(
         self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
     ) -> str | None:
-        if not isinstance(route, PrepackedRoute):
-            return "it runs only the route prepacked"
+        if not isinstance(route, _OF_ONEDNN):
+            return "it runs only the routes prepacked and prepacked-bfloat16"
         if device.type != "cpu":
             return f"x is on {device}; it runs on the CPU"
+        if isinstance(route, PrepackedBfloat16Route) and not multiplies_bfloat16(device):
+            return "this processor has no instructions for bfloat16 (AVX512_BF16 or AMX), so that it would be slow"
         return None if self.state() == "ok" else self.state()
 
     def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
-        return _Prepacked(weight.to_dense())
+        reduced = isinstance(route, PrepackedBfloat16Route)
+        return _Prepacked(weight.to_dense(), torch.bfloat16 if reduced else torch.float32)
 
 
 class _Reference(Backend):
@@ -118,7 +121,7 @@ class _Reference(Backend):
     def supports(
         self, packed: Format | Layout, route: Route | None, device: torch.device, dtype: torch.dtype
     ) -> str | None:
-        return "only onednn runs the route prepacked" if isinstance(route, PrepackedRoute) else None
+        return f"only onednn runs the route {route}" if isinstance(route, _OF_ONEDNN) else None
 
     def prepare(self, weight: StoredWeight | Layout, route: Route | None, dtype: torch.dtype) -> Prepared:
         if isinstance(route, DenseRoute):
@@ -128,6 +131,7 @@ class _Reference(Backend):
         return _ExpandedAtEachCall(*_laid_out(weight, route))
 
 
+_OF_ONEDNN = (PrepackedRoute, PrepackedBfloat16Route)
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (_Native(), _OneDNN(), _Reference())
 _CHOICES = ("native", "reference")  # the ones that run the same routes, so that either can be asked for
@@ -275,8 +279,10 @@ class _ExpandedAtEachCall(Prepared):
         self._layout, self._out, self.nbytes = layout, out, nbytes
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self._layout.to_dense()[: self._out].to(x.device)
-        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        if self._out == self._layout.shape[0]:
+            return self._layout.multiply(x, bias).to(x.dtype)
+        y = self._layout.multiply(x, None)[:, : self._out].to(x.dtype)  # rows of zeros at the end have no bias
+        return y if bias is None else y + bias.to(x.dtype)
 
 
 class _Dense(Prepared):
@@ -291,15 +297,18 @@ class _Dense(Prepared):
 
 
 class _Prepacked(Prepared):
-    """In oneDNN's own order, always in float32: few CPUs have fast arithmetic for 16-bit floats."""
+    """In oneDNN's own order, with products of numbers of a dtype."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous(), None)
-        self.nbytes = 4 * weight.numel()
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
+        self._dtype = dtype
+        self.nbytes = dtype.itemsize * weight.numel()
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.float()
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.float().contiguous(), self._weight, bias, "none", [], "")
+        bias = None if bias is None else bias.to(self._dtype)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(self._dtype).contiguous(), self._weight, bias, "none", [], ""
+        )
         return y.to(x.dtype)
 
 
@@ -327,7 +336,7 @@ def isas() -> list[str]:
 
     Example:
         >>> from secateur import kernels
-        >>> set(kernels.isas()) <= {"avx512", "avx2", "generic"}
+        >>> set(kernels.isas()) <= {"avx512_vbmi2", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "generic"}
         True
     """
     return _native_backend.isas()

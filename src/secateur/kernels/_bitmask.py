@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur._types import Mask, Weight
-from secateur.formats import ColumnPacked, Format, RowPacked
+from secateur.formats import ColumnPacked, DensePacked, Format, RowPacked
 from secateur.kernels._layout import SPARE, Layout, as_bits, in_large_pages, offsets_of, padded, prepare, shape_of
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import SparsityPattern
@@ -55,7 +55,7 @@ class BitmaskRoute(LayoutRoute):
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
         """One, for weights whose zeros may be anywhere."""
-        return [] if isinstance(packed, RowPacked | ColumnPacked) else [cls()]
+        return [] if isinstance(packed, RowPacked | ColumnPacked | DensePacked) else [cls()]
 
     def why_not(self, packed: Format) -> str | None:
         """Any weight fits."""

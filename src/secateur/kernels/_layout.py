@@ -47,6 +47,10 @@ class Layout(ABC):
     def to_dense(self) -> Weight:
         """Return the weight, float32 ``[out, in]``, zero where nothing is stored."""
 
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x Wᵀ + b for x ``[rows, in]``, float32, by PyTorch alone. The weight is made dense at each call."""
+        return nn.functional.linear(x.float(), self.to_dense().to(x.device), None if bias is None else bias.float())
+
     @abstractmethod
     def arguments(self) -> tuple[int, ...]:
         """Return the arguments of this kernel in the native module, beyond those that every kernel takes."""

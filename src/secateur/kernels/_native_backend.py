@@ -47,10 +47,10 @@ def default_isa() -> str:
 
 @cache
 def _weight_class(kernel: str) -> Any:
-    """The native class for weights of a layout, such as ``Panels`` for the kernel "panels"."""
+    """The native class for weights of a layout, such as ``Int8Panels`` for the kernel "int8_panels"."""
     native = load()
     assert not isinstance(native, str)
-    return getattr(native, kernel.capitalize())
+    return getattr(native, "".join(map(str.capitalize, kernel.split("_"))))
 
 
 class Bound:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur._errors import KernelError
 from secateur._types import Mask, Weight
-from secateur.formats import ColumnPacked, Format, RowPacked
+from secateur.formats import ColumnPacked, DensePacked, Format, RowPacked
 from secateur.kernels._layout import SPARE, Layout, in_large_pages, offsets_of, padded, prepare, shape_of
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import SparsityPattern
@@ -124,7 +124,7 @@ class PanelRoute(LayoutRoute):
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
         """A few sizes, for weights whose zeros may be anywhere, and one section for all columns at high sparsity."""
-        if isinstance(packed, RowPacked | ColumnPacked):
+        if isinstance(packed, RowPacked | ColumnPacked | DensePacked):
             return []
         columns = packed.shape[1]
         whole = density <= _SPARSE and columns <= PanelLayout.WIDEST

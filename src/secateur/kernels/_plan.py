@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+import torch
+
 from secateur._errors import KernelError
-from secateur.formats import BlockPacked, ColumnPacked, Format, NMPacked, RowPacked, stored_share
-from secateur.kernels._backends import has_kernels
+from secateur.formats import BlockPacked, ColumnPacked, DensePacked, Format, NMPacked, RowPacked, stored_share
+from secateur.kernels._backends import explain_route, has_kernels
 from secateur.kernels._bitmask import BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
 from secateur.kernels._dense import DenseRoute
 from secateur.kernels._groups import GroupRoute
 from secateur.kernels._panels import PanelRoute
-from secateur.kernels._route import Route
+from secateur.kernels._route import PRECISIONS, Route
 from secateur.kernels._table import ROUTES, read_route
 from secateur.kernels._tiles import TileRoute
 from secateur.patterns import NM, Block, SparsityPattern
@@ -60,6 +62,11 @@ class RoutePlan:
             if rows <= limit:
                 return route
         return self.routes[-1]
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic of the least exact of its routes: "exact", "bfloat16" or "int8"."""
+        return max((route.precision for route in self.routes), key=PRECISIONS.index)
 
     def __str__(self) -> str:
         limited = (f"{route}@{limit}" for route, limit in zip(self.routes, self.limits, strict=False))
@@ -127,32 +134,46 @@ def _not_a_plan(text: str) -> KernelError:
     )
 
 
-def candidates(packed: Format, patterns: Sequence[SparsityPattern] = ()) -> list[Route]:
+def candidates(
+    packed: Format, patterns: Sequence[SparsityPattern] = (), precision: str | Collection[str] = "exact"
+) -> list[Route]:
     """Return the routes that are worth measuring for a weight, those of dense arithmetic last.
 
     Args:
         packed: the weight.
         patterns: further patterns that its zeros satisfy, besides the one of the format.
+        precision: the arithmetic that is allowed: "exact", "bfloat16" or "int8", or several of them.
     """
+    allowed = (precision,) if isinstance(precision, str) else precision
     density, known = stored_share(packed), tuple(dict.fromkeys((packed.pattern, *patterns)))
     native = has_kernels() and bool(packed.shape[0] and packed.shape[1])
     return [
         route
         for route_type in ROUTES
+        if route_type.precision in allowed
         for route in route_type.candidates(packed, known, density)
         if native or not route.needs_kernels
     ]
 
 
-def default_plan(packed: Format) -> RoutePlan:
-    """Return a plan for a weight that was not measured: by its format, and without native kernels dense."""
+def default_plan(packed: Format, precision: str = "exact") -> RoutePlan:
+    """Return a plan for a weight that was not measured: by its format, and without native kernels dense.
+
+    Args:
+        packed: the weight.
+        precision: the arithmetic of the plan. Where no route of it runs on this machine, the plan is exact.
+    """
     rows, columns = packed.shape
+    if precision != "exact":
+        for route in candidates(packed, (), precision):
+            if _runs_here(packed, route):
+                return RoutePlan((route,))
     match packed, packed.pattern:
         case RowPacked(), _:
             return RoutePlan((RowRoute(),))
         case ColumnPacked(), _:
             return RoutePlan((ColumnRoute(),))
-        case _ if not has_kernels():
+        case _ if isinstance(packed, DensePacked) or not has_kernels():
             return RoutePlan((DenseRoute(),))
         case NMPacked(), NM(n, m) if n and columns % m == 0:
             return RoutePlan((GroupRoute(n, m),))
@@ -162,15 +183,29 @@ def default_plan(packed: Format) -> RoutePlan:
     return RoutePlan((BitmaskRoute(), PanelRoute()), (2,))
 
 
-def usable_plan(packed: Format, text: str) -> RoutePlan:
-    """Return the plan that a file has for a weight, if all its routes can run the weight, else the default plan.
+def usable_plan(packed: Format, text: str, same_machine: bool = True) -> RoutePlan:
+    """Return the plan that a file has for a weight, if all its routes can run the weight, else a plan by default.
 
     A plan is not needed to read a weight. So a plan of an unknown version, or one for kernels of another machine, is
-    not an error: only the result of a measurement is lost.
+    not an error: only the result of a measurement is lost. The plan by default has the arithmetic of the one in the
+    file, where this machine can.
+
+    Args:
+        packed: the weight.
+        text: of the plan.
+        same_machine: whether the plan was measured on a machine like this one.
     """
     try:
         plan = RoutePlan.parse(text)
     except KernelError:
         return default_plan(packed)
-    runs = all(route.why_not(packed) is None and (has_kernels() or not route.needs_kernels) for route in plan.routes)
-    return plan if runs else default_plan(packed)
+    runs = all(route.why_not(packed) is None and _runs_here(packed, route) for route in plan.routes)
+    return plan if same_machine and runs else default_plan(packed, plan.precision)
+
+
+def _runs_here(packed: Format, route: Route) -> bool:
+    """Whether this machine runs a route of a weight fast, wherever the weight is now."""
+    if route.needs_kernels:
+        return has_kernels()
+    cpu = torch.device("cpu")
+    return any(reason is None for _, reason in explain_route(packed, route, cpu, torch.float32))

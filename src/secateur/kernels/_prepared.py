@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur._types import Mask, Weight
 from secateur.formats import VALUE_TYPES, Bitmask, Format
+from secateur.kernels._int8 import Int8Route
 from secateur.kernels._layout import Layout
 from secateur.kernels._route import LayoutRoute
 
@@ -59,6 +60,8 @@ class StoredWeight:
 
     def lay_out(self, route: LayoutRoute) -> tuple[Layout, int]:
         """Return the layout for a route, and how many of its bytes are the owner's memory."""
+        if isinstance(route, Int8Route):
+            return _sharing(self._lay_out_codes(route), self.owner)
         dtype = self.values.dtype
         values = self.values.to(VALUE_TYPES[dtype].carrier or dtype)
         # Formats also store zeros, to fill a group or a tile. They need not be multiplied. But a layout that shares the
@@ -69,6 +72,13 @@ class StoredWeight:
             scale = torch.nn.functional.pad(self.scales.cpu(), (0, layout.shape[0] - len(self.scales)))
             layout = layout.with_codes(dtype, scale)
         return _sharing(layout, self.owner)
+
+    def _lay_out_codes(self, route: Int8Route) -> Layout:
+        """The layout for a route in 8 bits: of the stored codes, or of values that are rounded for it."""
+        mask = self.mask if self.mask is not None and route.stores_zeros else self.values != 0
+        if self.scales is None:
+            return route.lay_out(self.values.float().cpu(), mask.cpu())
+        return route.lay_out_codes(self.values.cpu(), self.scales.cpu(), mask.cpu())
 
 
 def _sharing(layout: Layout, values: Tensor) -> tuple[Layout, int]:

@@ -15,6 +15,9 @@ from secateur.formats import Format
 from secateur.kernels._layout import Layout
 from secateur.patterns import SparsityPattern
 
+# The arithmetic that routes may have, the most exact first.
+PRECISIONS = ("exact", "bfloat16", "int8")
+
 
 class Route(ABC):
     """How a packed weight is run: a frozen dataclass that can be compared, hashed and printed.
@@ -23,6 +26,7 @@ class Route(ABC):
     """
 
     name: ClassVar[str]
+    precision: ClassVar[str] = "exact"  # its arithmetic: "exact", "bfloat16" or "int8"
 
     @abstractmethod
     def __str__(self) -> str:

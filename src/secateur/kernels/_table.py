@@ -2,8 +2,9 @@
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
 from secateur.kernels._compact import ColumnRoute, RowRoute
-from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
+from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
 from secateur.kernels._tiles import TileLayout, TileRoute
@@ -15,8 +16,11 @@ __all__ = [
     "DenseRoute",
     "GroupLayout",
     "GroupRoute",
+    "Int8PanelLayout",
+    "Int8PanelRoute",
     "PanelLayout",
     "PanelRoute",
+    "PrepackedBfloat16Route",
     "PrepackedRoute",
     "RowRoute",
     "TileLayout",
@@ -31,6 +35,8 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int8PanelRoute,
+    PrepackedBfloat16Route,
     PrepackedRoute,
     DenseRoute,
 )

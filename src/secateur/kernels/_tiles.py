@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur._errors import KernelError
 from secateur._types import Mask, Weight
-from secateur.formats import Format
+from secateur.formats import DensePacked, Format
 from secateur.kernels._layout import SPARE, Layout, in_large_pages, offsets_of, prepare, shape_of
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import Block, SparsityPattern
@@ -84,6 +84,10 @@ class TileLayout(Layout):
         return self.tile_columns.data_ptr(), self.first_tiles.data_ptr(), self.height, self.width
 
 
+_STRIP = 16  # rows: a higher tile is cut into strips of this height
+_WIDEST = 9999  # columns that the text of a route can name
+
+
 @dataclass(frozen=True)
 class TileRoute(LayoutRoute):
     """Run :class:`TileLayout`.
@@ -101,8 +105,10 @@ class TileRoute(LayoutRoute):
 
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
-        """One for each block pattern that the zeros satisfy and that divides the weight."""
+        """One for each block pattern that the zeros satisfy and that divides the weight; without zeros, whole rows."""
         rows, columns = packed.shape
+        if isinstance(packed, DensePacked):  # which reads values of fewer bits in the place of float32
+            return [cls(_STRIP, columns)] if rows % _STRIP == 0 and 0 < columns <= _WIDEST else []
         return [
             cls(pattern.height, pattern.width)
             for pattern in patterns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,12 +179,14 @@ def packed_stacks(model: nn.Module) -> dict[str, PackedStack]:
     return {name: module for name, module in found if isinstance(module, PackedStack)}
 
 
-def put_in_place_(model: nn.Module, swaps: list[tuple[nn.Parameter | PackedStack, nn.Parameter | PackedStack]]) -> None:
-    """Replace parameters of a model by stacks, or stacks by parameters, at every place where the model has them.
+def put_in_place_(model: nn.Module, swaps: Sequence[tuple[nn.Parameter | nn.Module, nn.Parameter | nn.Module]]) -> None:
+    """Replace parameters and modules of a model at every place where the model has them.
+
+    A parameter may be replaced by a module, such as a stack, and a module by a parameter.
 
     Args:
         model: changed in place.
-        swaps: pairs of an old parameter or stack and its replacement.
+        swaps: pairs of an old parameter or module and its replacement.
     """
     new: dict[int, Any] = {id(old): replacement for old, replacement in swaps}
     for module in list(model.modules()):

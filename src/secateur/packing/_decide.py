@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
@@ -36,7 +36,9 @@ class Decision:
     nbytes: int
 
 
-def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
+def decide(
+    measured: Measurement, dense_bytes: int, memory: float, precisions: Collection[str] = ("exact",)
+) -> Decision:
     """Choose the routes that are fastest over all batches.
 
     Each route of a plan keeps its own layout of the weight. So all routes of the plan must fit into memory together.
@@ -46,10 +48,14 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
         measured: from :func:`~secateur.packing.measure`.
         dense_bytes: bytes of the dense weight.
         memory: limit for the bytes of all routes of a plan together, as a multiple of ``dense_bytes``.
+        precisions: the arithmetic that routes may have.
     """
     gains = _gains(measured)
-    found = _best(measured, gains, dense_bytes, memory)
+    found = _best(measured, gains, dense_bytes, memory, precisions)
     if found is None:
+        if not any(route.precision in precisions for route in measured.nbytes if route != DENSE):
+            names = " or ".join(precisions)
+            return Decision(None, f"no route of {names} arithmetic runs its weight on this machine", (), 0)
         return Decision(None, f"no route fits into {memory:g} times the bytes of the dense weight", (), 0)
     nbytes, taken = found
     choices = tuple(
@@ -69,13 +75,15 @@ def decide(measured: Measurement, dense_bytes: int, memory: float) -> Decision:
     return Decision(None if reason else RoutePlan.of(list(taken.items())), reason, choices, 0 if reason else nbytes)
 
 
-def fastest_plan(measured: Measurement, dense_bytes: int, memory: float) -> RoutePlan | None:
+def fastest_plan(
+    measured: Measurement, dense_bytes: int, memory: float, precisions: Collection[str] = ("exact",)
+) -> RoutePlan | None:
     """Return the plan that :func:`decide` would choose, even if the dense layer is faster; None if no route fits.
 
     Args:
-        measured, dense_bytes, memory: as for :func:`decide`.
+        measured, dense_bytes, memory, precisions: as for :func:`decide`.
     """
-    found = _best(measured, _gains(measured), dense_bytes, memory)
+    found = _best(measured, _gains(measured), dense_bytes, memory, precisions)
     return None if found is None else RoutePlan.of(list(found[1].items()))
 
 
@@ -86,10 +94,13 @@ def _gains(measured: Measurement) -> Gains:
     return {batch: {route: ratios(times, DENSE, route) for route in times} for batch, times in measured.seconds.items()}
 
 
-def _best(measured: Measurement, gains: Gains, dense_bytes: int, memory: float) -> tuple[int, dict[int, Route]] | None:
+def _best(
+    measured: Measurement, gains: Gains, dense_bytes: int, memory: float, precisions: Collection[str]
+) -> tuple[int, dict[int, Route]] | None:
     """The bytes of the best plan, and its route for each batch; None if no route fits into memory."""
     rows = sorted(measured.seconds)
-    routes = [route for route in measured.nbytes if all(route in gains[batch] for batch in rows)]
+    routes = [route for route in measured.nbytes if route.precision in precisions]
+    routes = [route for route in routes if all(route in gains[batch] for batch in rows)]
     routes = [route for route in routes if measured.nbytes[route] <= memory * dense_bytes]
     plans: list[tuple[float, int, dict[int, Route]]] = []  # score, bytes, and route by batch
     for count in range(1, min(len(routes), len(rows)) + 1):

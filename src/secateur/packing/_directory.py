@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from secateur._errors import FormatError
+from secateur._errors import FormatError, RecipeError
+from secateur.calibration import batched, read_text
 from secateur.files import (
     INDEX,
     SINGLE,
+    ModelDirectory,
     check_file,
     check_output,
     copy_all_but_weights,
@@ -20,7 +23,7 @@ from secateur.files import (
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES
-from secateur.huggingface import Progress, load_model, open_model
+from secateur.huggingface import CalibrationText, Progress, TextReader, load_model, open_model
 from secateur.packing._measure import cache_at
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
@@ -30,6 +33,7 @@ from secateur.shapes import save_shrunk
 from secateur.shrinking import pruned_before, stages_in
 
 REPORT = "secateur.pack.json"
+_LONGEST = 128  # tokens of a window of text, unless more are asked for
 
 
 def pack_directory(
@@ -37,6 +41,7 @@ def pack_directory(
     output: str | Path,
     settings: PackSettings | None = None,
     *,
+    calibration: CalibrationText | None = None,
     cache: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda description, done, total: None,
@@ -48,8 +53,10 @@ def pack_directory(
     Args:
         source: model directory with safetensors weights.
         output: directory to write. It appears complete or not at all.
-        settings: how to pack; None for the defaults. Without a value dtype, values are stored in the dtype of the
-            checkpoint. Layers are measured in float32, in which CPUs are fast.
+        settings: how to pack; None for the defaults. Without a value dtype and a precision, values are stored in the
+            dtype of the checkpoint. Layers are measured in float32, in which CPUs are fast.
+        calibration: text to measure the errors of outputs on, which a tolerance needs. Its windows have up to 128
+            tokens, unless it asks for more.
         cache: a JSON file of measurements, to read and to add to.
         overwrite: replace an existing output directory.
         progress: called with a description, how much is done, and how much there is in total.
@@ -60,7 +67,8 @@ def pack_directory(
     Raises:
         FormatError: the source is not a model directory with safetensors files, or the output or the cache cannot be
             written.
-        RecipeError: no layer to pack, or a glob that matches nothing.
+        RecipeError: no layer to pack, a glob that matches nothing, or a tolerance without a text.
+        StatisticsError: the model does not take the text.
         ImportError: transformers is missing.
     """
     directory = open_model(source)
@@ -68,17 +76,27 @@ def pack_directory(
     if cache is not None:
         check_file(Path(cache), Path(output), inside=False)
         cache_at(cache)  # is it a cache?
+    settings = PackSettings() if settings is None else settings
+    if settings.tolerance is not None and calibration is None:
+        raise RecipeError(
+            f"tolerance={settings.tolerance:g} was given, but no text. The errors of layers are measured on inputs of "
+            "the model. Give some with --calibration TEXT_FILE, or a precision instead."
+        )
+    text = None if calibration is None else read_text(calibration.path)
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, "cpu", with_head=True)
     stored = directory.widest_dtype
-    settings = PackSettings() if settings is None else settings
-    if settings.value_dtype is None and stored in VALUE_DTYPES:
+    batches = None
+    if calibration is not None and text is not None:
+        batches = _windows(model, directory, text, calibration)
+    if settings.stored is None and settings.tolerance is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
     history = pruned_before(stages_in(directory.path), model)
     report = pack_(
         model,
         replace(settings, exclude=(*settings.exclude, *untrained)),
+        batches=batches,
         cache=cache,
         history=history,
         progress=progress,
@@ -90,6 +108,20 @@ def pack_directory(
         model, output, source=source, dtype=stored, overwrite=overwrite, history=history, absent=absent, extra=extra
     )
     return report
+
+
+def _windows(
+    model: nn.Module, directory: ModelDirectory, text: str, calibration: CalibrationText
+) -> list[dict[str, Tensor]]:
+    """Windows of a text, in batches as the model takes them."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
+            "Pack it in Python: secateur.pack_(model, batches=...), then secateur.save."
+        )
+    reader = TextReader(model, directory, calibration.sequence_length, _LONGEST)
+    windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+    return [{"input_ids": ids} for ids in batched(reader.tried(windows))]
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:

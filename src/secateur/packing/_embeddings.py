@@ -120,7 +120,7 @@ class EmbeddingJob:
 
 def rounds_embeddings(settings: PackSettings) -> bool:
     """Return whether embeddings are to be stored as rows of int8: where the model computes, or is stored, in 8 bits."""
-    return settings.precision == "int8" or (settings.precision != "exact" and settings.value_dtype == torch.int8)
+    return settings.precision == "int8" or (settings.precision == "bfloat16" and settings.value_dtype == torch.int8)
 
 
 def is_for_embeddings(include: Sequence[str], jobs: Sequence[EmbeddingJob]) -> bool:

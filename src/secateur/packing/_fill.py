@@ -162,7 +162,7 @@ def _new_layers(
         if bias is not None and held is not None:
             _check_one(f"{name}.bias", bias, held, path)
         made_bias = None if bias is None else _made(bias, dtype)
-        plan = usable_plan(packed, entry.plan) if same_machine else None
+        plan = usable_plan(packed, entry.plan, same_machine)
         made[name] = entry.packed_as.build(packed, made_bias, plan, dtype or entry.dtype)
         if name in contents.weights and (first := made.get(contents.weights[name])) is not None:
             linear_of(made[name]).share_(linear_of(first))

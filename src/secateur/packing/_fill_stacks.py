@@ -41,7 +41,7 @@ def new_stacks(
         for part in stack.parts:
             where = f"{name}.{part}"
             entry, packed = contents.entries[where], contents.layers[contents.weights.get(where, where)]
-            plan = usable_plan(packed, entry.plan) if same_machine else None
+            plan = usable_plan(packed, entry.plan, same_machine)
             parts[part] = layers[where] = PackedLinear(packed, None, plan, dtype or entry.dtype)
             if (first := layers.get(contents.weights.get(where, ""))) is not None:
                 parts[part].share_(first)

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from secateur._errors import RecipeError, SparsityError
 from secateur._types import Weight, dtype_name
-from secateur.formats import Format, pack, stored_share
+from secateur.formats import Format, stored_share
 from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Observed, Reading, Replaceability, select_layers
 from secateur.nn import Packed, PackedAs, PackedEmbedding, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
-from secateur.packing._history import patterns_of
 from secateur.packing._measure import Measurement, key_of, measure
 from secateur.packing._recurrent import RecurrentJob, find_recurrent, packed_recurrent_jobs
 from secateur.packing._settings import PackSettings
 from secateur.packing._stacks import StackJob, find_stacks, packed_stack_jobs
+from secateur.packing._weights import NO_ZEROS, pack_weight, packed_again, precisions_of
 from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
@@ -32,7 +32,7 @@ PIXELS = (49, 196, 784, 3136)
 
 @dataclass(frozen=True)
 class Job:
-    """One weight with zeros, dense and packed.
+    """One weight, dense and packed.
 
     Args:
         name: name of the first module.
@@ -43,6 +43,7 @@ class Job:
         patterns: the patterns that its zeros satisfy.
         tied_to: names of the other modules.
         pattern_was_found: whether the pattern was found from the zeros, and not taken from the history.
+        precisions: the arithmetic that it may have.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Job:
     patterns: tuple[SparsityPattern, ...]
     tied_to: tuple[str, ...] = ()
     pattern_was_found: bool = False
+    precisions: tuple[str, ...] = ("exact",)
 
     @property
     def title(self) -> str:
@@ -72,17 +74,26 @@ class Job:
         timer: Timer,
     ) -> Decision:
         """Return how the layer should run, by a known measurement of a layer that runs alike, or else a new one."""
+        measured = self.measured(settings, cold, known, timer)
+        return decide(measured, self.dense_bytes, settings.memory, self.precisions)
+
+    def measured(
+        self,
+        settings: PackSettings,
+        cold: bool,
+        known: MeasurementCache[Measurement],
+        timer: Timer,
+    ) -> Measurement:
+        """Return the times of the routes that may run the layer: those of a layer that runs alike, or else new ones."""
         rows = PIXELS if isinstance(self.dense, nn.Conv1d | nn.Conv2d) else settings.batch_sizes
-        key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold)
+        key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold, self.precisions)
         measured = known.get(key)
         if measured is None:
             inputs = [(n, self._input(n)) for n in rows]
             patterns = (*self.patterns, self.packed.pattern)
-            measured = measure(
-                self.dense, lambda plan: self._build(self.dense, plan), self.packed, inputs, patterns, cold, timer
-            )
+            measured = measure(self.dense, self.built, self.packed, inputs, patterns, cold, timer, self.precisions)
             known.put(key, measured, lasting=not measured.noisy)
-        return decide(measured, self.dense_bytes, settings.memory)
+        return measured
 
     def _input(self, rows: int) -> Tensor:
         x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
@@ -99,6 +110,10 @@ class Job:
             .contiguous()
         )
 
+    def built(self, plan: RoutePlan) -> Packed:
+        """Return the packed layer with a plan, which is not put into the model."""
+        return self._build(self.dense, plan)
+
     def _build(self, dense: nn.Module, plan: RoutePlan, like: PackedMatrix | None = None) -> Packed:
         packed_as = PackedAs.of(dense)
         assert packed_as is not None
@@ -107,7 +122,13 @@ class Job:
             linear_of(made).share_(like)
         return made.train(dense.training)
 
-    def packed_modules(self, plan: RoutePlan) -> list[tuple[nn.Module, nn.Module]]:
+    def pairs(self, decision: Decision) -> list[tuple[nn.Module, nn.Module]]:
+        """Return what has to be replaced in the model, and by what, so that the layer runs as was decided."""
+        if decision.plan is not None:
+            return self._packed_modules(decision.plan)
+        return [(module, self.dense) for module in self.modules if isinstance(module, Packed)]
+
+    def _packed_modules(self, plan: RoutePlan) -> list[tuple[nn.Module, nn.Module]]:
         """Return each module with its replacement.
 
         Modules that share the weight get layers that share its tensors. If they also share the bias, they get the same
@@ -119,7 +140,9 @@ class Job:
         for module in self.modules:
             was_packed = isinstance(module, Packed)
             inside = linear_of(module) if was_packed else module  # type: ignore[arg-type]
-            if was_packed and inside.values is self.packed.values:
+            same = was_packed and inside.values is self.packed.values
+            # A layer that changes its arithmetic is a new one, so that the model can be compared with what it was.
+            if same and inside.plan.precision == plan.precision:  # type: ignore[union-attr]
                 inside.plan = plan  # type: ignore[assignment]
                 continue
             key = id(inside.bias)
@@ -129,8 +152,13 @@ class Job:
             swaps.append((module, made[key]))
         return swaps
 
-    def report(self, decision: Decision) -> PackedLayer:
-        """Return the entry of the layer in the report."""
+    def report(self, decision: Decision, output_error: float | None = None) -> PackedLayer:
+        """Return the entry of the layer in the report.
+
+        Args:
+            decision: how it should run.
+            output_error: the relative error of its outputs, where it was measured.
+        """
         return PackedLayer(
             name=self.name,
             shape=self.packed.shape,
@@ -146,6 +174,8 @@ class Job:
             reason=decision.reason,
             choices=decision.choices,
             tied_to=self.tied_to,
+            precision="exact" if decision.plan is None else decision.plan.precision,
+            output_error=output_error,
         )
 
 
@@ -166,13 +196,14 @@ def find_jobs(
     Raises:
         RecipeError: no layer to pack, or a glob that matches nothing.
     """
-    include, exclude, dtype = settings.include, settings.exclude, settings.value_dtype
+    include, exclude = settings.include, settings.exclude
+    unseen = settings.without_tolerance  # of matrices that no module multiplies, so that their errors are not seen
     jobs: list[Job | StackJob | RecurrentJob] = []
     unread: list[SkippedLayer] = []
     if not include:
-        packed, unread = _packed_jobs(model, exclude, dtype)
-        stacks, more = packed_stack_jobs(model, exclude, dtype, _why_not_here)
-        modules, still_more = packed_recurrent_jobs(model, exclude, dtype, _why_not_here)
+        packed, unread = _packed_jobs(model, settings)
+        stacks, more = packed_stack_jobs(model, unseen, _why_not_here)
+        modules, still_more = packed_recurrent_jobs(model, unseen, _why_not_here)
         jobs += [*packed, *stacks, *modules]
         unread += [*more, *still_more]
     try:
@@ -186,8 +217,8 @@ def find_jobs(
     parts = [layer for layer in layers if layer.kind.name or layer.kind.parameter != "weight"]
     recurrent = [layer for layer in parts if isinstance(layer.modules[0], nn.RNNBase)]
     stacked = [layer for layer in parts if not isinstance(layer.modules[0], nn.RNNBase)]
-    new_stacks, unserved = find_stacks(stacked, known, dtype, lambda layer: _why_not_weight(layer.matrix()))
-    new_modules, more = find_recurrent(recurrent, known, dtype, replaceability)
+    new_stacks, unserved = find_stacks(stacked, known, unseen, lambda layer: _why_not_here(layer.matrix()))
+    new_modules, more = find_recurrent(recurrent, known, unseen, replaceability)
     jobs += [*new_stacks, *new_modules]
     skipped += [*unserved, *more]
     taken = set(map(id, parts))
@@ -198,7 +229,11 @@ def find_jobs(
         reason = _why_not(replaceability, layer, weight)
         if reason is None:
             try:
-                jobs.append(_job(layer, weight, dtype, known.get(layer.name)))
+                made = _job(layer, weight, settings, known.get(layer.name))
+                if made is None:
+                    reason = NO_ZEROS
+                else:
+                    jobs.append(made)
             except SparsityError as error:
                 reason = f"cannot be packed: {str(error).splitlines()[0]}"
         if reason is not None:
@@ -206,22 +241,23 @@ def find_jobs(
     return jobs, skipped
 
 
-def _job(layer: Layer, weight: Weight, dtype: torch.dtype | None, known: SparsityPattern | None) -> Job:
-    patterns, found = patterns_of(weight, known)
-    packed = pack(weight, dtype, patterns)
-    return Job(layer.name, layer.modules, layer.modules[0], weight, packed, patterns, layer.tied_to, found)
+def _job(layer: Layer, weight: Weight, settings: PackSettings, known: SparsityPattern | None) -> Job | None:
+    made = pack_weight(weight, known, settings)
+    if made is None:
+        return None
+    packed, patterns, found = made
+    dense, allowed = layer.modules[0], settings.precisions
+    return Job(layer.name, layer.modules, dense, weight, packed, patterns, layer.tied_to, found, allowed)
 
 
-def _packed_jobs(
-    model: nn.Module, exclude: tuple[str, ...], dtype: torch.dtype | None
-) -> tuple[list[Job], list[SkippedLayer]]:
+def _packed_jobs(model: nn.Module, settings: PackSettings) -> tuple[list[Job], list[SkippedLayer]]:
     """The layers that are already packed, which are measured again, and those that cannot be."""
     if isinstance(model, Packed):
         raise RecipeError("the model is a bare layer, which cannot be replaced in place. Put it into a module.")
     jobs: dict[int, Job] = {}
     skipped: dict[int, SkippedLayer] = {}
     for name, module in packed_layers(model).items():
-        if id(module) in jobs or id(module) in skipped or any(fnmatchcase(name, glob) for glob in exclude):
+        if id(module) in jobs or id(module) in skipped or any(fnmatchcase(name, glob) for glob in settings.exclude):
             continue
         inner = linear_of(module)
         reason = "its rows are int8 already" if isinstance(module, PackedEmbedding) else _why_not_here(inner.values)
@@ -230,8 +266,8 @@ def _packed_jobs(
             continue
         weight = inner.matrix()
         stored, patterns = inner.packed, (inner.pattern, *satisfied(weight == 0))
-        packed = stored if dtype in (None, stored.value_dtype) else pack(weight, dtype)
-        jobs[id(module)] = Job(name, (module,), module.to_dense(), weight, packed, patterns)
+        packed, precisions = packed_again(stored, weight, settings), precisions_of(inner.plan, stored, settings)
+        jobs[id(module)] = Job(name, (module,), module.to_dense(), weight, packed, patterns, precisions=precisions)
     return list(jobs.values()), list(skipped.values())
 
 
@@ -241,14 +277,7 @@ def _why_not(replaceability: Replaceability, layer: Layer, weight: Weight) -> st
         reason = replaceability.why_not(module) or why_no_counterpart(module)
         if reason is not None:
             return reason
-    return _why_not_weight(weight)
-
-
-def _why_not_weight(weight: Weight) -> str | None:
-    """The reason why a weight cannot be packed, whatever layer has it, or None."""
-    if (reason := _why_not_here(weight)) is not None:
-        return reason
-    return None if bool((weight == 0).any()) else "no zeros"
+    return _why_not_here(weight)
 
 
 def _why_not_here(weight: Tensor) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def measure(
     patterns: Sequence[SparsityPattern],
     cold: bool,
     timer: Timer,
+    precisions: Collection[str] = ("exact",),
 ) -> Measurement:
     """Measure every route in turn with the dense layer, on modules as they would run in the model.
 
@@ -117,9 +118,12 @@ def measure(
         patterns: the patterns that the zeros satisfy.
         cold: whether the layer will find its weight in memory and not in a cache, as in a model of many layers.
         timer: returns seconds since any fixed time.
+        precisions: the arithmetic that routes may have.
     """
     x = inputs[0][1]
-    routes = [r for r in kernels.candidates(packed, patterns) if r != DENSE and kernels.can_run(packed, r, x)]
+    routes = [
+        r for r in kernels.candidates(packed, patterns, precisions) if r != DENSE and kernels.can_run(packed, r, x)
+    ]
     modules: dict[Route, Any] = {DENSE: dense, **{route: packed_as(RoutePlan((route,))) for route in routes}}
     evicting = torch.zeros(_EVICTED // 4) if cold else None
     seconds: Seconds = {}
@@ -138,11 +142,13 @@ def key_of(
     layer_class: str,
     rows: Iterable[int],
     cold: bool,
+    precisions: Iterable[str] = ("exact",),
 ) -> str:
     """Return the key of a measurement, which is the same for all layers that run alike.
 
     The patterns that the zeros satisfy are part of it, because they decide which routes can run the layer.
     """
+    allowed = "+".join(precisions)
     parts = (
         layer_class,
         f"{packed.shape[0]}x{packed.shape[1]}",
@@ -154,5 +160,6 @@ def key_of(
         dtype_name(weight.dtype),
         ",".join(map(str, rows)),
         "cold" if cold else "warm",
+        *((allowed,) if allowed != "exact" else ()),  # version 0.1 knew no other
     )
     return " ".join(parts)

@@ -17,8 +17,6 @@ from secateur.calibration import Forward, call_model, load_batches, observe, qui
 from secateur.layers import Reading, check_model, swap_modules_
 from secateur.nn import (
     Packed,
-    PackedRecurrent,
-    PackedStack,
     linear_of,
     packed_layers,
     packed_recurrents,
@@ -26,14 +24,14 @@ from secateur.nn import (
     put_in_place_,
 )
 from secateur.packing._attention import as_dense, losing_attention
+from secateur.packing._changes import Given, find_changes
 from secateur.packing._embeddings import embedding_jobs, is_for_embeddings, pack_embeddings, rounds_embeddings
 from secateur.packing._history import History, patterns_in, readings_in
 from secateur.packing._jobs import find_jobs
 from secateur.packing._measure import cache_at, machine
-from secateur.packing._recurrent import RecurrentJob
 from secateur.packing._settings import PackSettings
-from secateur.packing._stacks import StackJob
-from secateur.reports import PackedLayer, PackReport
+from secateur.packing._untested import untested
+from secateur.reports import PackReport
 from secateur.zeros import weigh_skipped, weights_of
 
 _COLD = 32 << 20  # bytes of all weights; with more, no weight stays in a cache until the next call of its layer
@@ -46,10 +44,11 @@ def pack_(
     batches: Iterable[Any] | None = None,
     batch_sizes: Sequence[int] | None = None,
     value_dtype: torch.dtype | str | None = None,
-    precision: str | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
     memory: float | None = None,
+    precision: str | None = None,
+    tolerance: float | None = None,
     cache: str | Path | None = None,
     history: History = (),
     forward: Forward = call_model,
@@ -64,15 +63,19 @@ def pack_(
     heads, and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers
     that are already packed are measured again, and packed again if ``value_dtype`` differs.
 
-    A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits.
+    A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits, and products are
+    unless ``precision`` does. With a ``tolerance`` the fastest arithmetic is chosen for each layer that keeps the error
+    of its outputs within the tolerance; then layers are made exact again until the outputs of the whole model keep
+    within it, too.
 
     Args:
         model: any module on the CPU, except a bare layer.
         settings: all settings as one value, instead of the following ones.
         batches: inputs as for :func:`prune_`, to see which weights functions multiply. They are needed only for weights
             that are found in no other way: parameters of modules that are no known kind of layer, without a report in
-            ``history`` that has them.
-        batch_sizes, value_dtype, precision, include, exclude, memory: see :class:`PackSettings`.
+            ``history`` that has them. With a ``precision``, a ``tolerance`` or a ``value_dtype`` the report has the
+            errors of outputs on them.
+        batch_sizes, value_dtype, include, exclude, memory, precision, tolerance: see :class:`PackSettings`.
         cache: a JSON file of measurements, to read and to add to; None keeps them only while the process runs.
         history: reports of how the layers were pruned, whose patterns are used. The patterns of other layers are found
             from their zeros.
@@ -84,7 +87,8 @@ def pack_(
         A frozen report: for each layer its routes, ratios with their spread, bytes and error, or why it stays dense.
 
     Raises:
-        RecipeError: no layer to pack, a setting that is out of range, or a glob that matches nothing.
+        RecipeError: no layer to pack, a setting that is out of range, settings that exclude each other, a tolerance
+            without batches, or a glob that matches nothing.
         FormatError: the cache is not an autotune cache, or its contents are invalid.
         TypeError: a setting of another type.
 
@@ -102,15 +106,17 @@ def pack_(
     keywords = {
         "batch_sizes": batch_sizes,
         "value_dtype": value_dtype,
-        "precision": precision,
         "include": include,
         "exclude": exclude,
         "memory": memory,
+        "precision": precision,
+        "tolerance": tolerance,
     }
     made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
     check_model(model)
-    read = {**readings_in(history, model), **({} if batches is None else _read(model, batches, forward))}
+    loaded = None if batches is None else load_batches(batches, torch.device("cpu"))
+    read = {**readings_in(history, model), **({} if loaded is None else _read(model, loaded, forward))}
     embeddings, left = embedding_jobs(model, made.include, made.exclude) if rounds_embeddings(made) else ([], [])
     try:
         jobs, skipped = find_jobs(model, made, patterns_in(history), read)
@@ -119,42 +125,25 @@ def pack_(
             raise
         jobs, skipped = [], []
     cold = sum(job.dense_bytes for job in jobs) > _COLD
-    rows: list[PackedLayer] = []
-    swaps: list[tuple[nn.Module, nn.Module]] = []
-    in_place: list[tuple[nn.Parameter | PackedStack, nn.Parameter | PackedStack]] = []
-    for index, job in enumerate(jobs):
-        progress(f"packing {job.title}", index, len(jobs))
-        if isinstance(job, StackJob):
-            decisions = job.decide(made, cold, known, timer)
-            in_place += job.swaps(decisions)
-            rows.append(job.report(decisions))
-            continue
-        if isinstance(job, RecurrentJob):
-            decision, replacement = job.decide(made, cold, known, timer)
-            if replacement is not None or isinstance(job.module, PackedRecurrent):
-                swaps.append((job.module, replacement or job.dense))
-            rows.append(job.report(decision))
-            continue
-        decision = job.decide(made, cold, known, timer)
-        if decision.plan is not None:
-            swaps += job.packed_modules(decision.plan)
-        elif isinstance(job.modules[0], Packed):
-            swaps += [(module, job.dense) for module in job.modules]
-        rows.append(job.report(decision))
-    pairs = [*swaps, *in_place]
+    given = Given(loaded, forward)
+    changes, remarks = find_changes(model, jobs, given, made, cold, known, timer, progress)
+    rows = [change.row for change in changes]
+    pairs = [pair for change in changes for pair in change.pairs]
     losing = losing_attention(model, {id(old): new for old, new in pairs}, made.batch_sizes, timer)
     if losing:
-        swaps = [(old, new) for old, new in swaps if id(old) not in losing]
-        in_place = [(old, new) for old, new in in_place if id(old) not in losing]
+        pairs = [(old, new) for old, new in pairs if id(old) not in losing]
         reasons = {name: losing[id(part)] for name, part in _named_parts(model) if id(part) in losing}
         rows = [as_dense(row, reasons[row.name]) if row.name in reasons else row for row in rows]
-    tables = pack_embeddings(embeddings, left, {id(old): new for old, new in swaps}, skipped)
-    swaps, rows = [*swaps, *tables.swaps], [*rows, *tables.rows]
+    new = {id(old): each for old, each in pairs if isinstance(each, nn.Module)}
+    tables = pack_embeddings(embeddings, left, new, skipped)
+    pairs, rows = [*pairs, *tables.swaps], [*rows, *tables.rows]
     known.save()  # which may fail, and then the model is as it was
-    swap_modules_(model, swaps)
-    put_in_place_(model, in_place)
+    reduced = any(row.packed and (row.precision != "exact" or row.error > 0) for row in rows)
+    output_error = given.error(model, pairs) if reduced else None
+    put_in_place_(model, pairs)
     found = sum(job.pattern_was_found for job in jobs)
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
+    notes += [*remarks, *untested(jobs)]
     return PackReport(
         layers=tuple(rows),
         skipped=weigh_skipped(model, tables.skipped, {}),
@@ -163,6 +152,7 @@ def pack_(
         seconds=time.perf_counter() - began,
         notes=tuple(notes),
         whole=weights_of(model),
+        output_error=output_error,
     )
 
 
@@ -172,9 +162,8 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Paramet
     yield from model.named_parameters()
 
 
-def _read(model: nn.Module, batches: Iterable[Any], forward: Forward) -> Mapping[int, Reading]:
+def _read(model: nn.Module, loaded: list[Any], forward: Forward) -> Mapping[int, Reading]:
     """How functions multiply parameters, by their id."""
-    loaded = load_batches(batches, torch.device("cpu"))
     with quiet(model), torch.no_grad():
         return observe(model, loaded, forward).read
 

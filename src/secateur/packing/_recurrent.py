@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from secateur._errors import SparsityError
 from secateur._types import dtype_name
-from secateur.formats import Format, pack, stored_share
-from secateur.kernels import BitmaskRoute, Route, RoutePlan, default_plan
+from secateur.formats import Format, stored_share
+from secateur.kernels import PRECISIONS, BitmaskRoute, Route, RoutePlan, default_plan
 from secateur.layers import Layer, Replaceability
 from secateur.nn import PackedLinear, PackedRecurrent, PackedStack, packed_recurrents
 from secateur.packing._decide import Decision, decide, fastest_plan
-from secateur.packing._history import patterns_of
 from secateur.packing._measure import DENSE, Measurement, key_of, measure
 from secateur.packing._settings import PackSettings
+from secateur.packing._weights import NO_ZEROS, pack_weight, packed_again, precisions_of
 from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer, time_in_turn
@@ -55,6 +55,7 @@ class RecurrentJob:
         dense: the dense module.
         weights: those with zeros. Others stay dense.
         pattern_was_found: whether a pattern was found from the zeros, and not taken from the history.
+        precisions: the arithmetic that products with the weights may have.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RecurrentJob:
     dense: nn.RNNBase
     weights: tuple[RecurrentWeight, ...]
     pattern_was_found: bool = False
+    precisions: tuple[str, ...] = ("exact",)
 
     @property
     def title(self) -> str:
@@ -81,7 +83,14 @@ class RecurrentJob:
         First the fastest routes of each weight are found, for the rows of one step or of all. With these the module is
         measured on sequences, as many at a time as the batch sizes say, and compared with the dense one.
         """
-        plans = {weight.name: self._plan(weight, settings, cold, known, timer) for weight in self.weights}
+        plans = {}
+        for weight in self.weights:
+            plan = self._plan(weight, settings, cold, known, timer)
+            if plan is None:
+                names = " or ".join(self.precisions)
+                reason = f"no route of {names} arithmetic runs {weight.name} on this machine within the limit of memory"
+                return Decision(None, reason, (), 0), None
+            plans[weight.name] = plan
         packed = self._build(plans)
         first = self.weights[0]
         # The report names one route: that of the last weight, which reads states.
@@ -90,14 +99,16 @@ class RecurrentJob:
         share = sum(weight.packed.nbytes for weight in self.weights)
         key = (
             own
-            + key_of(first.weight, first.packed, first.patterns, f"{share}", settings.batch_sizes, cold)
+            + key_of(
+                first.weight, first.packed, first.patterns, f"{share}", settings.batch_sizes, cold, self.precisions
+            )
             + f" {plans}"
         )
         measured = known.get(key)
         if measured is None:
             measured = self._measure(packed, label, settings, timer)
             known.put(key, measured, lasting=not measured.noisy)
-        decision = decide(measured, self.dense_bytes, settings.memory)
+        decision = decide(measured, self.dense_bytes, settings.memory, PRECISIONS)  # of the label, whatever it names
         return decision, packed if decision.plan is not None else None
 
     def _plan(
@@ -107,12 +118,12 @@ class RecurrentJob:
         cold: bool,
         known: MeasurementCache[Measurement],
         timer: Timer,
-    ) -> RoutePlan:
+    ) -> RoutePlan | None:
         """The routes of one weight that are fastest within the limit of memory, whether they beat dense or not."""
         rows = settings.batch_sizes
         if "weight_ih" in weight.name:  # it is multiplied by the inputs of all steps
             rows = tuple(sorted({STEPS * n for n in rows}))
-        key = key_of(weight.weight, weight.packed, weight.patterns, "recurrent", rows, cold)
+        key = key_of(weight.weight, weight.packed, weight.patterns, "recurrent", rows, cold, self.precisions)
         measured = known.get(key)
         if measured is None:
             made = nn.Linear(weight.weight.shape[1], weight.weight.shape[0], bias=False, device="meta")
@@ -127,10 +138,11 @@ class RecurrentJob:
                 (*weight.patterns, weight.packed.pattern),
                 cold,
                 timer,
+                self.precisions,
             )
             known.put(key, measured, lasting=not measured.noisy)
-        found = fastest_plan(measured, weight.weight.nbytes, settings.memory)
-        return default_plan(weight.packed) if found is None else found
+        found = fastest_plan(measured, weight.weight.nbytes, settings.memory, self.precisions)
+        return default_plan(weight.packed) if found is None and "exact" in self.precisions else found
 
     def _build(self, plans: Mapping[str, RoutePlan]) -> PackedRecurrent:
         stacks = {
@@ -177,6 +189,7 @@ class RecurrentJob:
             reason=decision.reason,
             choices=decision.choices,
             matrices=len(formats),
+            precision="exact" if decision.plan is None else decision.plan.precision,
         )
 
 
@@ -187,7 +200,7 @@ def _caller(module: nn.Module, x: Tensor) -> Any:
 def find_recurrent(
     layers: Iterable[Layer],
     known: Mapping[str, SparsityPattern],
-    dtype: torch.dtype | None,
+    settings: PackSettings,
     replaceability: Replaceability,
 ) -> tuple[list[RecurrentJob], list[SkippedLayer]]:
     """Return the recurrent modules that can run packed, and those that cannot, with the reason.
@@ -195,7 +208,7 @@ def find_recurrent(
     Args:
         layers: the selected weights of recurrent modules.
         known: the patterns that layers were pruned to, by name.
-        dtype: of stored values; None for that of the weights.
+        settings: how to pack.
         replaceability: of the model's modules.
     """
     by_module: dict[int, list[Layer]] = {}
@@ -209,11 +222,11 @@ def find_recurrent(
         reason = _why_not(module, own, replaceability)
         if reason is None:
             try:
-                weights, found = _weights(own, known, dtype)
+                weights, found = _weights(own, known, settings)
                 if weights:
-                    jobs.append(RecurrentJob(name, module, module, weights, found))
+                    jobs.append(RecurrentJob(name, module, module, weights, found, settings.precisions))
                 else:
-                    reason = "no zeros"
+                    reason = NO_ZEROS
             except SparsityError as error:
                 reason = f"cannot be packed: {str(error).splitlines()[0]}"
         if reason is not None:
@@ -238,48 +251,48 @@ def _why_not(module: nn.RNNBase, layers: list[Layer], replaceability: Replaceabi
 
 
 def _weights(
-    layers: list[Layer], known: Mapping[str, SparsityPattern], dtype: torch.dtype | None
+    layers: list[Layer], known: Mapping[str, SparsityPattern], settings: PackSettings
 ) -> tuple[tuple[RecurrentWeight, ...], bool]:
-    """The weights with zeros, packed, and whether a pattern was found from the zeros."""
+    """The weights that are packed, and whether a pattern was found from the zeros."""
     made, any_found = [], False
     for layer in layers:
         matrix = layer.matrix()
-        if bool((matrix == 0).any()):
-            patterns, found = patterns_of(matrix, known.get(layer.name))
-            made.append(RecurrentWeight(layer.kind.name, matrix, pack(matrix, dtype, patterns), patterns))
+        if (own := pack_weight(matrix, known.get(layer.name), settings)) is not None:
+            packed, patterns, found = own
+            made.append(RecurrentWeight(layer.kind.name, matrix, packed, patterns))
             any_found |= found
     return tuple(made), any_found
 
 
 def packed_recurrent_jobs(
     model: nn.Module,
-    exclude: tuple[str, ...],
-    dtype: torch.dtype | None,
+    settings: PackSettings,
     why_not: Callable[[Tensor], str | None],
 ) -> tuple[list[RecurrentJob], list[SkippedLayer]]:
     """Return the recurrent modules that are already packed, which are measured again, and those that cannot be.
 
     Args:
         model: that has them.
-        exclude: globs of those to leave alone.
-        dtype: of stored values; None for their own.
+        settings: how to pack.
         why_not: returns the reason why a weight cannot be measured on this machine, or None.
     """
     jobs: dict[int, RecurrentJob] = {}
     skipped: list[SkippedLayer] = []
     for name, module in packed_recurrents(model).items():
-        if id(module) in jobs or any(fnmatchcase(name, glob) for glob in exclude):
+        if id(module) in jobs or any(fnmatchcase(name, glob) for glob in settings.exclude):
             continue
         values = [layer.values for layer in module.modules() if isinstance(layer, PackedLinear)]
         if (reason := next(filter(None, map(why_not, values)), None)) is not None:
             skipped.append(SkippedLayer(name, type(module).__name__, reason))
             continue
-        weights = []
+        weights, allowed = [], set[str]()
         for key, stack in module.named_children():
             assert isinstance(stack, PackedStack)
             (layer,) = stack.parts.values()
             weight, stored = layer.matrix(), layer.packed
-            packed = stored if dtype in (None, stored.value_dtype) else pack(weight, dtype)
+            packed = packed_again(stored, weight, settings)
+            allowed.update(precisions_of(layer.plan, stored, settings))
             weights.append(RecurrentWeight(key, weight, packed, (layer.pattern, *satisfied(weight == 0))))
-        jobs[id(module)] = RecurrentJob(name, module, module.to_dense(), tuple(weights))
+        precisions = tuple(precision for precision in PRECISIONS if precision in allowed)
+        jobs[id(module)] = RecurrentJob(name, module, module.to_dense(), tuple(weights), precisions=precisions)
     return list(jobs.values()), skipped

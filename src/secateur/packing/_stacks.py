@@ -13,14 +13,14 @@ from torch.nn import functional as F  # noqa: N812  the name that PyTorch's own 
 
 from secateur._errors import SparsityError
 from secateur._types import Weight, dtype_name
-from secateur.formats import Format, pack, stored_share
-from secateur.kernels import RoutePlan
+from secateur.formats import Format, stored_share
+from secateur.kernels import PRECISIONS, RoutePlan
 from secateur.layers import Layer
 from secateur.nn import PackedLinear, PackedStack, packed_recurrents, packed_stacks
 from secateur.packing._decide import Decision, decide
-from secateur.packing._history import patterns_of
 from secateur.packing._measure import Measurement, key_of, measure
 from secateur.packing._settings import PackSettings
+from secateur.packing._weights import NO_ZEROS, pack_weight, packed_again, precisions_of
 from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
@@ -56,6 +56,7 @@ class StackJob:
         stacked: whether they are the matrices of a stack; else they follow on one another in the first dimension.
         transposed: whether the parameter has them as ``[in, out]``.
         tied_to: further names of the parameter.
+        precisions: the arithmetic that products with it may have.
     """
 
     name: str
@@ -64,6 +65,7 @@ class StackJob:
     stacked: bool
     transposed: bool
     tied_to: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("exact",)
 
     @property
     def title(self) -> str:
@@ -95,7 +97,9 @@ class StackJob:
         for matrix in self.matrices:
             measured_as = self.matrices if self._together else (matrix,)
             form = f"{'stack' if self.stacked else f'{len(measured_as)} rows'}{' transposed' * self.transposed}"
-            key = key_of(matrix.weight, matrix.packed, matrix.patterns, form, settings.batch_sizes, cold)
+            key = key_of(
+                matrix.weight, matrix.packed, matrix.patterns, form, settings.batch_sizes, cold, self.precisions
+            )
             if key not in found:
                 found[key] = self._decide(key, measured_as, settings, cold, known, timer)
             decisions.append(found[key])
@@ -127,9 +131,10 @@ class StackJob:
                 patterns,
                 cold,
                 timer,
+                self.precisions,
             )
             known.put(key, measured, lasting=not measured.noisy)
-        return decide(measured, sum(matrix.weight.nbytes for matrix in matrices), settings.memory)
+        return decide(measured, sum(matrix.weight.nbytes for matrix in matrices), settings.memory, self.precisions)
 
     def _build(self, matrices: Iterable[Matrix], plans: Iterable[RoutePlan | None]) -> PackedStack:
         parts = {
@@ -180,6 +185,7 @@ class StackJob:
             choices=shown.choices,
             tied_to=self.tied_to,
             matrices=len(self.matrices),
+            precision="exact" if reason else max((d.plan.precision for d in decisions if d.plan), key=PRECISIONS.index),
         )
 
     def _runtime_bytes(self, decisions: list[Decision]) -> int:
@@ -208,7 +214,7 @@ class _Reader(nn.Module):
 def find_stacks(
     layers: Iterable[Layer],
     known: Mapping[str, SparsityPattern],
-    dtype: torch.dtype | None,
+    settings: PackSettings,
     why_not: Callable[[Layer], str | None],
 ) -> tuple[list[StackJob], list[SkippedLayer]]:
     """Return the parameters whose matrices can run packed in their place, and those that cannot, with the reason.
@@ -216,7 +222,7 @@ def find_stacks(
     Args:
         layers: the selected ones that are parts of a parameter, or a parameter that functions multiply.
         known: the patterns that layers were pruned to, by name.
-        dtype: of stored values; None for that of the weights.
+        settings: how to pack.
         why_not: returns the reason why a layer cannot be packed, or None.
     """
     by_parameter: dict[int, list[Layer]] = {}
@@ -229,7 +235,11 @@ def find_stacks(
         reason = _why_not_whole(own) or next(filter(None, map(why_not, own)), None)
         if reason is None:
             try:
-                jobs.append(_job(own, name, known, dtype))
+                made = _job(own, name, known, settings)
+                if made is None:
+                    reason = NO_ZEROS
+                else:
+                    jobs.append(made)
             except SparsityError as error:
                 reason = f"cannot be packed: {str(error).splitlines()[0]}"
         if reason is not None:
@@ -261,17 +271,23 @@ def _is_turned(layer: Layer) -> bool | None:
     return {(2, 3): False, (3, 2): True}.get((rows, columns))
 
 
-def _job(layers: list[Layer], name: str, known: Mapping[str, SparsityPattern], dtype: torch.dtype | None) -> StackJob:
+def _job(
+    layers: list[Layer], name: str, known: Mapping[str, SparsityPattern], settings: PackSettings
+) -> StackJob | None:
+    """The job of a parameter, or None if a matrix of it has no zeros and these are left alone."""
     matrices = []
     for layer in sorted(layers, key=_position):
         weight = layer.matrix()
-        patterns, found = patterns_of(weight, known.get(layer.name))
+        made = pack_weight(weight, known.get(layer.name), settings)
+        if made is None:
+            return None
         part = layer.name.removeprefix(name).strip(".") or "0"
-        matrices.append(Matrix(part, weight, pack(weight, dtype, patterns), patterns, found))
+        matrices.append(Matrix(part, weight, *made))
     first = layers[0]
     tied = tuple(dict.fromkeys(_parameter_of(other, first) for other in first.tied_to))
     stacked = type(first.kind.part) is int
-    return StackJob(name, first.parameter, tuple(matrices), stacked, bool(_is_turned(first)), tied)
+    turned = bool(_is_turned(first))
+    return StackJob(name, first.parameter, tuple(matrices), stacked, turned, tied, settings.precisions)
 
 
 def _position(layer: Layer) -> int:
@@ -286,16 +302,14 @@ def _parameter_of(name: str, like: Layer) -> str:
 
 def packed_stack_jobs(
     model: nn.Module,
-    exclude: tuple[str, ...],
-    dtype: torch.dtype | None,
+    settings: PackSettings,
     why_not: Callable[[Tensor], str | None],
 ) -> tuple[list[StackJob], list[SkippedLayer]]:
     """Return the stacks that are already packed, which are measured again, and those that cannot be.
 
     Args:
         model: that has them.
-        exclude: globs of those to leave alone.
-        dtype: of stored values; None for their own.
+        settings: how to pack.
         why_not: returns the reason why a weight cannot be measured on this machine, or None.
     """
     jobs: dict[int, StackJob] = {}
@@ -308,16 +322,18 @@ def packed_stack_jobs(
             first = jobs[id(stack)]
             jobs[id(stack)] = replace(first, tied_to=(*first.tied_to, name))
             continue
-        if any(fnmatchcase(name, glob) for glob in exclude):
+        if any(fnmatchcase(name, glob) for glob in settings.exclude):
             continue
         values = next(iter(stack.parts.values())).values
         if (reason := why_not(values)) is not None:
             skipped.append(SkippedLayer(name, type(stack).__name__, reason))
             continue
-        matrices = []
+        matrices, allowed = [], set[str]()
         for part, layer in stack.parts.items():
             weight, stored = layer.matrix(), layer.packed
-            packed = stored if dtype in (None, stored.value_dtype) else pack(weight, dtype)
+            packed = packed_again(stored, weight, settings)
+            allowed.update(precisions_of(layer.plan, stored, settings))
             matrices.append(Matrix(part, weight, packed, (layer.pattern, *satisfied(weight == 0))))
-        jobs[id(stack)] = StackJob(name, stack, tuple(matrices), stack.stacked, stack.transposed)
+        precisions = tuple(precision for precision in PRECISIONS if precision in allowed)
+        jobs[id(stack)] = StackJob(name, stack, tuple(matrices), stack.stacked, stack.transposed, precisions=precisions)
     return list(jobs.values()), skipped

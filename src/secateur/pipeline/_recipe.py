@@ -127,7 +127,7 @@ def _stage(
     common = _COMMON if kind.learns else _COMMON[:2]
     known_keys("stage", entry, [*common, *kind.keys])
     settings = check.checked("stage", entry, kind.keys, also=common)
-    calibration, is_sampled = shared if kind.learns else None, False
+    calibration, is_sampled = shared if kind.learns and kind.reads_text(settings) else None, False
     if "calibration" in entry:
         calibration, is_sampled = check.calibration(folder, seed)(entry["calibration"])
     if "seed" in kind.keys:

@@ -74,6 +74,7 @@ class StageKind:
         run: makes the model; None for a stage that only measures.
         needs_dense: the dense model decides the result, too.
         learns: it may learn from text, and so has ``calibration``.
+        reads_text: whether it learns from the text of the pipeline with some settings. A text of its own it reads.
         form: what its models are if no stage can change them further: ``"packed"`` or ``"exported"``; else empty.
     """
 
@@ -82,6 +83,7 @@ class StageKind:
     run: Callable[[Job], StageReport] | None = None
     needs_dense: Callable[[Settings], bool] = field(default=lambda settings: False)
     learns: bool = True
+    reads_text: Callable[[Settings], bool] = field(default=lambda settings: True)
     form: str = ""
 
 
@@ -215,11 +217,24 @@ _PACK_KEYS: Mapping[str, check.Check] = {
     "include": check.texts,
     "exclude": check.texts,
     "memory": check.number,
+    "precision": check.text,
+    "tolerance": check.number,
 }
 
 
 def _pack(job: Job) -> StageReport:
-    return pack_directory(job.source, job.output, PackSettings(**job.settings), overwrite=True, progress=job.progress)
+    return pack_directory(
+        job.source,
+        job.output,
+        PackSettings(**job.settings),
+        calibration=job.calibration,
+        overwrite=True,
+        progress=job.progress,
+    )
+
+
+def _needs_errors(settings: Settings) -> bool:
+    return "tolerance" in settings or settings.get("precision", "exact") != "exact"
 
 
 # Exporting
@@ -250,7 +265,8 @@ def _nothing(settings: Settings, calibration: CalibrationText | None) -> None:
 
 
 def _check_pack(settings: Settings, calibration: CalibrationText | None) -> None:
-    PackSettings(**settings)
+    if PackSettings(**settings).tolerance is not None and calibration is None:
+        raise RecipeError("a tolerance is measured on text: give some with calibration = FILE.")
 
 
 KINDS: Mapping[str, StageKind] = {
@@ -258,6 +274,6 @@ KINDS: Mapping[str, StageKind] = {
     "shrink": StageKind(_SHRINK_KEYS, _check_shrink, _shrink),
     "recover": StageKind(_RECOVER_KEYS, _check_recover, _recover, lambda settings: True),
     "evaluate": StageKind({"data": check.texts}, _nothing, learns=False),
-    "pack": StageKind(_PACK_KEYS, _check_pack, _pack, learns=False, form="packed"),
+    "pack": StageKind(_PACK_KEYS, _check_pack, _pack, form="packed", reads_text=_needs_errors),
     "export": StageKind(_EXPORT_KEYS, _check_export, _export, learns=False, form="exported"),
 }

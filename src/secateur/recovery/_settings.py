@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur._checks import flag, integer, number, one_of
 from secateur._errors import RecipeError
 from secateur._types import dtype_name
+from secateur.kernels import multiplies_bfloat16
 from secateur.layers import select_layers
 
 Loss: TypeAlias = Callable[[Any, Any, Any], Tensor]  # loss(student_output, teacher_output, batch)
@@ -159,16 +160,6 @@ def _zeros(model: nn.Module) -> float:
         matrix = layer.matrix()
         weights, zeros = weights + matrix.numel(), zeros + matrix.numel() - int(matrix.count_nonzero())
     return zeros / max(1, weights)
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for products in bfloat16, so that they are faster than in float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-    return False
 
 
 def _name(function: object) -> str:

@@ -22,13 +22,15 @@ class PackReport:
     """What :func:`pack_` did to a model.
 
     Args:
-        layers: those that have zeros, packed or not.
+        layers: those that have zeros, packed or not; with a precision or a tolerance, also those without.
         skipped: modules with parameters that were left alone.
         machine: what the measurements hold for: processor, instruction set, threads, versions.
         memory: how many times its dense bytes a layer's run-time layouts might take.
         seconds: that packing took.
         notes: what else is worth knowing, such as where the patterns come from.
         whole: the weights of the whole model; None in reports of 0.1.0.
+        output_error: ``‖packed - dense‖ / ‖dense‖`` of the outputs of the whole model on the given inputs; None where
+            there were none, or where nothing was rounded.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -38,10 +40,11 @@ class PackReport:
     seconds: float
     notes: tuple[str, ...] = ()
     whole: ModelWeights | None = None
+    output_error: float | None = None
 
     @property
     def dense_bytes(self) -> int:
-        """Of all layers with zeros, dense."""
+        """Of all layers in the report, dense."""
         return sum(layer.dense_bytes for layer in self.layers)
 
     @property
@@ -82,11 +85,21 @@ class PackReport:
     def _lines(self) -> list[str]:
         packed = sum(layer.packed for layer in self.layers)
         run = (
-            f"packed {packed} of {len(self.layers)} layers with zeros, skipped {len(self.skipped)} modules; "
+            f"packed {packed} of {len(self.layers)} layers{self._which}, skipped {len(self.skipped)} modules; "
             f"{self.dense_bytes:,} bytes dense, {self.stored_bytes:,} stored, {self.resident_bytes:,} while running; "
             f"{self.seconds:.1f} s"
         )
-        return [*filter(None, [self.first_line]), run]
+        return [*filter(None, [self.first_line]), run, *filter(None, [self._error])]
+
+    @property
+    def _error(self) -> str:
+        if self.output_error is None:
+            return ""
+        return f"the relative error of the model's outputs is {self.output_error:.2g}"
+
+    @property
+    def _which(self) -> str:
+        return "" if any(layer.format == "dense" for layer in self.layers) else " with zeros"
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -133,12 +146,14 @@ class PackReport:
     def to_html(self) -> str:
         """Return one self-contained HTML page; it loads nothing from anywhere and needs no further library."""
         facts = (
-            Fact("Layers packed", str(sum(layer.packed for layer in self.layers)), f"of {len(self.layers)} with zeros"),
+            Fact(
+                "Layers packed", str(sum(layer.packed for layer in self.layers)), f"of {len(self.layers)}{self._which}"
+            ),
             Fact("Bytes stored", f"{self.stored_bytes:,}", f"of {self.dense_bytes:,} dense"),
             Fact("Bytes while running", f"{self.resident_bytes:,}", "stored, and what kernels keep besides"),
             Fact("Time", f"{self.seconds:.1f} s"),
         )
-        lead = [f"{line}." for line in [self.first_line] if line]
+        lead = [f"{sentence(line)}." for line in (self.first_line, self._error) if line]
         lead += [f"Measured on: {self._machine()}.", *self._remarks()]
         return tables_page("Packing report", lead, facts, (packed_table(self.layers), skipped_table(self.skipped)))
 

@@ -112,11 +112,14 @@ def comparison_table(runs: Sequence[Comparison]) -> Table:
 
 
 def packed_table(layers: Sequence[PackedLayer]) -> Table:
-    """Return a table with a row for each layer that has zeros."""
-    numbers = {"shape", "density", "error", "bytes", "running"}
-    headings = ("layer", "shape", "pattern", "density", "format", "values", "error", "bytes", "running", "speed")
+    """Return a table with a row for each layer that was considered."""
+    seen = any(layer.output_error is not None for layer in layers)
+    numbers = {"shape", "density", "error", "outputs", "bytes", "running"}
+    headings = ["layer", "shape", "pattern", "density", "format", "values", "products", "error", "outputs", "bytes"]
+    headings = [heading for heading in (*headings, "running", "speed") if seen or heading != "outputs"]
     rows = []
     for layer in layers:
+        outputs = f"{layer.output_error:.2g}" if layer.packed and layer.output_error is not None else ""
         kept = layer.stored_bytes if layer.packed else layer.dense_bytes
         running = kept + layer.runtime_bytes * layer.packed
         rows.append(
@@ -127,7 +130,9 @@ def packed_table(layers: Sequence[PackedLayer]) -> Table:
                 f"{layer.density:.1%}",
                 layer.format if layer.packed else "dense",
                 layer.value_dtype if layer.packed else "",
+                layer.precision if layer.packed else "",
                 f"{layer.error:.2g}" if layer.packed else "",
+                *([outputs] if seen else []),
                 f"{kept / layer.dense_bytes:.2f}" if layer.dense_bytes else "",
                 f"{running / layer.dense_bytes:.2f}" if layer.dense_bytes else "",
                 _speeds(layer),
@@ -136,9 +141,11 @@ def packed_table(layers: Sequence[PackedLayer]) -> Table:
     columns = tuple(TableColumn(heading, is_number=heading in numbers) for heading in headings)
     notes = (
         "bytes, running: what is stored, and what is in memory while the layer runs, in multiples of its dense bytes.",
-        "speed: input rows, the dense layer's time over its own, the quartiles of that ratio, and the route.",
+        "products, error: the arithmetic, and the relative error of the weight"
+        + ("; outputs: the relative error of the layer's outputs on the given inputs." if seen else "."),
+        "speed: input rows, the dense layer's time over its own, the quartiles of that ratio, milliseconds, the route.",
     )
-    return Table("Layers with zeros", columns, tuple(rows), notes)
+    return Table("Layers", columns, tuple(rows), notes)
 
 
 def _speeds(layer: PackedLayer) -> str:
@@ -146,7 +153,8 @@ def _speeds(layer: PackedLayer) -> str:
     if not layer.packed:
         return layer.reason
     return ", ".join(
-        f"{choice.rows}: {choice.ratio:.2f} ({choice.low:.2f}-{choice.high:.2f}) {choice.route}"
+        f"{choice.rows}: {choice.ratio:.2f} ({choice.low:.2f}-{choice.high:.2f}) {figure(1e3 * choice.seconds)} ms "
+        f"{choice.route}"
         for choice in layer.choices
     )
 
