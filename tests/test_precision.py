@@ -12,8 +12,8 @@ from torch.nn import functional
 import secateur
 from secateur import PackedLinear, RecipeError, kernels
 from secateur.kernels import RoutePlan
-from secateur.packing import read_packed
-from secateur.packing._output_error import inputs_of, layer_error, model_error
+from secateur.packing import Measurement, decide, read_packed
+from secateur.packing._output_error import inputs_of, layer_error, model_error, outputs_of
 from secateur.reports import PackReport
 
 STORED = {"bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -235,6 +235,25 @@ def test_of_ways_that_are_as_fast_the_most_exact_is_taken(monkeypatch):
     assert (row.precision, row.output_error) == ("exact", 0.0)
 
 
+@pytest.mark.parametrize(
+    ("precisions", "plan"),
+    [
+        (("exact",), "bitmask@5 dense"),
+        (("int8",), "int8-panels"),
+        (("exact", "bfloat16"), "bitmask@5 prepacked-bfloat16"),
+        (("exact", "bfloat16", "int8"), "bitmask@5 int8-panels"),
+        ((), None),
+    ],
+    ids=str,
+)
+def test_a_plan_has_only_routes_that_are_allowed(precisions, plan):
+    times = {"dense": (1.0, 1.0), "bitmask": (0.4, 2.0), "prepacked-bfloat16": (1.0, 0.5), "int8-panels": (0.8, 0.2)}
+    routes = {RoutePlan.parse(name).routes[0]: seconds for name, seconds in times.items()}
+    seconds = {rows: {route: [own[i]] * 3 for route, own in routes.items()} for i, rows in enumerate((1, 32))}
+    decision = decide(Measurement(seconds, dict.fromkeys(routes, 10)), 100, 1.0, precisions)
+    assert decision.plan == (plan and RoutePlan.parse(plan))
+
+
 class Difference(nn.Module):
     """Two layers that nearly cancel each other, so that small errors of each are large ones of the model."""
 
@@ -418,7 +437,7 @@ class Plus(nn.Module):
 )
 def test_relative_errors(x, value, wanted):
     inputs = [torch.tensor(x[:1]), torch.tensor(x[1:])]
-    assert layer_error(Plus(0.0), Plus(value), inputs) == pytest.approx(wanted)
+    assert layer_error(Plus(value), inputs, outputs_of(Plus(0.0), inputs)) == pytest.approx(wanted)
     model = nn.ModuleDict({"a": Plus(0.0)})
     parts = list(model.named_children())
 
