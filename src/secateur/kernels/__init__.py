@@ -23,6 +23,7 @@ from secateur.kernels._blob import to_bytes as to_bytes
 from secateur.kernels._convolution import packed_convolution as packed_convolution
 from secateur.kernels._dense import multiplies_bfloat16 as multiplies_bfloat16
 from secateur.kernels._dispatch import is_intercepted as is_intercepted
+from secateur.kernels._keep_memory import keep_memory as keep_memory
 from secateur.kernels._layout import Layout as Layout
 from secateur.kernels._layout import with_spare_values as with_spare_values
 from secateur.kernels._linear import explain as explain

@@ -254,6 +254,8 @@ class _Nothing(Prepared):
 
 
 class _NativeKernel(Prepared):
+    any_shape = True
+
     def __init__(self, layout: Layout, out: int, nbytes: int) -> None:
         isa = chosen.get()[1] or _native_backend.default_isa()
         self._bound = _native_backend.Bound(layout, isa)
@@ -262,7 +264,7 @@ class _NativeKernel(Prepared):
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._out is not None:  # the layout has rows of zeros at the end; the bias has none for them
-            y = self._bound(x.float().contiguous(), None)[:, : self._out].to(x.dtype)
+            y = self._bound(x.float().contiguous(), None)[..., : self._out].to(x.dtype)
             return y if bias is None else y + bias.to(x.dtype)
         if x.dtype is torch.float32:
             return self._bound(x.contiguous(), _as_float(bias))
@@ -296,6 +298,8 @@ class _ExpandedAtEachCall(Prepared):
 
 
 class _Dense(Prepared):
+    any_shape = True
+
     def __init__(self, weight: Tensor, shared: bool) -> None:
         self._weight = weight
         self.nbytes = 0 if shared else weight.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from typing import Any
@@ -84,9 +85,10 @@ class Bound:
         return self._convolve is not None
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + b for x ``[batch, in]`` and b ``[out]``, float32, contiguous and on the CPU."""
-        batch = x.shape[0]
-        y = x.new_empty((batch, self._rows))
+        """Return x Wᵀ + b for x ``[..., in]`` and b ``[out]``, float32, contiguous and on the CPU."""
+        *rows, columns = x.shape
+        batch = x.numel() // columns if columns else math.prod(rows)
+        y = x.new_empty((*rows, self._rows))
         if not (batch and self._rows):
             return y
         threads = torch.get_num_threads() if self._size * batch > SMALL else 1

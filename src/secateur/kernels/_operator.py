@@ -132,7 +132,7 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
     if prepared is None:
         y = x.new_zeros(*shape[:-1], rows)
         return y if bias is None else y + bias.to(x.dtype)
-    if len(shape) == 2:
+    if len(shape) == 2 or prepared.any_shape:
         return prepared.run(x, bias)
     return prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias).view(*shape[:-1], rows)
 
@@ -388,9 +388,11 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):
         return _run(x, weight, bias, spec)
-    if torch.compiler.is_compiling() or differentiated:
+    # What was exported may be differentiated later. What was compiled is compiled anew for inputs with a gradient.
+    if differentiated or torch.compiler.is_exporting():
         y: Tensor = _packed_linear(x, weight, bias, spec)
     else:
-        refuse_onnx_export()
+        if not torch.compiler.is_compiling():
+            refuse_onnx_export()
         y = _inference(x, weight, bias, spec)
     return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ class Prepared(ABC):
 
     Attributes:
         nbytes: bytes of memory that it takes besides the tensors of the stored weight.
+        any_shape: whether inputs may be ``[..., in]``, which saves two views around a small product.
     """
 
     nbytes: int
+    any_shape: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:

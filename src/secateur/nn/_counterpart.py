@@ -20,6 +20,7 @@ from secateur.nn._packed_conv import (
     why_not_convolution,
     window_of,
 )
+from secateur.nn._packed_embedding import PackedEmbedding, why_not_embedding
 from secateur.nn._packed_matrix import PackedMatrix
 from secateur.nn._packed_stack import PackedStack
 
@@ -37,6 +38,8 @@ class PackedAs:
         kernel_size: positions of its kernel; None for one in each dimension, like those that follow.
         padding: its padding; None for nothing.
         dilation: its dilation.
+        embedding: whether it is an ``nn.Embedding``.
+        padding_idx: the row of padding of an embedding, or None.
     """
 
     transposed: bool = False
@@ -44,12 +47,19 @@ class PackedAs:
     kernel_size: tuple[int, ...] | None = None
     padding: tuple[int, ...] | None = None
     dilation: tuple[int, ...] | None = None
+    embedding: bool = False
+    padding_idx: int | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> PackedAs | None:
         """Return what a module, dense or packed, is packed as; None if no packed layer can replace it."""
         if isinstance(module, PackedConvolution):
             return cls._convolution(module.stride, module.kernel_size, module.padding, module.dilation)
+        if isinstance(module, PackedEmbedding):
+            return cls(embedding=True, padding_idx=module.padding_idx)
+        if isinstance(module, nn.Embedding):
+            fits = why_not_embedding(module) is None
+            return cls(embedding=True, padding_idx=module.padding_idx) if fits else None
         if isinstance(module, PackedMatrix):
             return cls(transposed=isinstance(module, PackedConv1D))
         plain = plain_class(module)
@@ -96,9 +106,15 @@ class PackedAs:
         Args:
             packed: the weight.
             bias: ``[out]``, or None.
-            plan: which route to take for how many input rows; None for the route that the format was made for.
+            plan: which route to take for how many input rows; None for the route that the format was made for. A lookup
+                has none.
             dtype: dtype of the dense weight.
+
+        Raises:
+            KernelError: an embedding of another format than whole rows of int8.
         """
+        if self.embedding:
+            return PackedEmbedding(packed, self.padding_idx, dtype)
         if self.transposed:
             return PackedConv1D(packed, bias, plan, dtype)
         linear = PackedLinear(packed, bias, plan, dtype)
@@ -123,6 +139,8 @@ def shape_as_matrix(module: nn.Module) -> tuple[int, int] | None:
     """Return ``(out, in)`` of a module that is packed or that a packed layer can replace; None of any other."""
     if isinstance(module, Packed):
         return module.packed.shape
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     kind = kind_of(module)
     if kind is None or PackedAs.of(module) is None:
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import dtype_name
-from secateur.formats import UNSCALED_DTYPES, Format, check_sizes, pack
+from secateur.formats import UNSCALED_DTYPES, DensePacked, Format, check_sizes, pack
 from secateur.nn import PackedAs, linear_of, packed_layers, packed_stacks
 from secateur.packing._file import PackedFile
 from secateur.packing._history import History, patterns_in, patterns_of
@@ -104,6 +104,8 @@ class Contents:
                 "transposed": entry.packed_as.transposed,
                 "stride": None if entry.packed_as.stride is None else list(entry.packed_as.stride),
                 "plan": entry.plan,
+                # a key that files without embeddings do not have, as in 0.1
+                **({"embedding": {"padding_idx": entry.packed_as.padding_idx}} if entry.packed_as.embedding else {}),
             }
             | {  # keys that a pointwise convolution does not have, as in 0.1
                 key: list(sizes) for key in _WINDOW if (sizes := getattr(entry.packed_as, key)) is not None
@@ -220,7 +222,19 @@ def _entry(table: Any, packed: Format) -> LayerEntry:
         raise ValueError(f"the kernel {window['kernel_size']} does not divide a row of {packed.shape[1]} weights")
     if not isinstance(transposed, bool) or not isinstance(plan, str) or len(plan) > _LONGEST_PLAN:
         raise TypeError(f"transposed should be a bool and plan a str of up to {_LONGEST_PLAN} characters")
-    return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride, **window), plan)
+    packed_as = PackedAs(transposed, stride, **window)
+    if (embedding := table.get("embedding")) is not None:
+        packed_as = PackedAs(embedding=True, padding_idx=embedding["padding_idx"])
+        if transposed or stride is not None or not isinstance(packed, DensePacked) or packed.value_dtype != torch.int8:
+            raise ValueError("an embedding should be stored as whole rows of int8, without a stride")
+        if (
+            type(packed_as.padding_idx) not in (int, type(None))
+            or not 0 <= (packed_as.padding_idx or 0) < packed.shape[0]
+        ):
+            raise ValueError(
+                f"the padding row {packed_as.padding_idx!r:.40} should be one of the {packed.shape[0]} rows"
+            )
+    return LayerEntry(_DTYPES[table["dtype"]], packed_as, plan)
 
 
 def take_apart(

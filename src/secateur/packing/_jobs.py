@@ -15,7 +15,7 @@ from secateur._types import Weight
 from secateur.formats import Format, stored_share, value_name
 from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Observed, Reading, Replaceability, select_layers
-from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
+from secateur.nn import Packed, PackedAs, PackedEmbedding, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._images import Size, describe_images, image_inputs
 from secateur.packing._measure import Measurement, key_of, measure
@@ -273,7 +273,8 @@ def _packed_jobs(model: nn.Module, settings: PackSettings) -> tuple[list[Job], l
         if id(module) in jobs or id(module) in skipped or any(fnmatchcase(name, glob) for glob in settings.exclude):
             continue
         inner = linear_of(module)
-        if (reason := _why_not_here(inner.values)) is not None:
+        reason = "its rows are int8 already" if isinstance(module, PackedEmbedding) else _why_not_here(inner.values)
+        if reason is not None:
             skipped[id(module)] = SkippedLayer(name, type(module).__name__, reason)
             continue
         weight = inner.matrix()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from secateur.nn import (
 )
 from secateur.packing._attention import as_dense, losing_attention
 from secateur.packing._changes import Given, find_changes
+from secateur.packing._embeddings import embedding_jobs, is_for_embeddings, pack_embeddings, rounds_embeddings
 from secateur.packing._history import History, patterns_in, readings_in
 from secateur.packing._images import is_convolution, sizes_in
 from secateur.packing._jobs import find_jobs, with_sizes
 from secateur.packing._measure import cache_at, machine
-from secateur.packing._promise import Kept, keep_promise
+from secateur.packing._promise import Kept, Pairs, keep_promise
 from secateur.packing._settings import PackSettings
 from secateur.packing._untested import untested
 from secateur.reports import PackReport
@@ -120,7 +122,13 @@ def pack_(
     check_model(model)
     loaded = None if batches is None else load_batches(batches, torch.device("cpu"))
     read = {**readings_in(history, model), **({} if loaded is None else _read(model, loaded, forward))}
-    jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    embeddings, left = embedding_jobs(model, made.include, made.exclude) if rounds_embeddings(made) else ([], [])
+    try:
+        jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    except RecipeError:
+        if not is_for_embeddings(made.include, embeddings):
+            raise
+        jobs, skipped = [], []
     if loaded is not None and any(is_convolution(module) for module in model.modules()):
         jobs = with_sizes(jobs, sizes_in(model, loaded, forward))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
@@ -133,11 +141,16 @@ def pack_(
         pairs = [(old, new) for old, new in pairs if id(old) not in losing]
         reasons = {name: losing[id(part)] for name, part in _named_parts(model) if id(part) in losing}
         rows = [as_dense(row, reasons[row.name]) if row.name in reasons else row for row in rows]
+    tables = pack_embeddings(embeddings, left, _modules(pairs), skipped)
     known.save()  # which may fail, and then the model is as it was
     kept = Kept(rows, pairs)
     if loaded is not None:
         own = [change.job for change in changes]
-        kept = keep_promise(model, own, rows, pairs, loaded, forward, timer, progress)
+        kept = keep_promise(model, own, rows, [*pairs, *tables.swaps], loaded, forward, timer, progress)
+        stored = {id(old) for old, _ in tables.swaps}
+        kept = replace(kept, pairs=[(old, new) for old, new in kept.pairs if id(old) not in stored])
+        tables = pack_embeddings(embeddings, left, _modules(kept.pairs), skipped)  # a table goes with its output layer
+    kept = replace(kept, rows=[*kept.rows, *tables.rows], pairs=[*kept.pairs, *tables.swaps])
     reduced = any(row.packed and (row.precision != "exact" or row.error > 0) for row in kept.rows)
     output_error = given.error(model, kept.pairs) if reduced else None
     put_in_place_(model, kept.pairs)
@@ -146,7 +159,7 @@ def pack_(
     notes += [*remarks, *untested(jobs)]
     return PackReport(
         layers=tuple(kept.rows),
-        skipped=weigh_skipped(model, skipped, {}),
+        skipped=weigh_skipped(model, tables.skipped, {}),
         machine=machine(),
         memory=made.memory,
         seconds=time.perf_counter() - began,
@@ -161,6 +174,11 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Paramet
     """Yield the modules and the parameters of a model, each with its qualified name."""
     yield from model.named_modules()
     yield from model.named_parameters()
+
+
+def _modules(pairs: Pairs) -> dict[int, nn.Module]:
+    """What replaces modules, by the id of each."""
+    return {id(old): new for old, new in pairs if isinstance(new, nn.Module)}
 
 
 def _read(model: nn.Module, loaded: list[Any], forward: Forward) -> Mapping[int, Reading]:
