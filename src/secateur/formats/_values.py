@@ -94,9 +94,10 @@ def encode(kept: Weight, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
 
 def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The int8 codes of a weight ``[out, in]``, and the scale ``max |w| / 127`` of each row."""
-    _refuse(~weight.isfinite(), weight, "has no int8 code")
     wide = weight.float()
-    _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
+    if wide.numel() and not all(bool(bound.isfinite()) for bound in wide.aminmax()):  # faster than to look at each
+        _refuse(~weight.isfinite(), weight, "has no int8 code")
+        _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
     largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(wide.shape[0])
     # A smaller scale would be subnormal, which loses bits, or zero.
     scales = (largest / _INT8_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
