@@ -318,8 +318,8 @@ def _reason(measured: Times, number: int, count: int) -> str:
     """Why a group is taken back: how fast the model is without it, at the input where it gains most."""
     gains = {title: ratios(own, _PACKED, f"without {number}")[1] for title, own in measured.items()}
     title = max(gains, key=lambda title: gains[title])
-    what = "this layer" if count == 1 else f"this and {count - 1} more layers"
-    return f"taken back: with {what} dense the whole model is {gains[title]:.2f} times as fast at {title}"
+    more = "" if count == 1 else f" and {count - 1} more"
+    return f"taken back: with this layer{more} dense the whole model is {gains[title]:.2f} times as fast at {title}"
 
 
 def _model_times(times: Times, any_packed: bool) -> tuple[ModelTime, ...]:
