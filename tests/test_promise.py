@@ -139,6 +139,12 @@ def test_if_no_part_of_it_pays_the_model_is_as_it_was(packed, reason):
     assert [(time.before, time.after, time.ratio) for time in report.times] == [(2000.0, 2000.0, 1.0)] * 2
 
 
+def test_a_clock_that_stands_still_shows_no_gain():
+    model = pruned(32, 48)
+    report = secateur.pack_(model, batches=[torch.randn(1, 32)], batch_sizes=[1], include=["*"], timer=lambda: 0.0)
+    assert all(layer.taken_back for layer in report.layers)
+
+
 def test_many_kinds_of_layers_are_tried_in_a_few_groups(monkeypatch):
     outputs = range(8, 8 * 13, 8)
     model = pruned(*outputs)

@@ -305,10 +305,10 @@ def _score(measured: Times, back: Sequence[int]) -> float:
     reached = []
     for own in measured.values():
         dense, packed = own[_DENSE], own[_PACKED]
-        share = median(p / d for p, d in zip(packed, dense, strict=False) if d > 0)
+        share = median([p / d for p, d in zip(packed, dense, strict=False) if d > 0] or [1.0])
         for number in back:
             alone = zip(packed, own[f"without {number}"], dense, strict=False)
-            share -= median((p - w) / d for p, w, d in alone if d > 0)
+            share -= median([(p - w) / d for p, w, d in alone if d > 0] or [0.0])
         reached.append(1 / max(share, 1e-3))
     worst = min(reached)
     return worst - 1000 if worst < LOSS else sum(map(math.log, reached)) / len(reached)
