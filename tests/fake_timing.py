@@ -11,7 +11,7 @@ def routes_take(monkeypatch, seconds_of, *, call=True, whole=True):
     the dense model's time; without, it is timed as it is.
     """
 
-    def in_turn(calls, against, timer=None, before=None, keep=(), alone=False):
+    def in_turn(calls, against, timer=None, before=None, keep=(), alone=False, fewest=7):
         for function in calls.values() if call else ():
             function()
         return {name: [seconds_of(str(name), index)] * 3 for index, name in enumerate(calls)}

@@ -104,7 +104,7 @@ def test_only_the_layers_that_make_the_model_slower_go_back(repacked):
     back = [layer for layer in report.layers if layer.taken_back]
     assert [layer.name for layer in back] == ["2", "6"]
     assert back[0].reason == (
-        "taken back: with this and 1 more layers dense the whole model is 2.14 times as fast at 8 x 32"
+        "taken back: with this layer and 1 more dense the whole model is 2.14 times as fast at 8 x 32"
     )
     assert [isinstance(layer, PackedLinear) for layer in model if not isinstance(layer, nn.ReLU)] == [
         True, False, True, False, True,
@@ -135,7 +135,14 @@ def test_if_no_part_of_it_pays_the_model_is_as_it_was(packed, reason):
     assert list(model) == before
     assert [module.training for module in model.modules()] == modes
     assert all(layer.reason.endswith(reason) and layer.taken_back for layer in report.layers)
+    assert "the whole model would not be faster packed, and stays as it is; 2 layers were taken back" in str(report)
     assert [(time.before, time.after, time.ratio) for time in report.times] == [(2000.0, 2000.0, 1.0)] * 2
+
+
+def test_a_clock_that_stands_still_shows_no_gain():
+    model = pruned(32, 48)
+    report = secateur.pack_(model, batches=[torch.randn(1, 32)], batch_sizes=[1], include=["*"], timer=lambda: 0.0)
+    assert all(layer.taken_back for layer in report.layers)
 
 
 def test_many_kinds_of_layers_are_tried_in_a_few_groups(monkeypatch):

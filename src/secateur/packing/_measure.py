@@ -21,6 +21,7 @@ from secateur.timing import MeasurementCache, Timer, describe_machine, is_noisy,
 DENSE, PREPACKED = DenseRoute(), PrepackedRoute()
 # Bytes that are read between calls to remove a weight from the caches, as the other layers of a large model do.
 _EVICTED = 32 << 20
+_FEWEST = 5  # rounds of long calls; in a quarter of a second short ones get more
 _STEP = 1.1  # from one density to the next that is measured apart
 
 Seconds = dict[int, dict[Route, list[float]]]  # rows -> route -> seconds in each round; dropped routes have fewer
@@ -131,7 +132,7 @@ def measure(
     for rows, x in inputs:
         calls = {route: (lambda module=module, x=x: module(x)) for route, module in modules.items()}
         before = None if evicting is None else evicting.sum
-        seconds[rows] = time_in_turn(calls, DENSE, timer, before, keep=(PREPACKED,))
+        seconds[rows] = time_in_turn(calls, DENSE, timer, before, keep=(PREPACKED,), fewest=_FEWEST)
     nbytes = {route: modules[route].runtime_nbytes for route in routes}
     return Measurement(seconds, {**nbytes, DENSE: x.dtype.itemsize * packed.shape[0] * packed.shape[1]})
 

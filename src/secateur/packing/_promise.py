@@ -305,10 +305,10 @@ def _score(measured: Times, back: Sequence[int]) -> float:
     reached = []
     for own in measured.values():
         dense, packed = own[_DENSE], own[_PACKED]
-        share = median(p / d for p, d in zip(packed, dense, strict=False) if d > 0)
+        share = median([p / d for p, d in zip(packed, dense, strict=False) if d > 0] or [1.0])
         for number in back:
             alone = zip(packed, own[f"without {number}"], dense, strict=False)
-            share -= median((p - w) / d for p, w, d in alone if d > 0)
+            share -= median([(p - w) / d for p, w, d in alone if d > 0] or [0.0])
         reached.append(1 / max(share, 1e-3))
     worst = min(reached)
     return worst - 1000 if worst < LOSS else sum(map(math.log, reached)) / len(reached)
@@ -318,8 +318,8 @@ def _reason(measured: Times, number: int, count: int) -> str:
     """Why a group is taken back: how fast the model is without it, at the input where it gains most."""
     gains = {title: ratios(own, _PACKED, f"without {number}")[1] for title, own in measured.items()}
     title = max(gains, key=lambda title: gains[title])
-    what = "this layer" if count == 1 else f"this and {count - 1} more layers"
-    return f"taken back: with {what} dense the whole model is {gains[title]:.2f} times as fast at {title}"
+    more = "" if count == 1 else f" and {count - 1} more"
+    return f"taken back: with this layer{more} dense the whole model is {gains[title]:.2f} times as fast at {title}"
 
 
 def _model_times(times: Times, any_packed: bool) -> tuple[ModelTime, ...]:

@@ -105,13 +105,17 @@ class PackReport:
 
     def _speed(self) -> str:
         """How fast the whole model is, and how many layers were taken back for it; empty where it was not timed."""
+        if not self.times:
+            return ""
         taken = sum(layer.taken_back for layer in self.layers)
         back = f"; {taken} layers were taken back" if taken else ""
+        if not any(layer.packed for layer in self.layers):
+            return f"the whole model would not be faster packed, and stays as it is{back}"
         times = (
             f"{time.ratio:.2f} times as fast at {time.shape} ({figure(time.after)} instead of {figure(time.before)} ms)"
             for time in self.times
         )
-        return f"the whole model is {', '.join(times)}{back}" if self.times else ""
+        return f"the whole model is {', '.join(times)}{back}"
 
     def to_json(self) -> str:
         """Return the report as JSON text."""

@@ -15,7 +15,7 @@ _BUDGET = 0.25  # seconds for one set of alternatives, after the fewest rounds
 _PATIENCE = 4  # how many times the budget, while the machine is busy
 _NOISY = 1.25  # upper over lower quartile of the times of one call; on a quiet machine the ratio is lower
 _FEWEST, _MOST = 7, 31  # rounds
-_HOPELESS = {2: 2.0, 4: 1.3}  # a call that takes this many times the fastest one after so many rounds is dropped
+_HOPELESS = {2: 2.0, 3: 1.3}  # a call that takes this many times the fastest one after so many rounds is dropped
 _REST = 0.1  # seconds; threads of OpenMP and ONNX Runtime go on turning for some tens of milliseconds after a call
 _WARM = 0.1  # seconds, until the threads that were woken have found a core each, and the caches are filled
 _MOST_CALLS = 1000  # to warm up
@@ -41,7 +41,7 @@ def time_in_turn(
         timer: returns seconds since any fixed time.
         before: called before each call; its time does not count.
         keep: names of further alternatives that are never dropped. Any other is dropped after two rounds if it takes
-            more than twice the time of the fastest, and after four rounds if it takes 1.3 times as long.
+            more than twice the time of the fastest, and after three rounds if it takes 1.3 times as long.
         alone: whether each is timed as in a process that runs nothing else: after a rest, in which the threads of the
             one before it go to sleep, and untimed calls for as long. A round then takes a fifth of a second for each.
         ready: what to do before the calls of a name in each round; its time does not count.
