@@ -100,7 +100,9 @@ def test_the_smallest_format_is_one_that_can_hold_them():
 def damaged(name):
     weight, mask = torch.randn(4, 70), torch.ones(4, 70, dtype=torch.bool)
     mask[0, :3] = False  # 61 and 6 weights: a half is not used
-    tensors = {key: tensor.clone() for key, tensor in Bitmask.from_dense(weight, mask, value_dtype=INT4).tensors().items()}
+    tensors = {
+        key: tensor.clone() for key, tensor in Bitmask.from_dense(weight, mask, value_dtype=INT4).tensors().items()
+    }
     match name:
         case "a byte less":
             tensors["values"] = tensors["values"][:-1]

@@ -14,6 +14,7 @@ from secateur.kernels._int4 import Int4Layout, Int4Route, round_groups, weight_s
 from secateur.kernels._int8 import check_columns
 from secateur.kernels._layout import SPARE_BYTES, bits_of, in_large_pages, kept_of, shape_of
 
+
 @dataclass(frozen=True, eq=False)
 class Int4BitmaskLayout(Int4Layout):
     """Rows of kept codes, two in a byte, with one bit for each column. Each group starts at a whole byte."""
