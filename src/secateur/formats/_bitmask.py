@@ -29,8 +29,8 @@ class Bitmask(Format):
 
     Args:
         shape, pattern, values, scales: see :class:`Format`; values are ``[stored]``, row-major. With int4: uint8
-            ``[bytes]``, the lower half of a byte first, 8 added to each number. Each group of 64 columns of a row starts
-            at a whole byte.
+            ``[bytes]``, the lower half of a byte first, 8 added to each number. Each group of 64 columns of a row
+            starts at a whole byte.
         bitmask: uint8 ``[out, ceil(in / 8)]``. Bit ``j % 8`` (from the lowest) of byte ``j // 8`` is column j. Bits
             beyond the last column are 0.
         row_offsets: int64 ``[out]``, how many values (with int4: bytes) the rows before each row have.
@@ -41,7 +41,9 @@ class Bitmask(Format):
     names: ClassVar[tuple[str, ...]] = ("values", "scales", "bitmask", "row_offsets")
     _default: ClassVar[SparsityPattern | None] = Unstructured()
 
-    _int4_nbytes = staticmethod(lambda mask: Halves.of(mask.cpu().numpy()).total)
+    _int4_nbytes: ClassVar[staticmethod[[Mask], int] | None] = staticmethod(
+        lambda mask: Halves.of(mask.cpu().numpy()).total
+    )
 
     bitmask: Tensor
     row_offsets: Tensor

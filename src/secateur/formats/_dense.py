@@ -41,7 +41,9 @@ class DensePacked(Format):
     _patterns: ClassVar[tuple[type[SparsityPattern], ...]] = (Unstructured,)
     names: ClassVar[tuple[str, ...]] = ("values", "scales")
     _default: ClassVar[SparsityPattern | None] = Unstructured()
-    _int4_nbytes = staticmethod(lambda mask: mask.shape[0] * -(-mask.shape[1] // 2))
+    _int4_nbytes: ClassVar[staticmethod[[Mask], int] | None] = staticmethod(
+        lambda mask: mask.shape[0] * -(-mask.shape[1] // 2)
+    )
 
     def mask(self) -> Mask:
         return torch.ones(self.shape, dtype=torch.bool, device=self.values.device)

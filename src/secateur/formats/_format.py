@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, final
 
@@ -53,7 +53,7 @@ class Format(ABC):
     _largest_group: ClassVar[int | None] = None  # the largest m of the N:M patterns that it can hold
 
     # How many bytes the values of a mask take as int4; None for a format that cannot hold these.
-    _int4_nbytes: ClassVar[Callable[[Mask], int] | None] = None
+    _int4_nbytes: ClassVar[staticmethod[[Mask], int] | None] = None
 
     shape: tuple[int, int]
     pattern: SparsityPattern
@@ -120,8 +120,8 @@ class Format(ABC):
         if self.value_dtype == INT4:
             if self.values.is_meta:
                 return self.values.new_empty(self.shape, dtype=torch.float32), None
-            codes, scales = self.grouped()
-            return codes * GRIDS["int4"].spread(scales, self.shape[1]), None
+            codes, groups = self.grouped()
+            return codes * GRIDS["int4"].spread(groups, self.shape[1]), None
         if self.values.is_meta:
             scales = None if self.scales is None else self.scales.new_empty(self.shape[0])
             return self.values.new_empty(self.shape), scales

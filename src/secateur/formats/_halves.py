@@ -20,11 +20,10 @@ _ADDED = 8  # to each number, so that it has no sign
 
 def pack_halves(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Return codes ``[..., n]`` as bytes ``[..., ceil(n / 2)]``, the lower half of a byte first, a last one of 0."""
-    halves = (codes + np.int8(_ADDED)).astype(np.uint8)
+    halves: NDArray[np.uint8] = (codes + np.int8(_ADDED)).astype(np.uint8)
     if halves.shape[-1] % 2:
         halves = np.concatenate([halves, np.zeros((*halves.shape[:-1], 1), np.uint8)], axis=-1)
-    found: NDArray[np.uint8] = halves[..., ::2] | (halves[..., 1::2] << 4)
-    return found
+    return halves[..., ::2] | (halves[..., 1::2] << np.uint8(4))
 
 
 def unpack_halves(values: NDArray[np.uint8]) -> NDArray[np.int8]:
@@ -74,7 +73,8 @@ class Halves:
         counts = self.counts.reshape(-1)
         starts = 2 * (self._ends - (counts + 1) // 2)
         before = np.cumsum(counts) - counts
-        return np.arange(counts.sum()) + np.repeat(starts - before, counts)
+        places: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(starts - before, counts)
+        return places
 
     def pack(self, codes: NDArray[np.int8]) -> NDArray[np.uint8]:
         """Return codes ``[kept]`` as bytes."""

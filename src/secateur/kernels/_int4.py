@@ -1,7 +1,7 @@
 """Products of weights of 4 bits and inputs that are rounded to bytes at each call.
 
-Weights are codes from -7 to 7 with a scale for each output row and group of 64 columns. The sum of products of each group
-is a whole number; times the scales these are added up in float32, so that kernels agree to the last bits only.
+Weights are codes from -7 to 7 with a scale for each output row and group of 64 columns. The sum of products of each
+group is a whole number; times the scales these are added up in float32, so that kernels agree to the last bits only.
 """
 
 from __future__ import annotations
