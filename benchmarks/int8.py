@@ -2,8 +2,8 @@
 
 Targets: dense at least as fast as `torch.ao.nn.quantized.dynamic.Linear`; block:1x4 and 4x1 at 80 % 2.5 times dense
 int8 and 8 times `F.linear`; block:4x4 at 90 % 4 times dense int8; 2:4 5 times `F.linear` at batch 1 and as fast as
-dense int8 at 32. Each result is checked first, to the bit, against whole numbers. Times are medians of rounds in which all
-take turns; ratios are medians over the rounds.
+dense int8 at 32. Each result is checked first, to the bit, against whole numbers. Times are medians of rounds in which
+all take turns; ratios are medians over the rounds.
 
     python benchmarks/int8.py [--shape 4096x4096] [--threads 1] [--isa avx2] [--only 1x4] [--rounds 9] [--cpu-time]
                               [--encoder]

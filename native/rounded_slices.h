@@ -20,9 +20,9 @@ enum class Order { kWords, kColumns };
 constexpr int64_t kLeastLanes = kWidth < 8 ? kWidth : 8, kMostLanes = kWidth * 4;
 
 // How many rows of x the next slice takes when `left` are left: all of a few, else at most a quarter more for padding.
-inline int64_t rounded_lanes(int64_t left, int64_t most) {
+inline int64_t rounded_lanes(int64_t left) {
     int64_t lanes = kLeastLanes;
-    while (lanes < most && (left > lanes * 3 / 2 || (lanes < 16 && left > lanes))) lanes *= 2;
+    while (lanes < kMostLanes && (left > lanes * 3 / 2 || (lanes < 16 && left > lanes))) lanes *= 2;
     return lanes;
 }
 
@@ -64,39 +64,39 @@ inline void round_lanes(const Linear& args, Order order, const Slice& slice, int
     }
 }
 
-// Calls f(part, slice, thread) for each part of the weight and each slice of at most `most` rows of the batch.
+// Calls f(part, slice, thread) for each part of the weight and each slice of the batch.
 //
 // Many slices are shared among the threads: a thread rounds its own, which stays in its cache while all parts of the
 // weight pass by. Few slices would not keep all threads busy: then all are rounded first, and the parts of the weight
 // are shared.
 template <class Function>
-inline void each_part_and_rounded_slice(const Linear& args, Order order, int64_t most, int64_t parts, Function f) {
-    const int64_t whole = args.batch / most, words = ceil_div(args.columns, 4);
-    const int64_t row = ceil_div(words, 16) * 64, own = 4 * row, slot = most * (row + 8) + own;
-    if (whole >= 4 * args.threads || (whole && whole % args.threads == 0 && args.batch % most == 0)) {
+inline void each_part_and_rounded_slice(const Linear& args, Order order, int64_t parts, Function f) {
+    const int64_t whole = args.batch / kMostLanes, words = ceil_div(args.columns, 4);
+    const int64_t row = ceil_div(words, 16) * 64, own = 4 * row, slot = kMostLanes * (row + 8) + own;
+    if (whole >= 4 * args.threads || (whole && whole % args.threads == 0 && args.batch % kMostLanes == 0)) {
         char* memory = static_cast<char*>(scratch(kInput, args.threads * slot));
-        each_in_parallel(args.threads, ceil_div(args.batch, most), 1, [&](int64_t i, int64_t thread) {
+        each_in_parallel(args.threads, ceil_div(args.batch, kMostLanes), 1, [&](int64_t i, int64_t thread) {
             uint8_t* bytes = reinterpret_cast<uint8_t*>(memory + thread * slot);
-            float* scale = reinterpret_cast<float*>(bytes + most * row);
-            int32_t* zero = reinterpret_cast<int32_t*>(scale + most);
-            for (int64_t b = i * most, lanes; b < least(args.batch, (i + 1) * most); b += lanes) {
-                lanes = rounded_lanes(args.batch - b, most);
+            float* scale = reinterpret_cast<float*>(bytes + kMostLanes * row);
+            int32_t* zero = reinterpret_cast<int32_t*>(scale + kMostLanes);
+            for (int64_t b = i * kMostLanes, lanes; b < least(args.batch, (i + 1) * kMostLanes); b += lanes) {
+                lanes = rounded_lanes(args.batch - b);
                 const Slice slice = {bytes, scale, zero, b, lanes};
                 for (int64_t lane = 0; lane < lanes; lane += 4)
-                    round_lanes(args, order, slice, lane, bytes + most * (row + 8), bytes, scale, zero);
+                    round_lanes(args, order, slice, lane, bytes + kMostLanes * (row + 8), bytes, scale, zero);
                 for (int64_t part = 0; part < parts; ++part) f(part, slice, thread);
             }
         });
         return;
     }
     int64_t lanes = 0;
-    while (lanes < args.batch) lanes += rounded_lanes(args.batch - lanes, most);
+    while (lanes < args.batch) lanes += rounded_lanes(args.batch - lanes);
     char* memory = static_cast<char*>(scratch(kInput, lanes * (row + 8) + args.threads * own));
     uint8_t* bytes = reinterpret_cast<uint8_t*>(memory);
     float* scale = reinterpret_cast<float*>(bytes + lanes * row);
     int32_t* zero = reinterpret_cast<int32_t*>(scale + lanes);
     const auto slice_at = [&](int64_t b) {
-        return Slice{bytes + b * row, scale + b, zero + b, b, rounded_lanes(args.batch - b, most)};
+        return Slice{bytes + b * row, scale + b, zero + b, b, rounded_lanes(args.batch - b)};
     };
     each_in_parallel(rounding_threads(args), lanes / 4, kEqually, [&](int64_t quad, int64_t thread) {
         Slice slice = slice_at(0);

@@ -193,11 +193,10 @@ template <int H, Find find, Find wide> inline void int8_tiles_of(const Int8Tiles
         });
         return;
     }
-    // With sections, a slice has half the lanes, so that a section and the sums of a panel fit the nearest cache.
-    const int64_t most = args.sections > 1 && kWidth == 16 ? kMostLanes / 2 : kMostLanes, work = args.panel * most;
+    const int64_t work = args.panel * kMostLanes;
     int32_t* memory = static_cast<int32_t*>(scratch(kWork, args.threads * work * 4));
     const Order order = kColumns ? Order::kColumns : Order::kWords;
-    each_part_and_rounded_slice(args, order, most, panels, [&](int64_t panel, const Slice& slice, int64_t thread) {
+    each_part_and_rounded_slice(args, order, panels, [&](int64_t panel, const Slice& slice, int64_t thread) {
         int32_t* sums = memory + thread * work;
         const int64_t lanes = slice.lanes, row = panel * args.panel, count = least(args.panel, args.rows - row);
         // A store to memory that is not in the cache waits for it.

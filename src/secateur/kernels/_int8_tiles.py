@@ -20,7 +20,7 @@ _BYTES = 4  # of a word: what one instruction multiplies and adds
 _SPARE = 64  # zeros after the last tile: a kernel loads whole vectors, which may start at any tile
 _TILES = ((1, 4), (4, 4), (4, 1))
 # Rows that run together: with all columns, and with sections of so many columns, for tiles that use each input once.
-# Then the inputs of a section, for 32 rows of x, stay in the first-level cache.
+# Then the inputs of a section stay in a near cache: in the first one for 32 rows of x.
 _PANEL, _HIGH_PANEL, _SECTION = 16, 64, 1024
 # The largest share of kept tiles, of weights whose zeros have no pattern, that is worth measuring.
 _MOST_KEPT = 0.5
