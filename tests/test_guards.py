@@ -396,6 +396,7 @@ def test_public_callables_have_examples():
         "EvaluationReport",
         "ExportReport",
         "Figure",
+        "FoldReport",
         "Histogram",
         "LayerReport",
         "ModelTime",
