@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,13 @@ from secateur.formats import Format
 from secateur.kernels import RoutePlan
 from secateur.layers import kind_of, plain_class, transposed_linear
 from secateur.nn._packed import PackedConv1D, PackedLinear
-from secateur.nn._packed_conv import PackedConv1d, PackedConv2d, PackedConvolution
+from secateur.nn._packed_conv import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedConvolution,
+    numeric_padding,
+    why_not_convolution,
+)
 from secateur.nn._packed_matrix import PackedMatrix
 from secateur.nn._packed_stack import PackedStack
 
@@ -26,27 +32,50 @@ class PackedAs:
 
     Args:
         transposed: whether it is transformers' ``Conv1D``, a linear layer whose weight is ``[in, out]``.
-        stride: stride of a convolution with a kernel of one position, one number for each dimension that it moves in;
-            None for a linear layer.
+        stride: stride of a convolution, one number for each dimension that it moves in; None for a linear layer.
+        kernel_size: positions of its kernel; None for one in each dimension, like those that follow.
+        padding: its padding; None for nothing.
+        dilation: its dilation.
     """
 
     transposed: bool = False
     stride: tuple[int, ...] | None = None
+    kernel_size: tuple[int, ...] | None = None
+    padding: tuple[int, ...] | None = None
+    dilation: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> PackedAs | None:
         """Return what a module, dense or packed, is packed as; None if no packed layer can replace it."""
         if isinstance(module, PackedConvolution):
-            return cls(stride=module.stride)
+            return cls._convolution(module.stride, module.kernel_size, module.padding, module.dilation)
         if isinstance(module, PackedMatrix):
             return cls(transposed=isinstance(module, PackedConv1D))
         plain = plain_class(module)
         if plain in (nn.Conv1d, nn.Conv2d):
             assert isinstance(module, nn.Conv1d | nn.Conv2d)
-            return cls(stride=tuple(module.stride)) if PackedConvolution.fits(module) else None
+            if why_not_convolution(module) is not None:
+                return None
+            padding = numeric_padding(module)
+            assert padding is not None
+            return cls._convolution(tuple(module.stride), tuple(module.kernel_size), padding, tuple(module.dilation))
         if plain is nn.Linear:
             return cls()
         return cls(transposed=True) if plain is not None and plain is transposed_linear() else None
+
+    @classmethod
+    def _convolution(
+        cls, stride: tuple[int, ...], kernel: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+    ) -> PackedAs:
+        """What is as in a pointwise convolution is None. A dilation matters only between positions."""
+        dilation = tuple(step if size > 1 else 1 for step, size in zip(dilation, kernel, strict=True))
+        ones = (1,) * len(stride)
+        return cls(
+            stride=stride,
+            kernel_size=None if kernel == ones else kernel,
+            padding=padding if any(padding) else None,
+            dilation=None if dilation == ones else dilation,
+        )
 
     def build(self, packed: Format, bias: Tensor | None, plan: RoutePlan | None, dtype: torch.dtype) -> Packed:
         """Return the packed layer.
@@ -60,23 +89,20 @@ class PackedAs:
         if self.transposed:
             return PackedConv1D(packed, bias, plan, dtype)
         linear = PackedLinear(packed, bias, plan, dtype)
-        match self.stride:
-            case None:
-                return linear
-            case (along,):
-                return PackedConv1d(linear, (along,))
-            case (down, across):
-                return PackedConv2d(linear, (down, across))
-        raise AssertionError(f"no packed convolution moves in {len(self.stride)} dimensions")
+        if self.stride is None:
+            return linear
+        ones = (1,) * len(self.stride)
+        sizes: Any = self.stride, self.kernel_size or ones, self.padding or (0,) * len(ones), self.dilation or ones
+        return PackedConv1d(linear, *sizes) if len(ones) == 1 else PackedConv2d(linear, *sizes)
 
 
 def why_no_counterpart(module: nn.Module) -> str | None:
     """Return the reason why no packed layer can replace a module, or None."""
     if PackedAs.of(module) is not None:
         return None
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "a convolution with a kernel above 1x1, padding or groups: unfolding its input costs what the zeros save"
-    return f"a packed layer can replace only nn.Linear and 1x1 convolutions, not {type(module).__name__}"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and (reason := why_not_convolution(module)) is not None:
+        return reason
+    return f"a packed layer can replace only nn.Linear, nn.Conv1d and nn.Conv2d, not {type(module).__name__}"
 
 
 def shape_as_matrix(module: nn.Module) -> tuple[int, int] | None:
