@@ -14,7 +14,7 @@ from secateur import FormatError, PackedLinear, RecipeError
 from secateur._types import dtype_name
 from secateur.kernels import RoutePlan, available
 from secateur.nn import PackedConv1D, PackedConv2d
-from secateur.packing import Measurement, _decide, _jobs, _measure, decide, read_packed
+from secateur.packing import Measurement, _decide, _images, _measure, decide, read_packed
 from secateur.reports import PackReport
 from secateur.timing import MeasurementCache
 
@@ -356,7 +356,7 @@ def test_pointwise_convolutions(monkeypatch, stride, order):
     before = model[0]
     report = secateur.pack_(model)
     assert isinstance(model[0], PackedConv2d)
-    assert [choice.rows for choice in report.layers[0].choices] == list(_jobs.PIXELS)
+    assert [choice.rows for choice in report.layers[0].choices] == list(_images.PIXELS)
     y = model[0](x)
     torch.testing.assert_close(y.relu(), expected, rtol=1e-5, atol=1e-5)
     assert y.is_contiguous(memory_format=order)

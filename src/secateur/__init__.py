@@ -19,6 +19,8 @@ from secateur.comparison import compare as compare
 from secateur.evaluation import Pooling as Pooling
 from secateur.evaluation import evaluate as evaluate
 from secateur.exporting import export as export
+from secateur.folding import FoldReport as FoldReport
+from secateur.folding import fold_ as fold_
 from secateur.layers import LayerKind as LayerKind
 from secateur.layers import register_layer as register_layer
 from secateur.nn import PackedLinear as PackedLinear

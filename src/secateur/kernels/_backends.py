@@ -290,10 +290,6 @@ class _ExpandedAtEachCall(Prepared):
         y = self._layout.multiply(x, None)[:, : self._out].to(x.dtype)  # rows of zeros at the end have no bias
         return y if bias is None else y + bias.to(x.dtype)
 
-    def convolve(self, x: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-        weight = self._layout.to_dense()[: self._out].to(x.device)
-        return _dense_convolution(x.float(), weight, None if bias is None else bias.float(), window).to(x.dtype)
-
 
 class _Dense(Prepared):
     def __init__(self, weight: Tensor, shared: bool) -> None:

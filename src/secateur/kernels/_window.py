@@ -45,6 +45,11 @@ class Window:
         return [*self.kernel, *self.stride, *self.padding, *self.dilation]
 
     @property
+    def pairs(self) -> tuple[Pair, Pair, Pair, Pair]:
+        """Stride, kernel, padding and dilation: the order of arguments of packed convolutions."""
+        return self.stride, self.kernel, self.padding, self.dilation
+
+    @property
     def positions(self) -> int:
         """How many positions the kernel has."""
         return math.prod(self.kernel)

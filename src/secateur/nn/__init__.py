@@ -12,6 +12,7 @@ from secateur.nn._packed import PackedConv1D as PackedConv1D
 from secateur.nn._packed import PackedLinear as PackedLinear
 from secateur.nn._packed_conv import PackedConv1d as PackedConv1d
 from secateur.nn._packed_conv import PackedConv2d as PackedConv2d
+from secateur.nn._packed_conv import PackedConvolution as PackedConvolution
 from secateur.nn._packed_matrix import PackedMatrix as PackedMatrix
 from secateur.nn._packed_recurrent import PackedRecurrent as PackedRecurrent
 from secateur.nn._packed_recurrent import packed_recurrents as packed_recurrents

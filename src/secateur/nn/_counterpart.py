@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from secateur.formats import Format
-from secateur.kernels import RoutePlan
+from secateur.kernels import RoutePlan, Window
 from secateur.layers import kind_of, plain_class, transposed_linear
 from secateur.nn._packed import PackedConv1D, PackedLinear
 from secateur.nn._packed_conv import (
@@ -18,6 +18,7 @@ from secateur.nn._packed_conv import (
     PackedConvolution,
     numeric_padding,
     why_not_convolution,
+    window_of,
 )
 from secateur.nn._packed_matrix import PackedMatrix
 from secateur.nn._packed_stack import PackedStack
@@ -77,6 +78,18 @@ class PackedAs:
             dilation=None if dilation == ones else dilation,
         )
 
+    @property
+    def window(self) -> Window:
+        """How the kernel of a convolution moves; for a linear layer that of one position."""
+        along = len(self.stride or ())
+        sizes = (
+            self.kernel_size or (1,) * along,
+            self.stride or (),
+            self.padding or (0,) * along,
+            self.dilation or (1,) * along,
+        )
+        return window_of(*sizes)
+
     def build(self, packed: Format, bias: Tensor | None, plan: RoutePlan | None, dtype: torch.dtype) -> Packed:
         """Return the packed layer.
 
@@ -91,9 +104,10 @@ class PackedAs:
         linear = PackedLinear(packed, bias, plan, dtype)
         if self.stride is None:
             return linear
-        ones = (1,) * len(self.stride)
-        sizes: Any = self.stride, self.kernel_size or ones, self.padding or (0,) * len(ones), self.dilation or ones
-        return PackedConv1d(linear, *sizes) if len(ones) == 1 else PackedConv2d(linear, *sizes)
+        window = self.window
+        if len(self.stride) == 1:
+            return PackedConv1d(linear, *((sizes.across,) for sizes in window.pairs))
+        return PackedConv2d(linear, *window.pairs)
 
 
 def why_no_counterpart(module: nn.Module) -> str | None:

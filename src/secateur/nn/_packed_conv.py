@@ -33,8 +33,7 @@ class PackedConvolution(nn.Module, ABC):
         self.linear = linear
         self.stride, self.kernel_size, self.padding, self.dilation = stride, kernel_size, padding, dilation
         self.output_padding = (0,) * len(stride)
-        pairs = zip((1, 1, 0, 1), (kernel_size, stride, padding, dilation), strict=True)
-        self.window = Window(*(Pair(*(fill,) * (2 - len(sizes)), *sizes) for fill, sizes in pairs))
+        self.window = window_of(kernel_size, stride, padding, dilation)
         if linear.in_features % self.window.positions:
             raise KernelError(
                 f"a kernel of {'x'.join(map(str, kernel_size))} does not fit a weight of {linear.in_features} columns; "
@@ -99,6 +98,14 @@ class PackedConvolution(nn.Module, ABC):
         if any(self.padding):
             described += f", padding={self.padding}"
         return described if set(self.dilation) == {1} else f"{described}, dilation={self.dilation}"
+
+
+def window_of(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> Window:
+    """Return how a kernel moves. What a convolution lacks of two dimensions is a row of one position."""
+    pairs = zip((1, 1, 0, 1), (kernel, stride, padding, dilation), strict=True)
+    return Window(*(Pair(*(fill,) * (2 - len(sizes)), *sizes) for fill, sizes in pairs))
 
 
 def numeric_padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:

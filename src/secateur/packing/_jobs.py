@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -18,6 +18,7 @@ from secateur.layers import Layer, Observed, Reading, Replaceability, select_lay
 from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
 from secateur.packing._history import patterns_of
+from secateur.packing._images import Size, describe_images, image_inputs
 from secateur.packing._measure import Measurement, key_of, measure
 from secateur.packing._recurrent import RecurrentJob, find_recurrent, packed_recurrent_jobs
 from secateur.packing._settings import PackSettings
@@ -25,9 +26,6 @@ from secateur.packing._stacks import StackJob, find_stacks, packed_stack_jobs
 from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
-
-# At how many positions convolutions are measured: feature maps of 7 x 7 to 56 x 56, or sequences as long.
-PIXELS = (49, 196, 784, 3136)
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Job:
         patterns: the patterns that its zeros satisfy.
         tied_to: names of the other modules.
         pattern_was_found: whether the pattern was found from the zeros, and not taken from the history.
+        sizes: of the inputs of a convolution in the model; none if they are not known.
     """
 
     name: str
@@ -53,6 +52,7 @@ class Job:
     patterns: tuple[SparsityPattern, ...]
     tied_to: tuple[str, ...] = ()
     pattern_was_found: bool = False
+    sizes: tuple[Size, ...] = ()
 
     @property
     def title(self) -> str:
@@ -72,11 +72,11 @@ class Job:
         timer: Timer,
     ) -> Decision:
         """Return how the layer should run, by a known measurement of a layer that runs alike, or else a new one."""
-        rows = PIXELS if isinstance(self.dense, nn.Conv1d | nn.Conv2d) else settings.batch_sizes
-        key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold)
+        inputs, described = self._inputs(settings)
+        rows = [n for n, _ in inputs]
+        key = key_of(self.weight, self.packed, self.patterns, described, rows, cold)
         measured = known.get(key)
         if measured is None:
-            inputs = [(n, self._input(n)) for n in rows]
             patterns = (*self.patterns, self.packed.pattern)
             measured = measure(
                 self.dense, lambda plan: self._build(self.dense, plan), self.packed, inputs, patterns, cold, timer
@@ -84,20 +84,14 @@ class Job:
             known.put(key, measured, lasting=not measured.noisy)
         return decide(measured, self.dense_bytes, settings.memory)
 
-    def _input(self, rows: int) -> Tensor:
-        x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
-        if isinstance(self.dense, nn.Conv1d):
-            return x.T.unsqueeze(0).repeat_interleave(self.dense.stride[0], 2).contiguous()
-        if not isinstance(self.dense, nn.Conv2d):
-            return x
-        side = int(rows**0.5)
-        down, across = (side * stride for stride in self.dense.stride)
-        return (
-            x.T.reshape(1, -1, side, side)
-            .repeat_interleave(self.dense.stride[0], 2)
-            .repeat_interleave(self.dense.stride[1], 3)[:, :, :down, :across]
-            .contiguous()
-        )
+    def _inputs(self, settings: PackSettings) -> tuple[list[tuple[int, Tensor]], str]:
+        """Inputs to measure with, each with its number of rows, and what they are a measurement of."""
+        if isinstance(self.dense, nn.Conv1d | nn.Conv2d):
+            images = image_inputs(self.dense, self.sizes)
+            return images, describe_images(self.dense, images)
+        shape = (max(settings.batch_sizes), self.weight.shape[1])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
+        return [(rows, x[:rows]) for rows in settings.batch_sizes], type(self.dense).__name__
 
     def _build(self, dense: nn.Module, plan: RoutePlan, like: PackedMatrix | None = None) -> Packed:
         packed_as = PackedAs.of(dense)
@@ -147,6 +141,24 @@ class Job:
             choices=decision.choices,
             tied_to=self.tied_to,
         )
+
+
+def with_sizes(
+    jobs: Sequence[Job | StackJob | RecurrentJob], sizes: Mapping[int, tuple[Size, ...]]
+) -> list[Job | StackJob | RecurrentJob]:
+    """Return the jobs, those of convolutions with the sizes of their inputs.
+
+    Args:
+        jobs: from :func:`find_jobs`.
+        sizes: by the id of a module.
+    """
+    found: list[Job | StackJob | RecurrentJob] = []
+    for job in jobs:
+        if isinstance(job, Job):
+            own = dict.fromkeys(size for module in job.modules for size in sizes.get(id(module), ()))
+            job = replace(job, sizes=tuple(own))
+        found.append(job)
+    return found
 
 
 def find_jobs(

@@ -27,7 +27,8 @@ from secateur.nn import (
 )
 from secateur.packing._attention import as_dense, losing_attention
 from secateur.packing._history import History, patterns_in, readings_in
-from secateur.packing._jobs import find_jobs
+from secateur.packing._images import is_convolution, sizes_in
+from secateur.packing._jobs import find_jobs, with_sizes
 from secateur.packing._measure import cache_at, machine
 from secateur.packing._recurrent import RecurrentJob
 from secateur.packing._settings import PackSettings
@@ -107,8 +108,11 @@ def pack_(
     made = settings_from("settings", settings, PackSettings, keywords)
     known = cache_at(cache)
     check_model(model)
-    read = {**readings_in(history, model), **({} if batches is None else _read(model, batches, forward))}
+    loaded = None if batches is None else load_batches(batches, torch.device("cpu"))
+    read = {**readings_in(history, model), **({} if loaded is None else _read(model, loaded, forward))}
     jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    if loaded is not None and any(is_convolution(module) for module in model.modules()):
+        jobs = with_sizes(jobs, sizes_in(model, loaded, forward))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     rows: list[PackedLayer] = []
     swaps: list[tuple[nn.Module, nn.Module]] = []
@@ -161,9 +165,8 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Paramet
     yield from model.named_parameters()
 
 
-def _read(model: nn.Module, batches: Iterable[Any], forward: Forward) -> Mapping[int, Reading]:
+def _read(model: nn.Module, loaded: list[Any], forward: Forward) -> Mapping[int, Reading]:
     """How functions multiply parameters, by their id."""
-    loaded = load_batches(batches, torch.device("cpu"))
     with quiet(model), torch.no_grad():
         return observe(model, loaded, forward).read
 
