@@ -125,8 +125,9 @@ inline void each_part_and_pixels(const Linear& args, const Image& image, int64_t
     const Planes planes = planes_of(args, image);
     const int64_t total = ceil_div(args.batch, kWidth);
     int64_t slices = ceil_div(total, most);
-    // All threads get the same number of slices if there are few.
-    if (slices < 4 * args.threads) slices = least(total, ceil_div(slices, args.threads) * args.threads);
+    // Threads get equal shares of a multiple of four. The slices decide in which order a kernel adds, so they must not
+    // depend on the number of threads.
+    if (slices > 2) slices = least(total, ceil_div(slices, 4) * 4);
     const int64_t each = args.columns * lanes_of(ceil_div(total, slices));
     const auto first_vector = [&](int64_t i) { return i * total / slices; };
     const auto pixels = [&](int64_t i, int64_t& count, PixelRun* runs) {

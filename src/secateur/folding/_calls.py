@@ -94,7 +94,7 @@ def _call(root: nn.Module, node: fx.Node, name: str, outside: str) -> NormCall:
         return NormCall(None, "its input is no result of the model's code")
     if source.op == "placeholder":
         where = f"its input comes from outside of {name}"
-        return NormCall(None, f"{where}: {outside}" if outside else f"{where}, so that no layer is before it")
+        return NormCall(None, f"{where}: {outside}" if outside else f"{where}, so no layer is before it")
     if source.op != "call_module":
         made_by = getattr(source.target, "__name__", source.target)
         return NormCall(None, f"its input is made by {made_by}, so that no layer is directly before it")
@@ -105,7 +105,7 @@ def _call(root: nn.Module, node: fx.Node, name: str, outside: str) -> NormCall:
 
 
 def dimensions_of(norms: list[nn.Module]) -> tuple[dict[int, set[int]], list[Any]]:
-    """Return a table that is filled with the dimensions of the inputs of batch norms, by their id, and what fills it."""
+    """Return a table of how many dimensions the inputs of batch norms have, by their id, and the hooks that fill it."""
     found: dict[int, set[int]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -74,8 +74,8 @@ def fold_(model: nn.Module, *, batches: Iterable[Any] | None = None, forward: Fo
     folded before it is packed or exported. The batch norm becomes an ``nn.Identity``.
 
     Only the output of one layer that nothing else reads can be folded into. This is read off the code of the model,
-    which torch.fx traces. A batch norm for which that cannot be shown stays, and the report says why: such as one before
-    its convolution, behind an addition or an activation.
+    which torch.fx traces. A batch norm for which that cannot be shown stays, and the report says why: such as one that
+    stands before its convolution, or behind an addition or an activation.
 
     A model that was folded can no longer be trained as before: its statistics are gone.
 

@@ -41,9 +41,9 @@ from secateur.kernels._plan import candidates as candidates
 from secateur.kernels._plan import default_plan as default_plan
 from secateur.kernels._plan import usable_plan as usable_plan
 from secateur.kernels._route import Route as Route
+from secateur.kernels._table import *  # noqa: F403  the layouts and routes themselves
 from secateur.kernels._window import Pair as Pair
 from secateur.kernels._window import Window as Window
-from secateur.kernels._table import *  # noqa: F403  the layouts and routes themselves
 
 _FORMERLY = {"LaneLayout": "GroupLayout", "StripLayout": "TileLayout"}
 

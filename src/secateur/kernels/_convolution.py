@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from secateur.kernels._dispatch import may_skip_dispatcher
 from secateur.kernels._operator import (
@@ -46,13 +47,15 @@ def _format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if turned else torch.contiguous_format
 
 
-def _run_transposed(y: Tensor, weight: Sequence[Tensor], spec: str, window: Sequence[int], size: Sequence[int]) -> Tensor:
+def _run_transposed(
+    y: Tensor, weight: Sequence[Tensor], spec: str, window: Sequence[int], size: Sequence[int]
+) -> Tensor:
     """The gradient of images of a size. The weight is made dense at each call, so that no copy stays in memory."""
     moves = Window.of(window)
     dense = packed_dense(weight, spec).to(y.dtype)
     dense = dense.view(len(dense), -1, *moves.kernel)
     shape = [len(y), dense.shape[1], *size]
-    found = torch.nn.grad.conv2d_input(shape, dense, y, moves.stride, moves.padding, moves.dilation)
+    found: Tensor = conv2d_input(shape, dense, y, moves.stride, moves.padding, moves.dilation)
     return found.contiguous()
 
 
@@ -121,9 +124,7 @@ _packed_convolution.register_vmap(_vmap)
 _packed_convolution_transposed.register_vmap(_vmap)
 
 
-def packed_convolution(
-    x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str, window: Window
-) -> Tensor:
+def packed_convolution(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str, window: Window) -> Tensor:
     """Return the convolution of images with a packed weight. Packed convolutions call this.
 
     Args:

@@ -74,7 +74,8 @@ class Bound:
             VALUE_TYPES[values.dtype].code,
             *packed.arguments(),
         )
-        self._run, self._convolve = weight.run, getattr(weight, "convolve", None)
+        self._run: Any = weight.run
+        self._convolve: Any = getattr(weight, "convolve", None)
         self._rows, self._size = packed.shape[0], values.numel()
 
     @property

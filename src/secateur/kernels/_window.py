@@ -17,6 +17,9 @@ class Pair(NamedTuple):
     across: int
 
 
+_ONE, _NONE = Pair(1, 1), Pair(0, 0)
+
+
 @dataclass(frozen=True)
 class Window:
     """How the kernel of a convolution without groups moves over an image. Its padding has zeros.
@@ -28,10 +31,10 @@ class Window:
         dilation: pixels from one position of the kernel to the next.
     """
 
-    kernel: Pair = Pair(1, 1)
-    stride: Pair = Pair(1, 1)
-    padding: Pair = Pair(0, 0)
-    dilation: Pair = Pair(1, 1)
+    kernel: Pair = _ONE
+    stride: Pair = _ONE
+    padding: Pair = _NONE
+    dilation: Pair = _ONE
 
     @classmethod
     def of(cls, numbers: Sequence[int]) -> Window:
@@ -60,7 +63,7 @@ class Window:
         return self.positions == 1 and not any(self.padding)
 
     def outputs(self, height: int, width: int) -> Pair:
-        """Return how many pixels the output has in each dimension, for an image of a size: below 1 if it is too small."""
+        """Return how many pixels the output has in each dimension: fewer than 1 if the image is too small."""
         found = (
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in zip(

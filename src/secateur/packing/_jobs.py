@@ -156,8 +156,9 @@ def with_sizes(
     for job in jobs:
         if isinstance(job, Job):
             own = dict.fromkeys(size for module in job.modules for size in sizes.get(id(module), ()))
-            job = replace(job, sizes=tuple(own))
-        found.append(job)
+            found.append(replace(job, sizes=tuple(own)))
+        else:
+            found.append(job)
     return found
 
 
