@@ -9,6 +9,26 @@ namespace secateur::SECATEUR_ISA {
 
 constexpr int64_t kMostPixels = 8 * kWidth;  // of a slice
 
+// Calls f(arguments) for one group of images after the other, so that their copy with padding takes little memory.
+template <class Arguments, class Function> inline void each_group_of_images(const Arguments& args, Function f) {
+    constexpr int64_t kMost = 1 << 20;  // floats of the copy
+    const Image& whole = *args.image;
+    const int64_t channels = args.columns / (whole.kernel_down * whole.kernel_across), plane = whole.height * whole.width;
+    int64_t padded = channels * (whole.height + 2 * whole.padding_down) * (whole.width + 2 * whole.padding_across);
+    if (padded == channels * plane) padded = 0;  // there is no copy
+    const int64_t groups = ceil_div(whole.images * padded, kMost), each = ceil_div(whole.images, groups ? groups : 1);
+    for (int64_t first = 0; first < whole.images; first += each) {
+        Image image = whole;
+        Arguments part = args;
+        image.images = least(each, whole.images - first);
+        part.image = &image;
+        part.batch = image.images * image.down * image.across;
+        part.x += first * channels * plane;
+        part.y += first * args.rows * image.down * image.across;
+        f(part);
+    }
+}
+
 // Where the pixels of x are, with the padding around them.
 struct Planes {
     const float *x, *end;      // of [images, channels, height, width]; no load may go beyond the end

@@ -1,5 +1,6 @@
 """Packed convolutions: every route and kernel against float64, gradients, compilers, files, and measurements."""
 
+import copy
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 import secateur
 from secateur import FormatError, KernelError, kernels
 from secateur.formats import VALUE_DTYPES, pack
-from secateur.kernels import Pair, RoutePlan, Window, candidates
+from secateur.kernels import Pair, RoutePlan, Window, candidates, in_channels_last
 from secateur.nn import PackedAs, PackedConv1d, PackedConv2d, why_no_counterpart
 from secateur.packing import _images
 
@@ -112,6 +113,14 @@ def test_results_do_not_depend_on_the_number_of_threads(plan):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(y, found[0]) for y in found)
+
+
+@native
+@pytest.mark.parametrize("plan", ["panels:64x128", "tiles:4x1"])
+def test_many_images_are_padded_in_groups(plan):
+    layer = pruned(nn.Conv2d(64, 8, 3, padding=1), 0.8, "block:4x1")
+    x = torch.randn(7, 64, 64, 64)  # some of 2 MB each
+    torch.testing.assert_close(packed(layer, plan, "block:4x1")(x).double(), exact(layer, x), rtol=1e-5, atol=1e-5)
 
 
 @native
@@ -276,9 +285,13 @@ def test_convolutions_are_measured_at_the_sizes_of_their_inputs(monkeypatch):
     )
     batches = [torch.randn(2, 3, 12, 16), torch.randn(2, 3, 12, 16), torch.randn(1, 3, 6, 6)]
     kernels_win(monkeypatch)
-    report = secateur.pack_(model, batches=batches)
+    report = secateur.pack_(copy.deepcopy(model), batches=batches)
     seen = [[choice.rows for choice in layer.choices] for layer in report.layers]
     assert seen == [[9, 96], [9, 96]]
+    turned = [batches[0].contiguous(memory_format=torch.channels_last)]
+    first, second = _images.sizes_in(model, turned, lambda model, x: model(x)).values()
+    assert (first, second) == (((2, 12, 16, True),), ((2, 6, 8, True),))
+    assert in_channels_last(_images.image_inputs(model[2], second)[0][1])
 
 
 def test_without_batches_the_usual_sizes_are_measured():

@@ -161,7 +161,7 @@ template <class T, class I> void panels_single(const Panels& args) {
 }
 
 template <class T, class I> void panels_typed(const Panels& args) {
-    if (args.image) panels_pixels<T, I>(args);
+    if (args.image) each_group_of_images(args, [](const Panels& part) { panels_pixels<T, I>(part); });
     else if (args.batch == 1) panels_single<T, I>(args);
     else panels_batch<T, I>(args);
 }

@@ -229,7 +229,8 @@ template <class T> void tiles_single(const Tiles& args) {
 inline void tiles(const Tiles& args) {
     with_type(args.value_type, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        if (args.batch < 3 && !args.image) tiles_single<T>(args);
+        if (args.image) each_group_of_images(args, [](const Tiles& part) { tiles_batch<T>(part); });
+        else if (args.batch < 3) tiles_single<T>(args);
         else tiles_batch<T>(args);
     });
 }

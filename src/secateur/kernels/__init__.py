@@ -40,6 +40,7 @@ from secateur.kernels._plan import RoutePlan as RoutePlan
 from secateur.kernels._plan import candidates as candidates
 from secateur.kernels._plan import default_plan as default_plan
 from secateur.kernels._plan import usable_plan as usable_plan
+from secateur.kernels._prepared import in_channels_last as in_channels_last
 from secateur.kernels._route import Route as Route
 from secateur.kernels._table import *  # noqa: F403  the layouts and routes themselves
 from secateur.kernels._window import Pair as Pair

@@ -19,6 +19,7 @@ from secateur.kernels._operator import (
     prepared_for_images,
     refuse_onnx_export,
 )
+from secateur.kernels._prepared import in_channels_last
 from secateur.kernels._window import Window
 
 
@@ -39,12 +40,7 @@ def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: st
     refuse_onnx_export()
     outputs = check_images(x, weight, spec, Window.of(window))
     y = x.new_empty(len(x), PackedSpec.parse(spec).shape[0], *outputs)
-    return y.contiguous(memory_format=_format_of(x))
-
-
-def _format_of(x: Tensor) -> torch.memory_format:
-    turned = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if turned else torch.contiguous_format
+    return y.contiguous(memory_format=torch.channels_last) if in_channels_last(x) else y
 
 
 def _run_transposed(

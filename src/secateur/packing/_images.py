@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration import Forward, quiet
-from secateur.kernels import Pair
+from secateur.kernels import Pair, in_channels_last
 from secateur.nn import PackedAs, PackedConvolution
 
 # At how many output pixels a convolution is measured whose images are not known: those of 7 x 7 to 56 x 56.
@@ -21,8 +21,8 @@ PIXELS = (49, 196, 784, 3136)
 _MOST_PRODUCTS = 1 << 30  # of a measurement: a convolution with this many weights has few pixels in every real model
 _MOST_SIZES = 4  # of images that are measured for one layer
 
-# Images, height and width of one input; a height of 0 stands for a sequence.
-Size: TypeAlias = tuple[int, int, int]
+# Images, height and width of one input, and whether it is in channels_last; a height of 0 stands for a sequence.
+Size: TypeAlias = tuple[int, int, int, bool]
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -45,7 +45,8 @@ def sizes_in(model: nn.Module, batches: Iterable[Any], forward: Forward) -> Mapp
         if isinstance(x, Tensor):
             space = 1 if is_sequence else 2
             batch = math.prod(x.shape[: -space - 1])
-            size = (batch, 0, x.shape[-1]) if is_sequence else (batch, x.shape[-2], x.shape[-1])
+            height = 0 if is_sequence else x.shape[-2]
+            size = (batch, height, x.shape[-1], x.ndim == 4 and in_channels_last(x))
             sizes = found.setdefault(id(module), [])
             if size not in sizes and len(sizes) < _MOST_SIZES:
                 sizes.append(size)
@@ -79,11 +80,12 @@ def image_inputs(dense: nn.Conv1d | nn.Conv2d, sizes: Sequence[Size] = ()) -> li
     """
     generator = torch.Generator().manual_seed(0)
     made: dict[int, Tensor] = {}
-    for images, height, width in sizes or _usual_sizes(dense):
+    for images, height, width, turned in sizes or _usual_sizes(dense):
         shape = (images, dense.in_channels, *((height,) if height else ()), width)
         pixels = images * math.prod(_outputs(dense, height, width))
         if pixels > 0:
-            made[pixels] = torch.randn(shape, generator=generator).to(dense.weight.dtype)
+            x = torch.randn(shape, generator=generator).to(dense.weight.dtype)
+            made[pixels] = x.contiguous(memory_format=torch.channels_last) if turned else x
     return sorted(made.items())
 
 
@@ -94,20 +96,21 @@ def describe_images(dense: nn.Module, inputs: Sequence[tuple[int, Tensor]]) -> s
     moves = (packed_as.kernel_size, packed_as.stride, packed_as.padding, packed_as.dilation)
     text = "/".join("-" if sizes is None else "x".join(map(str, sizes)) for sizes in moves)
     shapes = ",".join("x".join(map(str, (x.shape[0], *x.shape[2:]))) for _, x in inputs)
-    return f"{type(dense).__name__} {text} {shapes}"
+    turned = " channels_last" if any(x.ndim == 4 and in_channels_last(x) for _, x in inputs) else ""
+    return f"{type(dense).__name__} {text} {shapes}{turned}"
 
 
 def _usual_sizes(dense: nn.Conv1d | nn.Conv2d) -> list[Size]:
     weights = dense.weight.numel()
     fitting = [pixels for pixels in PIXELS if pixels * weights <= _MOST_PRODUCTS]
     window = _window(dense)
-    sizes = []
+    sizes: list[Size] = []
     for pixels in fitting or PIXELS[:1]:
         if isinstance(dense, nn.Conv1d):
-            sizes.append((1, 0, _input_size(pixels, 1, window)))
+            sizes.append((1, 0, _input_size(pixels, 1, window), False))
         else:
             side = math.isqrt(pixels)
-            sizes.append((1, _input_size(side, 0, window), _input_size(side, 1, window)))
+            sizes.append((1, _input_size(side, 0, window), _input_size(side, 1, window), False))
     return sizes
 
 
