@@ -13,7 +13,8 @@ constexpr int64_t kMostPixels = 8 * kWidth;  // of a slice
 template <class Arguments, class Function> inline void each_group_of_images(const Arguments& args, Function f) {
     constexpr int64_t kMost = 1 << 20;  // floats of the copy
     const Image& whole = *args.image;
-    const int64_t channels = args.columns / (whole.kernel_down * whole.kernel_across), plane = whole.height * whole.width;
+    const int64_t channels = args.columns / (whole.kernel_down * whole.kernel_across);
+    const int64_t plane = whole.height * whole.width;
     int64_t padded = channels * (whole.height + 2 * whole.padding_down) * (whole.width + 2 * whole.padding_across);
     if (padded == channels * plane) padded = 0;  // there is no copy
     const int64_t groups = ceil_div(whole.images * padded, kMost), each = ceil_div(whole.images, groups ? groups : 1);
@@ -119,6 +120,10 @@ inline void pack_channels(const Planes& planes, const PixelRun* runs, int64_t co
             for (int64_t kx = 0; kx < planes.kernel_across; ++kx, to += lanes) {
                 const float* from = planes.x + (c * planes.height + ky * planes.step_down) * planes.width +
                                     kx * planes.step_across;
+                if constexpr (S == 1)  // the next slice of a large image is on other pages, which no processor foresees
+                    if (positions == 1)
+                        for (int64_t lane = lanes; lane < 2 * lanes; lane += 16)
+                            __builtin_prefetch(from + runs[0].from + lane);
                 for (int64_t r = 0; r < count; ++r)
                     copy_run<S>(from + runs[r].from, planes.stride_across, runs[r].count, lanes - runs[r].lane,
                                 planes.end, to + runs[r].lane);
@@ -161,12 +166,14 @@ inline void each_part_and_pixels(const Linear& args, const Image& image, int64_t
     const bool own = slices >= 2 * args.threads || slices % args.threads == 0;
     float* x = static_cast<float*>(scratch(kInput, (own ? args.threads : slices) * each * int64_t(sizeof(float))));
     if (own) {
-        each_in_parallel(args.threads, slices, 1, [&](int64_t i, int64_t thread) {
+        const int64_t neighbours = slices < 16 * args.threads ? 1 : slices / (8 * args.threads);
+        each_in_parallel(args.threads, slices, neighbours, [&](int64_t i, int64_t thread) {
             PixelRun runs[kMostPixels];
             int64_t count;
             pixels(i, count, runs);
             float* slice = x + thread * each;
-            pack_pixels(planes, runs, count, lanes_of(first_vector(i + 1) - first_vector(i)), 0, planes.channels, slice);
+            const int64_t lanes = lanes_of(first_vector(i + 1) - first_vector(i));
+            pack_pixels(planes, runs, count, lanes, 0, planes.channels, slice);
             for (int64_t part = 0; part < parts; ++part) run(part, i, slice, thread);
         });
         return;

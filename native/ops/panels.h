@@ -119,9 +119,10 @@ template <class T, class I> void panels_pixels(const Panels& args) {
                          [&](int64_t p, int64_t b, int64_t vectors, const float* x, int64_t thread) {
         float* sums = work + thread * mine;
         const int64_t row = p * args.height, count = least(args.height, args.rows - row);
+        const int64_t lanes = vectors * kWidth, wanted = least(lanes, args.batch - b);
         pixels_panel<kPanelVectors, T, I>(vectors, args, p * sections, sections, count, values, x, sums,
                                           sums + args.height * kMostPixels);
-        unpack_pixels(args, *args.image, sums, vectors * kWidth, b, least(vectors * kWidth, args.batch - b), row, count);
+        unpack_pixels(args, *args.image, sums, lanes, b, wanted, row, count);
     });
 }
 
