@@ -396,7 +396,7 @@ def test_public_callables_have_examples():
         "ExportReport",
         "Figure",
         "FoldReport",
-            "Histogram",
+        "Histogram",
         "LayerReport",
         "ModelWeights",
         "PackReport",
