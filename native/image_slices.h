@@ -32,7 +32,7 @@ template <class Arguments, class Function> inline void each_group_of_images(cons
 
 // Where the pixels of x are, with the padding around them.
 struct Planes {
-    const float *x, *end;      // of [images, channels, height, width]; no load may go beyond the end
+    const float *x, *end;  // of [images, channels, height, width]; no load may go beyond the end
     int64_t height, width, channels, kernel_down, kernel_across, step_down, step_across;  // steps of the kernel
     int64_t stride_down, stride_across, down, across;
 };
@@ -44,9 +44,19 @@ struct PixelRun {
 
 inline Planes planes_of(const Linear& args, const Image& image) {
     const int64_t channels = args.columns / (image.kernel_down * image.kernel_across);
-    Planes to = {args.x, args.x + image.images * channels * image.height * image.width, image.height, image.width,
-                 channels, image.kernel_down, image.kernel_across, image.dilation_down, image.dilation_across,
-                 image.stride_down, image.stride_across, image.down, image.across};
+    Planes to = {args.x,
+                 args.x + image.images * channels * image.height * image.width,
+                 image.height,
+                 image.width,
+                 channels,
+                 image.kernel_down,
+                 image.kernel_across,
+                 image.dilation_down,
+                 image.dilation_across,
+                 image.stride_down,
+                 image.stride_across,
+                 image.down,
+                 image.across};
     const int64_t above = image.padding_down, left = image.padding_across;
     if (above || left) {
         to.height += 2 * above;
@@ -118,8 +128,8 @@ inline void pack_channels(const Planes& planes, const PixelRun* runs, int64_t co
     for (int64_t c = first; c < last; ++c)
         for (int64_t ky = 0; ky < planes.kernel_down; ++ky)
             for (int64_t kx = 0; kx < planes.kernel_across; ++kx, to += lanes) {
-                const float* from = planes.x + (c * planes.height + ky * planes.step_down) * planes.width +
-                                    kx * planes.step_across;
+                const float* from =
+                    planes.x + (c * planes.height + ky * planes.step_down) * planes.width + kx * planes.step_across;
                 if constexpr (S == 1)  // the next slice of a large image is on other pages, which no processor foresees
                     if (positions == 1)
                         for (int64_t lane = lanes; lane < 2 * lanes; lane += 16)

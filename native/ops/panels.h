@@ -104,8 +104,7 @@ template <int U, class T, class I>
 void pixels_panel(int64_t vectors, const Panels& args, int64_t at, int64_t sections, int64_t count, const T* values,
                   const float* x, float* sums, float* buffer) {
     if constexpr (U > 1)
-        if (vectors < U)
-            return pixels_panel<U - 1, T, I>(vectors, args, at, sections, count, values, x, sums, buffer);
+        if (vectors < U) return pixels_panel<U - 1, T, I>(vectors, args, at, sections, count, values, x, sums, buffer);
     panel<kWidth, U, T, I>(args, at, sections, count, values, x, sums, buffer);
 }
 
