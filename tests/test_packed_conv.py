@@ -299,6 +299,7 @@ def test_without_batches_the_usual_sizes_are_measured():
     assert [pixels for pixels, _ in _images.image_inputs(nn.Conv2d(4, 4, 3, padding=1, stride=2))] == [
         *_images.PIXELS,
     ]
+    assert len(_images.image_inputs(nn.Conv2d(4, 4, 3), [(1, 2, 2, False)])) == len(_images.PIXELS)  # too small
     assert [size[1] for size in _images._usual_sizes(wide)] == [7, 14]  # more would take seconds for each route
     sequence = _images.image_inputs(nn.Conv1d(4, 4, 5, stride=2))
     assert [x.shape[-1] for _, x in sequence] == [2 * (pixels - 1) + 5 for pixels in _images.PIXELS]
