@@ -86,7 +86,11 @@ WRONG = {
         r"stage 1 \(prune\): this method learns from text",
     ),
     "no text to shrink with": ("schema = 1" + STAGES["shrink"], r"stage 1 \(shrink\): .*learns from text"),
-    "a text for what learns nothing": (recipe("export", "calibration = 'a.txt'"), "unknown key 'calibration'"),
+    "a text for what learns nothing": (recipe("evaluate", "calibration = 'a.txt'"), "unknown key 'calibration'"),
+    "a text for ranges that are not in the file": (
+        recipe("export", "calibration = 'a.txt'"),
+        r"stage 1 \(export\): calibration sets the ranges of 8 bits in OpenVINO",
+    ),
     "a tolerance without a text": ("schema = 1" + STAGES["pack"] + "tolerance = 0.1", "measured on text: give some"),
     "a tolerance and a precision": (recipe("pack", "tolerance = 0.1", "precision = 'int8'"), "Leave one of them out"),
     "calibration": (f"schema = 1\ncalibration = 3{STAGES['prune']}", "the recipe: calibration must be a table"),

@@ -249,13 +249,23 @@ _EXPORT_KEYS: Mapping[str, check.Check] = {
 
 
 def _check_export(settings: Settings, calibration: CalibrationText | None) -> None:
-    ExportSettings(**settings).check_installed()
+    made = ExportSettings(**settings)
+    made.check_calibration(calibration)
+    made.check_installed()
 
 
 def _export(job: Job) -> StageReport:
     # The pipeline measures speed itself, at the shapes of the recipe.
     settings = {"to": ExportSettings.to, **job.settings}
-    report = export_directory(job.source, job.output, **settings, shapes=(), overwrite=True, progress=job.progress)
+    report = export_directory(
+        job.source,
+        job.output,
+        **settings,
+        calibration=job.calibration,
+        shapes=(),
+        overwrite=True,
+        progress=job.progress,
+    )
     assert report is not None  # of an engine
     return report
 
@@ -275,5 +285,6 @@ KINDS: Mapping[str, StageKind] = {
     "recover": StageKind(_RECOVER_KEYS, _check_recover, _recover, lambda settings: True),
     "evaluate": StageKind({"data": check.texts}, _nothing, learns=False),
     "pack": StageKind(_PACK_KEYS, _check_pack, _pack, form="packed", reads_text=_needs_errors),
-    "export": StageKind(_EXPORT_KEYS, _check_export, _export, learns=False, form="exported"),
+    # Ranges from a text are another way to compute in 8 bits: only where the stage itself asks for it.
+    "export": StageKind(_EXPORT_KEYS, _check_export, _export, form="exported", reads_text=lambda settings: False),
 }
