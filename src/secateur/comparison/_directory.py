@@ -81,11 +81,11 @@ class DirectorySubject:
         path = self._plain()
         return Deployed(path, _weight_bytes(path))
 
-    def packed(self, folder: Path, value_dtype: str | None) -> Deployed:
-        """The model with packed layers: as they are, or with values of fewer bits."""
-        if self._is_packed and value_dtype is None:
+    def packed(self, folder: Path, precision: str | None) -> Deployed:
+        """The model with packed layers: as they are, or with products of fewer bits."""
+        if self._is_packed and precision is None:
             return Deployed(self.path, _weight_bytes(self.path), notes=("as it is stored",))
-        settings = PackSettings(batch_sizes=self.rows, value_dtype=value_dtype)  # type: ignore[arg-type]
+        settings = PackSettings(batch_sizes=self.rows, precision=precision)
         check_packed(pack_directory(self._plain(), folder / "packed", settings))
         return Deployed(folder / "packed", _weight_bytes(folder / "packed"))
 

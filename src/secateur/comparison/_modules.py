@@ -56,12 +56,12 @@ class ModuleSubject:
         made = self._copy()
         return Deployed(_written(made, folder), state_bytes(made, folder), made)
 
-    def packed(self, folder: Path, value_dtype: str | None) -> Deployed:
-        """The module with packed layers: as they are, or with values of fewer bits."""
+    def packed(self, folder: Path, precision: str | None) -> Deployed:
+        """The module with packed layers: as they are, or with products of fewer bits."""
         made = self._copy(dense=False)
-        as_it_is = value_dtype is None and bool(packed_layers(made) or packed_recurrents(made) or packed_stacks(made))
+        as_it_is = precision is None and bool(packed_layers(made) or packed_recurrents(made) or packed_stacks(made))
         if not as_it_is:
-            check_packed(pack_(made, batches=[self.batch], value_dtype=value_dtype))
+            check_packed(pack_(made, batches=[self.batch], precision=precision))
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "module.sparse.safetensors"
         save(made, file)

@@ -47,8 +47,8 @@ class Subject(Protocol):
         """The model in PyTorch, with dense layers."""
         ...
 
-    def packed(self, folder: Path, value_dtype: str | None) -> Deployed:
-        """The model with packed layers: as they are, or with values of fewer bits."""
+    def packed(self, folder: Path, precision: str | None) -> Deployed:
+        """The model with packed layers: as they are, or with products of fewer bits."""
         ...
 
     def exported(self, folder: Path, to: str, int8: bool, packed: bool) -> Deployed:

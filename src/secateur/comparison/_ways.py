@@ -54,8 +54,8 @@ def _exported(to: str, *, int8: bool = False, packed: bool = False) -> Make:
     return lambda subject, folder: subject.exported(folder, to, int8, packed)
 
 
-def _packed(value_dtype: str | None) -> Make:
-    return lambda subject, folder: subject.packed(folder, value_dtype)
+def _packed(precision: str | None) -> Make:
+    return lambda subject, folder: subject.packed(folder, precision)
 
 
 def _compiled(module: nn.Module) -> nn.Module:
