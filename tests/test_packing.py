@@ -269,7 +269,7 @@ def test_settings_that_are_out_of_range_are_refused():
             secateur.pack_(model, batch_sizes=sizes)
     with pytest.raises(RecipeError, match="memory"):
         secateur.pack_(model, memory=0)
-    with pytest.raises(RecipeError, match=r"unknown value_dtype 'int4'.*Valid are float32, "):
+    with pytest.raises(RecipeError, match=r"unknown value_dtype 'int3'.*Valid are float32, "):
         secateur.pack_(model, value_dtype="int4")
     with pytest.raises(RecipeError, match=r"unknown value_dtype 'int32'; did you mean 'int8'\?"):
         secateur.pack_(model, value_dtype=torch.int32)
