@@ -50,13 +50,14 @@ inline void round_row(const float* x, int64_t columns, uint8_t* to, float& scale
 // Few inputs are rounded sooner than another thread starts.
 inline int rounding_threads(const Linear& args) { return args.batch * args.columns > 16384 ? args.threads : 1; }
 
-// All rows of x, in the scratch of inputs.
-inline Rounded rounded_input(const Linear& args) {
-    const int64_t stride = ceil_div(args.columns, 64) * 64, batch = args.batch;
-    char* at = static_cast<char*>(scratch(kInput, batch * (stride + 8)));
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(at);
-    float* scale = reinterpret_cast<float*>(at + batch * stride);
-    int32_t* zero = reinterpret_cast<int32_t*>(at + batch * (stride + 4));
+// All rows of x, in memory of rounded_size(args) bytes that starts at a multiple of 64.
+inline int64_t rounded_stride(const Linear& args) { return ceil_div(args.columns, 64) * 64; }
+inline int64_t rounded_size(const Linear& args) { return ceil_div(args.batch * (rounded_stride(args) + 8), 64) * 64; }
+inline Rounded rounded_input(const Linear& args, void* memory) {
+    const int64_t stride = rounded_stride(args), batch = args.batch;
+    uint8_t* bytes = static_cast<uint8_t*>(memory);
+    float* scale = reinterpret_cast<float*>(bytes + batch * stride);
+    int32_t* zero = reinterpret_cast<int32_t*>(bytes + batch * (stride + 4));
     each_in_parallel(rounding_threads(args), batch, kEqually, [&](int64_t b, int64_t) {
         uint8_t* to = bytes + b * stride;
         round_row(args.x + b * args.columns, args.columns, to, scale[b], zero[b]);
@@ -64,6 +65,7 @@ inline Rounded rounded_input(const Linear& args) {
     });
     return {bytes, stride, scale, zero};
 }
+inline Rounded rounded_input(const Linear& args) { return rounded_input(args, scratch(kInput, rounded_size(args))); }
 
 // The outputs of kWidth rows of the weight from `row` on, given the sums of the products of bytes.
 SECATEUR_INLINE void write_rounded(const Linear& args, const int32_t* code_sums, const Rounded& x, int64_t b,

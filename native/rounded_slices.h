@@ -6,15 +6,15 @@
 #if defined(SECATEUR_ISA)
 namespace secateur::SECATEUR_ISA {
 
-// Some rows of x side by side: [columns / 4, lanes, 4] bytes, or [columns, lanes] with the lanes in `order`. Rows past the
-// batch are zeros.
+// Some rows of x side by side, in one of two orders. Rows past the batch are zeros.
 struct Slice {
     const uint8_t* bytes;
-    const float* scale;   // [lanes]
-    const int32_t* zero;  // [lanes]
+    const float* scale;    // [lanes]
+    const int32_t* zero;   // [lanes]
     int64_t start, lanes;  // its first row of x, and how many
 };
 
+// [columns / 4, lanes, 4] bytes, or [columns, lanes] with the lanes as `interleave` takes them.
 enum class Order { kWords, kColumns };
 
 constexpr int64_t kLeastLanes = kWidth < 8 ? kWidth : 8, kMostLanes = kWidth * 4;
@@ -32,8 +32,8 @@ inline int64_t interleaved_width(int64_t lanes) {
 }
 
 // Rounds rows of x from `start` + `lane` on into four lanes of a slice. `rows` holds four rounded rows.
-inline void round_lanes(const Linear& args, Order order, const Slice& slice, int64_t lane, uint8_t* rows, uint8_t* bytes,
-                        float* scale, int32_t* zero) {
+inline void round_lanes(const Linear& args, Order order, const Slice& slice, int64_t lane, uint8_t* rows,
+                        uint8_t* bytes, float* scale, int32_t* zero) {
     const int64_t words = ceil_div(args.columns, 4), stride = ceil_div(words, 4) * 16;
     for (int64_t i = 0; i < 4; ++i) {
         const int64_t b = slice.start + lane + i;
@@ -66,23 +66,24 @@ inline void round_lanes(const Linear& args, Order order, const Slice& slice, int
 
 // Calls f(part, slice, thread) for each part of the weight and each slice of the batch.
 //
-// Many slices are shared among the threads: a thread rounds its own, which stays in its cache while all parts of the weight
-// pass by. Few slices would not keep all threads busy: then all are rounded first, and the parts of the weight are shared.
+// Many slices are shared among the threads: a thread rounds its own, which stays in its cache while all parts of the
+// weight pass by. Few slices would not keep all threads busy: then all are rounded first, and the parts of the weight
+// are shared.
 template <class Function>
 inline void each_part_and_rounded_slice(const Linear& args, Order order, int64_t parts, Function f) {
     const int64_t whole = args.batch / kMostLanes, words = ceil_div(args.columns, 4);
-    const int64_t row = ceil_div(words, 16) * 64, most = kMostLanes * (row + 8), own = 4 * row;
+    const int64_t row = ceil_div(words, 16) * 64, own = 4 * row, slot = kMostLanes * (row + 8) + own;
     if (whole >= 4 * args.threads || (whole && whole % args.threads == 0 && args.batch % kMostLanes == 0)) {
-        char* memory = static_cast<char*>(scratch(kInput, args.threads * (most + own)));
+        char* memory = static_cast<char*>(scratch(kInput, args.threads * slot));
         each_in_parallel(args.threads, ceil_div(args.batch, kMostLanes), 1, [&](int64_t i, int64_t thread) {
-            uint8_t* bytes = reinterpret_cast<uint8_t*>(memory + thread * (most + own));
+            uint8_t* bytes = reinterpret_cast<uint8_t*>(memory + thread * slot);
             float* scale = reinterpret_cast<float*>(bytes + kMostLanes * row);
             int32_t* zero = reinterpret_cast<int32_t*>(scale + kMostLanes);
             for (int64_t b = i * kMostLanes, lanes; b < least(args.batch, (i + 1) * kMostLanes); b += lanes) {
-                lanes = least(kMostLanes, rounded_lanes(args.batch - b));
+                lanes = rounded_lanes(args.batch - b);
                 const Slice slice = {bytes, scale, zero, b, lanes};
                 for (int64_t lane = 0; lane < lanes; lane += 4)
-                    round_lanes(args, order, slice, lane, bytes + most, bytes, scale, zero);
+                    round_lanes(args, order, slice, lane, bytes + kMostLanes * (row + 8), bytes, scale, zero);
                 for (int64_t part = 0; part < parts; ++part) f(part, slice, thread);
             }
         });
@@ -101,8 +102,8 @@ inline void each_part_and_rounded_slice(const Linear& args, Order order, int64_t
         Slice slice = slice_at(0);
         while (slice.start + slice.lanes <= quad * 4) slice = slice_at(slice.start + slice.lanes);
         const int64_t b = slice.start;
-        round_lanes(args, order, slice, quad * 4 - b, bytes + lanes * (row + 8) + thread * own, bytes + b * row, scale + b,
-                    zero + b);
+        round_lanes(args, order, slice, quad * 4 - b, bytes + lanes * (row + 8) + thread * own, bytes + b * row,
+                    scale + b, zero + b);
     });
     each_in_parallel(args.threads, parts, 1, [&](int64_t part, int64_t thread) {
         for (int64_t b = 0; b < args.batch;) {
@@ -131,7 +132,8 @@ inline void unpack_rounded(const Linear& args, const int32_t* code_sums, const S
 #pragma GCC unroll 4
         for (int i = 0; i < left; ++i) {
             const int64_t lane = b + i;
-            F<4> out = __builtin_convertvector((I<4>)t[i] - slice.zero[lane] * codes, F<4>) * (scale * slice.scale[lane]);
+            F<4> out =
+                __builtin_convertvector((I<4>)t[i] - slice.zero[lane] * codes, F<4>) * (scale * slice.scale[lane]);
             if (bias) out += offset;
             __builtin_memcpy(args.y + (slice.start + lane) * args.rows + row + r, &out, size_t(size) * 4);
         }

@@ -1,20 +1,34 @@
 """Products in 8 bits: every kernel against whole numbers, exactly, and against float32."""
 
+from functools import partial
+
 import pytest
 import torch
 
+import secateur
 from secateur import KernelError, PackedLinear, kernels
-from secateur.formats import Bitmask
-from secateur.kernels import Int8BitmaskLayout, Int8PanelLayout
+from secateur.formats import Bitmask, ColumnPacked, RowPacked, pack
+from secateur.kernels import (
+    Int8BitmaskLayout,
+    Int8ColumnRoute,
+    Int8PanelLayout,
+    Int8RowRoute,
+    Int8TileLayout,
+    Int8TileRoute,
+    RoutePlan,
+)
 
 ISAS = [*kernels.isas(), "reference"]
+TILES = [(1, 4), (4, 4), (4, 1)]
 
 
 def half_packed(weight):
     return Int8BitmaskLayout.pack(weight, torch.rand(weight.shape) < 0.5)
 
 
-LAYOUTS = {"panels": Int8PanelLayout.pack, "bitmask": Int8BitmaskLayout.pack, "half": half_packed}
+LAYOUTS = {"panels": Int8PanelLayout.pack, "bitmask": Int8BitmaskLayout.pack, "half": half_packed} | {
+    f"tiles:{height}x{width}": partial(Int8TileLayout.pack, height=height, width=width) for height, width in TILES
+}
 
 
 def exactly(x, layout):
@@ -92,7 +106,7 @@ def test_every_batch_and_the_bias(layout):
     x = torch.randn(140, 90)
     wanted = run("reference", x, packed)
     for isa in kernels.isas():
-        for batch in (0, 1, 2, 3, 5, 7, 12, 33, 140):
+        for batch in (0, 1, 2, 3, 5, 7, 9, 12, 18, 33, 64, 128, 140):
             assert torch.equal(run(isa, x[:batch], packed), wanted[:batch]), (isa, batch)
             torch.testing.assert_close(run(isa, x[:batch], packed, bias), wanted[:batch] + bias, rtol=1e-6, atol=1e-5)
 
@@ -117,6 +131,114 @@ def test_the_error_is_that_of_eight_bits(layout):
     y = kernels.linear(x, packed)
     exact = x @ (weight * (packed.to_dense() != 0)).T
     assert 1e-4 < (y - exact).norm() / exact.norm() < 0.015
+
+
+def with_tiles(rows, columns, tile, share):
+    """A weight that keeps a share of its tiles, the last of which may be cut off."""
+    kept = torch.rand(-(-rows // tile[0]), -(-columns // tile[1])) < share
+    mask = kept.repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1)[:, :columns]
+    return torch.randn(rows, columns) * mask, mask, kept
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_kept_tiles_are_those_of_the_weight(tile, share):
+    """Sizes that tiles do not divide, rows without a tile, and so many columns that there are sections of them."""
+    torch.manual_seed(0)
+    for rows, columns, batches in [(3, 5, (1, 9)), (70, 90, (1, 2, 4, 20, 130)), (90, 2500, (1, 4, 40))]:
+        weight, mask, kept = with_tiles(rows, columns, tile, share)
+        packed = Int8TileLayout.pack(weight, mask, height=tile[0], width=tile[1])
+        dense = Int8PanelLayout.pack(weight, mask)
+        assert torch.equal(packed.to_dense(), dense.to_dense())
+        assert torch.equal(packed.sums, dense.sums)
+        stored = kept.sum() if tile != (4, 1) else ((kept.sum(1) + 3) // 4).sum()
+        assert packed.first_tiles[-1] == stored
+        for batch in batches:
+            x = torch.randn(batch, columns)
+            wanted = run("reference", x, dense)
+            for isa in ISAS:
+                assert torch.equal(run(isa, x, packed), wanted), (isa, batch, rows)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_do_not_depend_on_the_number_of_threads(layout):
+    torch.manual_seed(0)
+    packed, threads = LAYOUTS[layout](torch.randn(150, 260)), torch.get_num_threads()
+    try:
+        for batch in (1, 3, 40, 128, 300, 600):
+            x = torch.randn(batch, 260)
+            wanted = run("reference", x, packed)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                for isa in kernels.isas():
+                    assert torch.equal(run(isa, x, packed), wanted), (isa, batch, count)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_tiles_of_another_size_are_refused():
+    with pytest.raises(KernelError, match="tiles of 2x4"):
+        Int8TileLayout.pack(torch.ones(4, 4), height=2, width=4)
+    assert kernels.Int8TileRoute.read("int8-tiles:1x1") is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "routes"),
+    [
+        ("block:1x4", ["int8-tiles:1x4"]),
+        ("block:1x16", ["int8-tiles:1x4"]),
+        ("block:4x1", ["int8-tiles:4x1"]),
+        ("block:8x2", ["int8-tiles:4x1"]),
+        ("block:8x8", ["int8-tiles:4x4"]),
+        ("block:2x2", []),
+        ("unstructured", []),
+        ("row", ["rows:int8-panels"]),
+        ("column", ["columns:int8-panels"]),
+    ],
+)
+def test_routes_of_tiles_are_candidates_for_blocks_of_them(pattern, routes):
+    weight = torch.randn(32, 64)
+    parsed = secateur.SparsityPattern.parse(pattern)
+    packed = pack(weight.masked_fill(~parsed.mask(weight.abs(), 0.5), 0), None, (parsed,))
+    found = [str(route) for route in kernels.candidates(packed, precision="int8")]
+    assert [name for name in found if name not in ("int8-panels", "int8-bitmask")] == routes
+    for name in found:
+        assert str(RoutePlan.parse(name)) == name
+        x = torch.randn(5, 64)
+        y = kernels.linear(x, packed, plan=name)
+        assert (y - x @ packed.to_dense().T).norm() < 0.02 * y.norm()
+
+
+def test_few_weights_without_a_pattern_are_run_as_tiles():
+    weight = torch.randn(64, 64) * (torch.rand(64, 64) < 0.08)
+    assert Int8TileRoute(1, 4) in kernels.candidates(Bitmask.from_dense(weight), precision="int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_and_columns_run_in_eight_bits_as_what_is_kept(dtype):
+    """The inputs of columns that are left out do not count for the scale of a row."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(20, 30), torch.randn(20), torch.randn(7, 30)
+    rows, columns = torch.arange(0, 20, 3), torch.arange(0, 30, 4)
+    by_row = torch.zeros_like(weight).index_copy_(0, rows, weight[rows])
+    by_column = torch.zeros_like(weight).index_copy_(1, columns, weight[:, columns])
+    x[:, 1] = 1000
+    packed = RowPacked.from_dense(by_row, value_dtype=dtype)
+    y = kernels.linear(x, packed, bias, plan=str(Int8RowRoute()))
+    wanted = bias.expand(7, -1).clone()
+    wanted[:, rows] = kernels.linear(x, Int8PanelLayout.pack(weight[rows]), bias[rows])
+    assert torch.equal(y, wanted)
+    packed = ColumnPacked.from_dense(by_column, value_dtype=dtype)
+    y = kernels.linear(x, packed, bias, plan=str(Int8ColumnRoute()))
+    assert torch.equal(y, kernels.linear(x[:, columns], Int8PanelLayout.pack(weight[:, columns]), bias))
+    with pytest.raises(KernelError, match="stored as rows"):
+        kernels.linear(x, packed, plan=str(Int8RowRoute()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_in_eight_bits_has_no_place_in_the_file_of_an_engine(layout):
+    with pytest.raises(KernelError, match="Layout has no number in the file of an engine"):
+        kernels.to_bytes(LAYOUTS[layout](torch.ones(4, 4)))
 
 
 @pytest.mark.parametrize("route", ["int8-panels", "int8-bitmask"])

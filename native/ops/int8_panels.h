@@ -1,5 +1,5 @@
-// All weights as bytes, in panels of 16 rows: values [panel, ceil(columns / 4), 16, 4]. Rows and columns past the end are
-// zeros. The inputs are rounded to bytes.
+// All weights as bytes, in panels of 16 rows: values [panel, ceil(columns / 4), 16, 4]. Rows and columns past the end
+// are zeros. The inputs are rounded to bytes.
 #pragma once
 #include "linear.h"
 
@@ -42,6 +42,8 @@ SECATEUR_INLINE void int8_panels_part(const Linear& args, const BytePanels& pane
         w[n] = panels.bytes + (panel * words * kInt8Rows + part * kWidth) * 4;
     }
     const uint8_t* xb = x.bytes + b * x.stride;
+    for (int i = 0; i < B; ++i)  // a store to memory that is not in the cache waits for it
+        for (int n = 0; n < N; ++n) __builtin_prefetch(args.y + (b + i) * args.rows + (vector + n) * kWidth, 1);
     Whole sums[B][N] = {};
     for (int64_t k = 0; k < words; ++k) {
         Words ws[N];
@@ -62,13 +64,20 @@ SECATEUR_INLINE void int8_panels_part(const Linear& args, const BytePanels& pane
                 write_rounded(args, panels.sums, x, b + i, (vector + n) * kWidth, sums[i][n]);
 }
 
+// All rows of x, a few at a time, as equally as possible: each pass over the weight's rows reads them from a cache.
+template <int N, int B = (kRegisters == 32 ? 6 : 4)>
+SECATEUR_INLINE void int8_panels_passes(const Linear& args, const BytePanels& panels, const Rounded& x, int64_t vector,
+                                        int64_t first, int64_t passes) {
+    if constexpr (B > 0) {
+        int64_t b = first;
+        for (; args.batch - b > (B - 1) * passes; --passes, b += B) int8_panels_part<B, N>(args, panels, x, b, vector);
+        int8_panels_passes<N, B - 1>(args, panels, x, vector, b, passes);
+    }
+}
+
 template <int N>
-SECATEUR_INLINE void int8_panels_rows(const Linear& args, const BytePanels& panels, const Rounded& x, int64_t vector) {
-    constexpr int kBatch = kRegisters == 32 ? 6 : 4;
-    int64_t b = 0;
-    for (; b + kBatch <= args.batch; b += kBatch) int8_panels_part<kBatch, N>(args, panels, x, b, vector);
-    for (; b + 2 <= args.batch; b += 2) int8_panels_part<2, N>(args, panels, x, b, vector);
-    if (b < args.batch) int8_panels_part<1, N>(args, panels, x, b, vector);
+inline void int8_panels_rows(const Linear& args, const BytePanels& panels, const Rounded& x, int64_t vector) {
+    int8_panels_passes<N>(args, panels, x, vector, 0, ceil_div(args.batch, kRegisters == 32 ? 6 : 4));
 }
 
 // Up to kInt8Together vectors of rows from `vector` on, of `vectors` in all.
@@ -78,12 +87,35 @@ inline void int8_panels_some(const Linear& args, const BytePanels& panels, const
     for (; vector < vectors; ++vector) int8_panels_rows<1>(args, panels, x, vector);
 }
 
+// Many rows of x are shared among the threads: a thread rounds some, which stay in its cache while the weight passes
+// by. With few rows the threads share the weight.
 inline void int8_panels(const Int8Panels& args) {
-    const Rounded x = rounded_input(args);
-    const int64_t vectors = ceil_div(args.rows, kInt8Rows) * kInt8Vectors;
+    constexpr int64_t kShare = 48, kCached = 262144;  // rows of a thread, and bytes of rows that stay in its cache
     const BytePanels panels = {static_cast<const int8_t*>(args.values), ceil_div(args.columns, 4), 0, args.sums};
-    each_in_parallel(args.threads, ceil_div(vectors, kInt8Together), 1, [&](int64_t part, int64_t) {
-        int8_panels_some(args, panels, x, part * kInt8Together, vectors);
+    const int64_t vectors = ceil_div(args.rows, kInt8Rows) * kInt8Vectors, parts = ceil_div(vectors, kInt8Together);
+    if (args.batch < kShare * args.threads) {
+        const Rounded x = rounded_input(args);
+        each_in_parallel(args.threads, parts, 1, [&](int64_t part, int64_t) {
+            int8_panels_some(args, panels, x, part * kInt8Together, vectors);
+        });
+        return;
+    }
+    const int64_t cached = kCached / rounded_stride(args) > kShare ? kCached / rounded_stride(args) : kShare;
+    const int64_t shares = ceil_div(args.batch, cached * args.threads) * args.threads;
+    Linear block = args;
+    block.batch = ceil_div(args.batch, shares);
+    const int64_t each = rounded_size(block);
+    char* memory = static_cast<char*>(scratch(kInput, args.threads * each));
+    each_in_parallel(args.threads, shares, 1, [&](int64_t share, int64_t thread) {
+        Linear mine = block;
+        const int64_t first = share * block.batch;
+        mine.batch = least(block.batch, args.batch - first);
+        if (mine.batch <= 0) return;
+        mine.threads = 1;
+        mine.x += first * args.columns;
+        mine.y += first * args.rows;
+        const Rounded x = rounded_input(mine, memory + thread * each);
+        for (int64_t part = 0; part < parts; ++part) int8_panels_some(mine, panels, x, part * kInt8Together, vectors);
     });
 }
 

@@ -10,6 +10,7 @@
 //   GroupInputs, load_group<Bits>(x)  the group of inputs that places of 2 or 4 bits choose from; reads 4 or 16 floats
 //   dot(sums, a, b)   adds the products of four unsigned bytes of a and four signed bytes of b to each of kWidth sums,
 //                     exactly: no product saturates
+//   join, quadruple, columns_of, interleave  specialised for vectors of more than four words; see simd/types.h
 //   to_bytes(p, v, zero)  writes kWidth floats as bytes: rounded to the nearest whole number, ties to even, plus zero
 //   expand_bytes(mask, p)  4 * kWidth bytes: the next byte of p where a bit of the mask is set, else 0. Other bits of the
 //                     mask do not count. Reads 4 * kWidth bytes whatever the mask.

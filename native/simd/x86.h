@@ -80,14 +80,17 @@ template <> SECATEUR_INLINE U<8> quadruple<8>(U<4> v) {
 }
 
 template <> SECATEUR_INLINE U<8> columns_of<8>(const uint8_t* const (&c)[4]) {
-    const __m128i low = _mm_unpacklo_epi64(load64(c[0]), load64(c[1])), high = _mm_unpacklo_epi64(load64(c[2]), load64(c[3]));
-    const __m256i words = _mm256_permutevar8x32_epi32(_mm256_set_m128i(high, low), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    const __m128i low = _mm_unpacklo_epi64(load64(c[0]), load64(c[1])),
+                  high = _mm_unpacklo_epi64(load64(c[2]), load64(c[3]));
+    const __m256i words =
+        _mm256_permutevar8x32_epi32(_mm256_set_m128i(high, low), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
     const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return (U<8>)_mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order));
 }
 
 template <> SECATEUR_INLINE void interleave<8>(const uint8_t* const (&c)[4], U<8> (&to)[4]) {
-    const auto column = [&](int i) SECATEUR_INLINED { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c[i])); };
+    const auto column = [&](int i)
+                            SECATEUR_INLINED { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c[i])); };
     const __m256i a = _mm256_unpacklo_epi8(column(0), column(1)), b = _mm256_unpacklo_epi8(column(2), column(3));
     const __m256i d = _mm256_unpackhi_epi8(column(0), column(1)), e = _mm256_unpackhi_epi8(column(2), column(3));
     to[0] = (U<8>)_mm256_unpacklo_epi16(a, b);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from secateur._errors import KernelError
 from secateur._types import Mask
 from secateur.formats import ColumnPacked, Format, RowPacked
 from secateur.kernels._dense import DenseRoute, PrepackedRoute
+from secateur.kernels._int8 import MOST_COLUMNS
+from secateur.kernels._int8_panels import Int8PanelRoute
 from secateur.kernels._layout import Layout
 from secateur.kernels._prepared import Prepared, StoredWeight
 from secateur.kernels._route import LayoutRoute, Route
@@ -46,6 +47,7 @@ class _WholeTiles(LayoutRoute):
 
 # By the ending of the text of a route.
 _INNER: dict[str, Route] = {"": DenseRoute(), ":prepacked": PrepackedRoute(), ":tiles": _WholeTiles()}
+_INNER_INT8: dict[str, Route] = {":int8-panels": Int8PanelRoute()}
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,12 @@ class CompactRoute(Route):
     """
 
     format_type: ClassVar[type[Format]]
+    inners: ClassVar[dict[str, Route]] = _INNER
 
     inner: Route = field(default_factory=DenseRoute)
 
     def __str__(self) -> str:
-        return self.name + next(suffix for suffix, inner in _INNER.items() if inner == self.inner)
+        return self.name + next(suffix for suffix, inner in self.inners.items() if inner == self.inner)
 
     @property
     def needs_kernels(self) -> bool:
@@ -71,20 +74,23 @@ class CompactRoute(Route):
     @classmethod
     def read(cls, text: str) -> Self | None:
         """Return the route of this class that a text names, or None."""
-        found = re.fullmatch(f"{cls.name}(:prepacked|:tiles)?", text)
-        return None if found is None else cls(_INNER[found[1] or ""])
+        inner = cls.inners.get(text.removeprefix(cls.name)) if text.startswith(cls.name) else None
+        return None if inner is None else cls(inner)
 
     @classmethod
     def candidates(cls, packed: Format, patterns: Sequence[SparsityPattern], density: float) -> list[Self]:
         """Every inner route, for a weight that is stored as rows or columns."""
         if not isinstance(packed, cls.format_type):
             return []
-        return [cls(inner) for inner in _INNER.values() if packed.values.numel() or not inner.needs_kernels]
+        found = [cls(inner) for inner in cls.inners.values() if packed.values.numel() or not inner.needs_kernels]
+        return [route for route in found if route.why_not(packed) is None]
 
     def why_not(self, packed: Format) -> str | None:
         """The weight must be stored as rows or columns."""
         if not isinstance(packed, self.format_type):
             return f"the route {self.name} runs only a weight that is stored as {self.name}, got {packed!r}"
+        if self.precision == "int8" and packed.values.shape[1] > MOST_COLUMNS:
+            return f"it keeps more than {MOST_COLUMNS:,} inputs"
         return None
 
     def compact(self, packed: Format) -> StoredWeight:
@@ -126,6 +132,26 @@ class ColumnRoute(CompactRoute):
         """Return what gathers the inputs of the kept columns."""
         assert isinstance(packed, ColumnPacked)
         return _Columns(inner, packed.columns)
+
+
+@dataclass(frozen=True)
+class Int8RowRoute(RowRoute):
+    """Run the kept rows in 8 bits."""
+
+    precision: ClassVar[str] = "int8"
+    inners: ClassVar[dict[str, Route]] = _INNER_INT8
+
+    inner: Route = field(default_factory=Int8PanelRoute)
+
+
+@dataclass(frozen=True)
+class Int8ColumnRoute(ColumnRoute):
+    """Run the kept columns in 8 bits. Inputs are rounded after those of other columns were left out."""
+
+    precision: ClassVar[str] = "int8"
+    inners: ClassVar[dict[str, Route]] = _INNER_INT8
+
+    inner: Route = field(default_factory=Int8PanelRoute)
 
 
 class _Rows(Prepared):

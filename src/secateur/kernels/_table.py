@@ -1,13 +1,14 @@
 """The table of routes. A new route is one file, and its lines here."""
 
 from secateur.kernels._bitmask import BitmaskLayout, BitmaskRoute
-from secateur.kernels._compact import ColumnRoute, RowRoute
+from secateur.kernels._compact import ColumnRoute, Int8ColumnRoute, Int8RowRoute, RowRoute
 from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute
 from secateur.kernels._groups import GroupLayout, GroupRoute
 from secateur.kernels._int4_bitmask import Int4BitmaskLayout, Int4BitmaskRoute
 from secateur.kernels._int4_panels import Int4PanelLayout, Int4PanelRoute
 from secateur.kernels._int8_bitmask import Int8BitmaskLayout, Int8BitmaskRoute
 from secateur.kernels._int8_panels import Int8PanelLayout, Int8PanelRoute
+from secateur.kernels._int8_tiles import Int8TileLayout, Int8TileRoute
 from secateur.kernels._panels import PanelLayout, PanelRoute
 from secateur.kernels._route import Route
 from secateur.kernels._tiles import TileLayout, TileRoute
@@ -25,8 +26,12 @@ __all__ = [
     "Int4PanelRoute",
     "Int8BitmaskLayout",
     "Int8BitmaskRoute",
+    "Int8ColumnRoute",
     "Int8PanelLayout",
     "Int8PanelRoute",
+    "Int8RowRoute",
+    "Int8TileLayout",
+    "Int8TileRoute",
     "PanelLayout",
     "PanelRoute",
     "PrepackedBfloat16Route",
@@ -44,8 +49,11 @@ ROUTES: tuple[type[Route], ...] = (
     TileRoute,
     BitmaskRoute,
     PanelRoute,
+    Int8RowRoute,
+    Int8ColumnRoute,
     Int4BitmaskRoute,
     Int4PanelRoute,
+    Int8TileRoute,
     Int8BitmaskRoute,
     Int8PanelRoute,
     PrepackedBfloat16Route,
