@@ -33,8 +33,8 @@ import torch
 from torch import nn
 
 import secateur
-from secateur import FormatError, PackedLinear, kernels
-from secateur.kernels import RoutePlan
+from secateur import FormatError, PackedLinear, formats, kernels
+from secateur.kernels import PRECISIONS, RoutePlan
 from secateur.nn import linear_of, packed_layers
 from secateur.packing import read_compressed_tensors
 
@@ -51,11 +51,11 @@ Table = dict[str, tuple[str, list[Any], bytes]]  # name -> dtype, shape, bytes
 
 
 class Model(nn.Module):
-    """One layer for each pattern, and what else a file stores."""
+    """One layer for each pattern, one without zeros, and what else a file stores."""
 
     def __init__(self, side: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(side, side, bias=i % 2 == 0) for i in range(6))
+        self.layers = nn.ModuleList(nn.Linear(side, side, bias=i % 2 == 0) for i in range(len(PATTERNS) + 1))
         self.again = self.layers[0]
         self.twin = nn.Linear(side, side)
         self.twin.weight = self.layers[1].weight  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def valid_files(folder: Path) -> list[tuple[str, int, bytes]]:
         torch.manual_seed(index)
         model: Any = Model(side).eval()
         with torch.no_grad():
-            for layer, name in zip(model.layers, PATTERNS, strict=True):
+            for layer, name in zip(model.layers, PATTERNS, strict=False):
                 pattern = secateur.SparsityPattern.parse(name)
                 layer.weight.mul_(pattern.mask(layer.weight.abs(), 0.6 if pattern.sparsity is None else None))
             model.pixels.weight[model.pixels.weight.abs() < model.pixels.weight.abs().median()] = 0
@@ -89,8 +89,10 @@ def valid_files(folder: Path) -> list[tuple[str, int, bytes]]:
             if dtype == torch.int8:
                 model.layers[2].weight.zero_()
         model.twin = PackedLinear.from_linear(model.twin, None, dtype)
-        for key in range(6):
+        for key in range(len(PATTERNS)):
             model.layers[key] = PackedLinear.from_linear(model.layers[key], None, dtype)
+        whole = model.layers[-1]
+        model.layers[-1] = PackedLinear(formats.DensePacked.from_dense(whole.weight, value_dtype=dtype), whole.bias)
         model.twin.share_(model.layers[1])
         model.again = model.layers[0]
         path = folder / f"valid{index}.sparse.safetensors"
@@ -325,12 +327,15 @@ def changed(files: list[tuple[str, int, bytes]], rng: random.Random) -> tuple[st
 def run(layer: PackedLinear) -> None:
     """Run a packed weight by every route that says it can."""
     packed = layer.packed
-    plans = {str(route) for route in kernels.candidates(packed)} | {"groups:2:4", "groups:1:1", "tiles:4x4", "bitmask"}
+    x = torch.ones(1, packed.shape[1])
+    precisions = PRECISIONS if packed.value_dtype == torch.int8 else PRECISIONS[:-1]  # NaN has no code
+    routes = [route for route in kernels.candidates(packed, (), precisions) if kernels.can_run(packed, route, x)]
+    plans = {*map(str, routes), "groups:2:4", "groups:1:1", "tiles:4x4", "bitmask"}
     plans |= {"panels:128x256", "dense", "rows", "columns", "rows:tiles", "columns:tiles", "prepacked"}
     for plan in sorted(plans):
         if RoutePlan.parse(plan).routes[0].why_not(packed) is None:
             for rows in (1, 3, 40):
-                kernels.linear(torch.ones(rows, packed.shape[1]), packed, layer.bias, plan)
+                kernels.linear(x.expand(rows, -1), packed, layer.bias, plan)
 
 
 MEASURED = {"seconds": 0.0, "memory": 0}  # of the last load

@@ -418,8 +418,8 @@ def test_report_as_text(monkeypatch):
     report = secateur.pack_(model)
     assert PackReport.from_json(report.to_json()) == report
     text = report.to_markdown()
-    assert "| 0 | 64 x 64 | unstructured | 30.0% | bitmask | float32 | 0 |" in text
-    assert "1: 4.00 (4.00-4.00) bitmask" in text
+    assert "| 0 | 64 x 64 | unstructured | 30.0% | bitmask | float32 | exact | 0 |" in text
+    assert "1: 4.00 (4.00-4.00) 250.0 ms bitmask" in text
     assert "no weight matrix" in text
     first, run = str(report).splitlines()
     assert first == "95.52% of the model's 17,152 dense bytes are packed now; 95.52% were considered"

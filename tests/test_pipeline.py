@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from fake_timing import routes_take
 from pipeline_cases import STAGES, TOP, make_encoder, make_texts, recipe
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from secateur import FormatError, Pipeline, PipelineReport, RecipeError, Sparsit
 from secateur.cli import app
 from secateur.pipeline import _figures as figures_module
 from secateur.pipeline import _stages as stages_module
-from secateur.reports import PRUNING_REPORT, GateResult, Latency, PipelineStage, stages_from_json
+from secateur.reports import PRUNING_REPORT, GateResult, Latency, PackReport, PipelineStage, stages_from_json
 
 pytest.importorskip("transformers")
 
@@ -139,6 +140,23 @@ def test_a_packed_model_keeps_the_figures_of_its_zeros(place):
     stored = sum(path.stat().st_size for path in (place / "out").glob("*.safetensors"))
     assert packed["bytes"] == evaluated["bytes"] == stored
     assert "minutes" not in evaluated
+
+
+@pytest.mark.parametrize("line", ["precision = 'int8'", "tolerance = 0.2"])
+def test_a_model_is_packed_in_fewer_bits_by_the_text_of_the_recipe(place, monkeypatch, line):
+    routes_take(monkeypatch, lambda name, index: {"dense": 1.0, "int8-panels": 0.2}.get(name, 5.0))
+    report = run(place, "pack", line, "evaluate")
+    assert report.passed
+    packed = PackReport.from_json((place / "out" / "secateur.pack.json").read_text(encoding="utf-8"))
+    assert {row.precision for row in packed.layers} == {"int8"}
+    assert 0 < packed.output_error < 0.2
+    assert all(0 < row.output_error < 0.2 for row in packed.layers)
+
+
+def test_exact_packing_reads_no_text():
+    for line, reads in (("memory = 2", False), ("precision = 'exact'", False), ("precision = 'int8'", True)):
+        (stage,) = Pipeline.from_toml(recipe("pack", line)).recipe.stages
+        assert (stage.calibration is not None) == reads
 
 
 def test_a_note_says_where_the_text_to_measure_on_was_learned_from(place):

@@ -14,7 +14,7 @@ from secateur.calibration import Forward
 from secateur.nn import PackedRecurrent
 from secateur.packing._jobs import Job
 from secateur.packing._measure import Measurement
-from secateur.packing._output_error import Inputs, Pairs, inputs_of, layer_error, model_error
+from secateur.packing._output_error import Inputs, Pairs, inputs_of, layer_error, model_error, outputs_of
 from secateur.packing._recurrent import RecurrentJob
 from secateur.packing._settings import PackSettings
 from secateur.packing._stacks import StackJob
@@ -116,7 +116,8 @@ def find_changes(
             decision = job.decide(settings, cold, known, timer)
             error = None
             if decision.plan is not None and id(job) in inputs:
-                error = layer_error(job.dense, job.built(decision.plan), inputs[id(job)])
+                own = inputs[id(job)]
+                error = layer_error(job.built(decision.plan), own, outputs_of(job.dense, own))
             changes.append(Change(job, job.report(decision, error), job.pairs(decision)))
     if settings.tolerance is None:
         return changes, []

@@ -83,17 +83,23 @@ def inputs_of(
 
 
 @torch.no_grad()
-def layer_error(dense: nn.Module, packed: nn.Module, inputs: Iterable[Tensor]) -> float:
+def outputs_of(layer: nn.Module, inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Return the output of a layer for each input."""
+    return [layer(x) for x in inputs]
+
+
+@torch.no_grad()
+def layer_error(packed: nn.Module, inputs: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """Return the relative error of the outputs of a packed layer.
 
     Args:
-        dense: the layer.
-        packed: what is to replace it.
+        packed: the layer.
         inputs: of the layer.
+        expected: the output of the dense layer for each input.
     """
     total = _Sum()
-    for x in inputs:
-        total.add(dense(x), packed(x))
+    for x, dense in zip(inputs, expected, strict=True):
+        total.add(dense, packed(x))
     return total.relative
 
 

@@ -15,7 +15,7 @@ from secateur.kernels import PRECISIONS, RoutePlan, can_run, candidates
 from secateur.packing._decide import SLACK, Decision, decide
 from secateur.packing._jobs import Job
 from secateur.packing._measure import Measurement
-from secateur.packing._output_error import Pairs, layer_error
+from secateur.packing._output_error import Pairs, layer_error, outputs_of
 from secateur.packing._settings import PackSettings
 from secateur.packing._weights import packed_as
 from secateur.timing import MeasurementCache, Timer
@@ -60,9 +60,11 @@ def choose_within(
     """
     assert settings.tolerance is not None
     options: list[Chosen] = []
+    expected = outputs_of(job.dense, inputs)
     for variant in _variants(job, settings):
         is_own = variant.packed is job.packed
-        errors = {p: e for p, e in _errors(variant, inputs) if e <= settings.tolerance}
+        precisions = _precisions(variant, settings)
+        errors = {p: e for p, e in _errors(variant, precisions, inputs, expected) if e <= settings.tolerance}
         if is_own:
             errors.setdefault("exact", 0.0)
         allowed = tuple(precision for precision in PRECISIONS if precision in errors)
@@ -102,16 +104,25 @@ def _variants(job: Job, settings: PackSettings) -> Iterator[Job]:
             continue
 
 
-def _errors(job: Job, inputs: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
+def _precisions(job: Job, settings: PackSettings) -> tuple[str, ...]:
+    """The arithmetic that is worth trying. The same products with values of fewer bits take fewer bytes."""
+    if is_scaled(job.packed.value_dtype):
+        return PRECISIONS
+    fewer = settings.value_dtype is not None or job.packed.value_dtype in _STORED
+    return ("exact", "bfloat16") if fewer else ("exact",)
+
+
+def _errors(
+    job: Job, precisions: Sequence[str], inputs: Sequence[Tensor], expected: Sequence[Tensor]
+) -> Iterator[tuple[str, float]]:
     """The relative error of a layer's outputs in each arithmetic that a route has here."""
     if not inputs:
         return
-    for precision in PRECISIONS:
-        if precision == "int8" and not is_scaled(job.packed.value_dtype):
-            continue  # the same products as with codes that are stored, which take fewer bytes
-        routes = [r for r in candidates(job.packed, job.patterns, precision) if can_run(job.packed, r, inputs[0])]
-        if routes:  # all routes of one arithmetic have the same error, but for the order of sums
-            yield precision, layer_error(job.dense, job.built(RoutePlan((routes[-1],))), inputs)
+    routes = candidates(job.packed, job.patterns, precisions)
+    # All routes of one arithmetic have the same error, but for the order of sums. The last one is a dense one.
+    by_precision = {route.precision: route for route in routes if can_run(job.packed, route, inputs[0])}
+    for precision, route in by_precision.items():
+        yield precision, layer_error(job.built(RoutePlan((route,))), inputs, expected)
 
 
 def _fastest(options: Sequence[Chosen]) -> Chosen:

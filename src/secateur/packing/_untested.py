@@ -20,8 +20,9 @@ def untested(jobs: Sequence[Job | StackJob | RecurrentJob]) -> list[str]:
     """
     reasons: dict[str, str] = {}
     cpu = torch.device("cpu")
-    for job in jobs:
-        if not isinstance(job, Job) or job.precisions == ("exact",):
+    alike = {(type(job.packed), job.precisions): job for job in jobs if isinstance(job, Job)}
+    for job in alike.values():
+        if job.precisions == ("exact",):
             continue
         for route in candidates(job.packed, job.patterns, job.precisions):
             if route.precision == "exact" or route.name in reasons:
