@@ -56,8 +56,8 @@ class Recipe:
             round before left, with statistics gathered again. What a round prunes stays pruned.
         rounding: ``"int8"`` or ``"int4"``: the weights that are kept are rounded as well, to the grid that
             ``pack_(..., value_dtype=...)`` stores, and others make up for the errors, as :class:`SparseGPT` and
-            :class:`Refit` say. With ``sparsity=0`` nothing is pruned. Of several rounds, the last one rounds. It is
-            only a way to set the method's own ``rounding``, and shows that.
+            :class:`Refit` say. With ``sparsity=0`` nothing is pruned, and what is zero already stays zero. Of several
+            rounds, the last one rounds. It is only a way to set the method's own ``rounding``, and shows that.
 
     Raises:
         RecipeError: an unknown method, allocation or rounding, a method that cannot round, or rounds below 1.

@@ -114,8 +114,8 @@ class Refit(Solver):
         assert self.rounding is not None
         factor, damping = upper_factor(solved, problem.statistics, self.damping)
         gram = damped(gram_for(solved, problem.statistics), damping)
-        rounded = round_columns(solved, start.mask, factor, self.rounding)
-        rounded = descend(rounded, problem.weight, solved, start.mask, gram, self.rounding, _SWEEPS)
+        rounded = round_columns(solved, factor, self.rounding)
+        rounded = descend(rounded, problem.weight, solved, gram, self.rounding, _SWEEPS)
         raised = f"damping raised from {self.damping:g} to {damping:g}"
         return replace(start, weight=rounded, notes=start.notes if damping == self.damping else (*start.notes, raised))
 

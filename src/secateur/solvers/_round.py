@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur._checks import one_of
-from secateur._types import Mask, Weight
+from secateur._types import Weight
 from secateur.formats import GRIDS, Grid
 from secateur.solvers._sweep import BLOCK, PANEL, compensate, open_block, to_columns, to_rows
 
@@ -32,21 +32,20 @@ def check_rounding(rounding: str | None) -> None:
         one_of("rounding", rounding, ROUNDINGS)
 
 
-def round_columns(weight: Weight, mask: Mask, factor: Tensor, rounding: str) -> Weight:
+def round_columns(weight: Weight, factor: Tensor, rounding: str) -> Weight:
     r"""Return a weight on a grid that is near another one: :math:`\min_Q \lVert (V - Q) X \rVert^2`, greedily.
 
     Columns are swept. Each is rounded at once, and its error is made up for by all columns still to come, as if they
     were free.
 
     Args:
-        weight: ``[out, in]``, V, zero where it is pruned. The scales are chosen from it.
-        mask: of it.
+        weight: ``[out, in]``, V, from which the scales are chosen. What is zero stays zero.
         factor: of the damped Gram matrix, as :func:`upper_factor` gives it.
         rounding: the name of the grid.
     """
     if not weight.numel():
         return weight.clone()
-    places = _Places.of(weight, mask, len(factor), GRIDS[rounding])
+    places = _Places.of(weight, len(factor), GRIDS[rounding])
     dense = to_columns(weight, len(factor))
     removed = torch.empty_like(dense)
     result = torch.empty_like(dense)
@@ -65,9 +64,7 @@ def round_columns(weight: Weight, mask: Mask, factor: Tensor, rounding: str) -> 
     return to_rows(result)
 
 
-def descend(
-    rounded: Weight, dense: Weight, near: Weight, mask: Mask, gram: Tensor, rounding: str, sweeps: int
-) -> Weight:
+def descend(rounded: Weight, dense: Weight, near: Weight, gram: Tensor, rounding: str, sweeps: int) -> Weight:
     r"""Return a weight on the same grid that is nearer: :math:`\min_Q \lVert (W - Q) X \rVert^2`, weight by weight.
 
     Each weight in turn moves to the place on the grid that is best while all others stay, which never raises the
@@ -76,15 +73,14 @@ def descend(
     Args:
         rounded: ``[out, in]``, where to start: what :func:`round_columns` made of ``near``.
         dense: W, what is to be approximated.
-        near: what the scales were chosen from.
-        mask: of all of them.
+        near: what the scales were chosen from. What is zero there stays zero.
         gram: the damped Gram matrix, ``[groups, in, in]``.
         rounding: the name of the grid.
         sweeps: over all columns; it ends earlier where nothing moves any more.
     """
     if not rounded.numel():
         return rounded.clone()
-    places = _Places.of(near, mask, len(gram), GRIDS[rounding])
+    places = _Places.of(near, len(gram), GRIDS[rounding])
     result = to_columns(rounded, len(gram))
     lost = to_columns(dense, len(gram)) - result
     curvature = gram.diagonal(dim1=1, dim2=2)
@@ -127,13 +123,15 @@ class _Places:
     extreme: Tensor  # [groups, rows], the weight there
 
     @classmethod
-    def of(cls, weight: Weight, mask: Mask, groups: int, grid: Grid) -> _Places:
+    def of(cls, weight: Weight, groups: int, grid: Grid) -> _Places:
         largest = weight.abs().argmax(1, keepdim=True)
         extreme = weight.gather(1, largest).bfloat16().to(weight)
         scales = grid.scales(weight if grid.group else extreme)
         steps = grid.spread(scales, weight.shape[1]).to(weight).expand_as(weight)
         rows = (groups, -1)
-        return cls(grid, to_columns(steps, groups), to_columns(mask, groups), largest.view(rows), extreme.view(rows))
+        return cls(
+            grid, to_columns(steps, groups), to_columns(weight != 0, groups), largest.view(rows), extreme.view(rows)
+        )
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
         """The nearest place for each weight of a column, ``[groups, rows]``."""

@@ -130,7 +130,7 @@ class SparseGPT(Solver):
         # Where nothing is pruned nothing moves, but adding zeros would turn -0.0 into 0.0.
         solved = weight.clone() if mask.all() else to_rows(pruned)
         if self.rounding is not None:
-            solved = round_columns(solved, mask, factor, self.rounding)
+            solved = round_columns(solved, factor, self.rounding)
         return Solution(solved, mask, to_rows(scores), pattern, notes)
 
 
