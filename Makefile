@@ -14,7 +14,7 @@ test: .venv/installed
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # What to run while working: one file of laws for most rooms, without slow tests. `make test` runs everything.
-FAST = allocation batches dispatch docs formats gather group guards importance inspect io layers methods native_source packed \
+FAST = allocation batches dispatch docs folding formats gather group guards importance inspect io layers methods native_source packed \
        pattern recipe routes schedules sparsify stages statistics text timing
 test-fast: .venv/installed
 	$(BIN)/pytest -m "not slow" $(FAST:%=tests/test_%.py)

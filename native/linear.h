@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "fields.h"
+#include "image.h"
 
 namespace secateur {
 
@@ -20,7 +21,9 @@ struct Linear {
     const float* bias;  // [rows] or null
     int64_t batch;
     int threads;
+    const Image* image = nullptr;  // the batch is the pixels of images, for kernels that take these; else null
 
+    static constexpr bool kTakesImages = false;
     using Members = Fields<&Linear::values, &Linear::scale, &Linear::rows, &Linear::columns, &Linear::value_type>;
 };
 

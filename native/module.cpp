@@ -2,8 +2,11 @@
 // as functions. Tensors come as addresses, so that nothing of torch is linked and one build serves every version of it.
 // The Python side checks them.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -90,6 +93,23 @@ void bind_weight(nb::module_& m, const char* name, Function<Weight> Table::* ent
         self.function(call);
     };
     bound.def("run", run, Released());
+    if constexpr (Weight::kTakesImages) {
+        const auto convolve = [](const Bound<Weight>& self, uintptr_t x, uintptr_t y, uintptr_t bias,
+                                 const std::array<int64_t, 13>& sizes, int threads) {
+            Image image;
+            static_assert(sizeof image == sizeof sizes);
+            std::memcpy(&image, sizes.data(), sizeof image);
+            Weight call = self.weight;
+            call.x = reinterpret_cast<const float*>(x);
+            call.y = reinterpret_cast<float*>(y);
+            call.bias = reinterpret_cast<const float*>(bias);
+            call.batch = image.images * image.down * image.across;
+            call.threads = threads;
+            call.image = &image;
+            self.function(call);
+        };
+        bound.def("convolve", convolve, Released());
+    }
 }
 
 template <class Arguments, auto... members>

@@ -51,7 +51,7 @@ struct Buffer {
     int64_t size = 0;
     ~Buffer() { std::free(data); }
 };
-thread_local Buffer buffers[2];
+thread_local Buffer buffers[3];
 
 }  // namespace
 

@@ -71,7 +71,7 @@ def test() -> int:
     """Run the tests of native code."""
     import pytest
 
-    tests = ["tests/test_kernels.py", "tests/test_gate.py", "tests/test_native_source.py"]
+    tests = ["tests/test_kernels.py", "tests/test_packed_conv.py", "tests/test_gate.py", "tests/test_native_source.py"]
     return pytest.main(["-q", "-s", "-p", "no:cacheprovider", *tests, *sys.argv[2:]])
 
 

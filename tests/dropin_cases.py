@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur import formats, sparsify_
-from secateur.nn import Packed, PackedAs
+from secateur.nn import Packed, PackedAs, PackedEmbedding
 from secateur.patterns import SparsityPattern
 
 # Of each replaced class: the constructor, and inputs of all shapes that it takes, empty ones among them.
@@ -26,6 +26,10 @@ KINDS = {
     "pixels strided": (lambda: nn.Conv2d(16, 8, 1, (2, 3), bias=False), [(16, 5, 6), (2, 16, 5, 6)]),
     "positions": (lambda: nn.Conv1d(16, 8, 1), [(16, 7), (2, 16, 7), (0, 16, 7)]),
     "positions strided": (lambda: nn.Conv1d(16, 8, 1, 3, bias=False), [(16, 7), (2, 16, 7)]),
+}
+LOOKUPS = {
+    "embedding": (lambda: nn.Embedding(12, 16), [(), (5,), (2, 3), (0,), (2, 0)]),
+    "embedding with padding": (lambda: nn.Embedding(12, 16, padding_idx=-3), [(5,), (2, 3)]),
 }
 PATTERNS = {
     "unstructured": 0.6,
@@ -80,6 +84,19 @@ class Case:
         return [torch.randn(shape, generator=generator) for shape in self.shapes]
 
 
+@dataclass(frozen=True)
+class Lookup(Case):
+    """A packed embedding, whose inputs are indices."""
+
+    @property
+    def shapes(self):
+        return LOOKUPS[self.kind][1]
+
+    def inputs(self, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(12, shape, generator=generator) for shape in self.shapes]
+
+
 def original_of(kind):
     original = KINDS[kind][0]()
     if getattr(original, "bias", None) is not None:
@@ -107,6 +124,14 @@ def packed(kind, pattern, value_dtype=None):
             weight.mul_(frozen.mask(weight.abs(), frozen.resolve(PATTERNS[pattern])))
         fits = formats.pack(weight, value_dtype, (frozen,))
         return original, PackedAs.of(original).build(fits, original.bias, None, torch.float32)
+
+    return make
+
+
+def embedding(kind):
+    def make():
+        original = LOOKUPS[kind][0]()
+        return original, PackedEmbedding.from_embedding(original)
 
     return make
 
@@ -143,6 +168,8 @@ CASES = {
     "packed linear int8": Case("linear", packed("linear", "unstructured", torch.int8)),
     "packed pixels int8": Case("pixels", packed("pixels", "unstructured", torch.int8)),
 }
+# Packed embeddings keep the laws that do not need a gradient of the input.
+EMBEDDINGS = {f"packed {kind}": Lookup(kind, embedding(kind)) for kind in LOOKUPS}
 LEARNING = {name: case for name, case in CASES.items() if name.startswith("learning")}
 PACKED = {name: case for name, case in CASES.items() if name.startswith("packed")}
 # One of each class, stage and way to store: for laws that do not depend on the pattern.

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from dropin_cases import CASES, FEW, LEARNING, PACKED, STAGES, dense_of, every
+from dropin_cases import CASES, EMBEDDINGS, FEW, LEARNING, PACKED, STAGES, dense_of, every
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +29,7 @@ def test_every_replacement_is_here():
         below = cls.__subclasses__()
         return {cls} if not below else {one for each in below for one in final(each)}
 
-    layers = [case.pair()[1] for case in CASES.values()]
+    layers = [case.pair()[1] for case in (CASES | EMBEDDINGS).values()]
     wanted = final(SparseLayer) | {one for base in Packed.__args__ for one in final(base)}
     assert {type(layer) for layer in layers} == wanted
     stages = {(type(layer), float(layer.stage)) for layer in layers if isinstance(layer, SparseLayer)}
@@ -40,7 +40,7 @@ def test_every_replacement_is_here():
 # Calls
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 def test_positional_and_keyword_calls_of_every_shape(case):
     original, layer = case.pair()
     dense = dense_of(original, layer)
@@ -169,7 +169,7 @@ def test_functional_call(case):
 # As an object
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 def test_attributes(case):
     original, layer = case.pair()
     dense = dense_of(original, layer)
@@ -179,7 +179,7 @@ def test_attributes(case):
             continue
         assert getattr(layer, name) == value, name
     for name in ("weight", "bias"):
-        expected, found = getattr(dense, name), getattr(layer, name)
+        expected, found = getattr(dense, name, None), getattr(layer, name)
         if expected is None:
             assert found is None
         else:
@@ -203,7 +203,7 @@ def copies(layer):
     }
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 def test_copies_are_equal_and_independent(case):
     original, layer = case.pair()
     x = case.inputs()[1]
@@ -218,7 +218,7 @@ def test_copies_are_equal_and_independent(case):
         assert torch.equal(layer(x), expected), name
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 def test_modes(case):
     _, layer = case.pair()
     assert layer.training
@@ -230,7 +230,7 @@ def test_modes(case):
     assert not layer(x).requires_grad
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(case, dtype):
     original, layer = case.pair()
@@ -238,15 +238,16 @@ def test_dtypes(case, dtype):
     assert layer.to(dtype) is layer
     assert layer.weight.dtype == dtype
     for x in case.inputs():
-        y = layer(x.to(dtype))
+        given = x.to(dtype) if x.is_floating_point() else x
+        y = layer(given)
         assert y.dtype == dtype
-        torch.testing.assert_close(y, dense(x.to(dtype)), rtol=0.03, atol=0.06)
+        torch.testing.assert_close(y, dense(given), rtol=0.03, atol=0.06)
     state = layer.state_dict()
     assert layer.float().state_dict().keys() == state.keys()
     assert layer(case.inputs()[1]).dtype == torch.float32
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 def test_meta_and_back(case):
     _, layer = case.pair()
     state = copy.deepcopy(layer.state_dict())
@@ -269,7 +270,7 @@ def signature(module):
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()}
 
 
-@every(CASES)
+@every(CASES | EMBEDDINGS)
 @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
 def test_a_state_is_loaded_strictly_into_a_new_layer(case, assign):
     _, layer = case.pair()
@@ -396,7 +397,7 @@ def test_compiles_to_one_graph_with_operations_in_place(case):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning")
-@every(PACKED)
+@every(PACKED | EMBEDDINGS)
 def test_exports(case):
     _, layer = case.pair()
     x = case.inputs()[1]

@@ -14,7 +14,7 @@ from secateur import FormatError, PackedLinear, RecipeError
 from secateur._types import dtype_name
 from secateur.kernels import RoutePlan, available
 from secateur.nn import PackedConv1D, PackedConv2d
-from secateur.packing import Measurement, _decide, _jobs, _measure, decide, read_packed
+from secateur.packing import Measurement, _decide, _images, _measure, decide, read_packed
 from secateur.reports import PackReport
 from secateur.timing import MeasurementCache
 
@@ -196,6 +196,28 @@ def test_layers_that_are_alike_are_measured_once(monkeypatch):
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize(
+    ("sparsities", "expected"),
+    [
+        ((0.7, 0.7, 0.7, 0.7), 1),  # though each satisfies another N:M by chance
+        ((0.5, 0.51), 1),
+        ((0.9, 0.903), 1),
+        ((0.5, 0.6, 0.7, 0.8), 4),
+        ((0.9, 0.95), 2),
+    ],
+)
+def test_what_random_zeros_satisfy_by_chance_makes_no_other_kind_of_layer(monkeypatch, sparsities, expected):
+    winner(monkeypatch)
+    measured, inner = [], _measure.time_in_turn
+    monkeypatch.setattr(_measure, "time_in_turn", lambda *args, **keep: measured.append(1) or inner(*args))
+    model = nn.Sequential(*(pruned(nn.Linear(64, 64), sparsity=sparsity)[0] for sparsity in sparsities))
+    for layer in model:  # another order of rows and columns, and so other patterns by chance
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight[torch.randperm(64)][:, torch.randperm(64)])
+    secateur.pack_(model, batch_sizes=[1])
+    assert len(measured) == expected
+
+
 def test_a_route_of_one_layer_is_not_taken_for_another_whose_zeros_do_not_allow_it(monkeypatch):
     """Both are as dense, but the zeros of one of them happen to follow a pattern with faster kernels."""
     kernels_win(monkeypatch)
@@ -216,7 +238,8 @@ def test_a_route_of_one_layer_is_not_taken_for_another_whose_zeros_do_not_allow_
 def test_skipped_layers_have_their_reason(monkeypatch):
     winner(monkeypatch)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Conv2d(4, 4, 3), nn.LayerNorm(64), nn.Linear(64, 64))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Conv2d(4, 4, 3, groups=2), nn.LayerNorm(64))
+    model.append(nn.Linear(64, 64))
     with torch.no_grad():
         model[0].weight[:, ::2] = 0
         model[2].weight[:2] = 0
@@ -227,7 +250,7 @@ def test_skipped_layers_have_their_reason(monkeypatch):
     assert [layer.name for layer in report.layers] == ["0"]
     assert report.layers[0].pattern == "column"
     assert reasons["1"] == "no zeros"
-    assert "a convolution with a kernel" in reasons["2"]
+    assert "a convolution with 2 groups" in reasons["2"]
     assert reasons["3"] == "no weight matrix"
     assert "hooks" in reasons["4"]
 
@@ -270,7 +293,7 @@ def test_settings_that_are_out_of_range_are_refused():
     with pytest.raises(RecipeError, match="memory"):
         secateur.pack_(model, memory=0)
     with pytest.raises(RecipeError, match=r"unknown value_dtype 'int3'.*Valid are float32, "):
-        secateur.pack_(model, value_dtype="int4")
+        secateur.pack_(model, value_dtype="int3")
     with pytest.raises(RecipeError, match=r"unknown value_dtype 'int32'; did you mean 'int8'\?"):
         secateur.pack_(model, value_dtype=torch.int32)
     with pytest.raises(RecipeError, match="no layer"):
@@ -356,7 +379,7 @@ def test_pointwise_convolutions(monkeypatch, stride, order):
     before = model[0]
     report = secateur.pack_(model)
     assert isinstance(model[0], PackedConv2d)
-    assert [choice.rows for choice in report.layers[0].choices] == list(_jobs.PIXELS)
+    assert [choice.rows for choice in report.layers[0].choices] == list(_images.PIXELS)
     y = model[0](x)
     torch.testing.assert_close(y.relu(), expected, rtol=1e-5, atol=1e-5)
     assert y.is_contiguous(memory_format=order)

@@ -29,6 +29,22 @@ def test_each_is_timed_in_turn_and_the_hopeless_are_dropped():
     assert seconds["b"] == [0.75, 0.75]
 
 
+def test_what_is_a_little_slower_is_dropped_later():
+    clock = Clock()
+    calls = {"dense": clock.takes(1.0), "a": clock.takes(0.5), "b": clock.takes(0.6), "c": clock.takes(0.7)}
+    seconds = time_in_turn(calls, "dense", clock)
+    assert {name: len(times) for name, times in seconds.items()} == {"dense": 7, "a": 7, "b": 7, "c": 3}
+
+
+def test_what_makes_a_call_ready_is_not_timed_and_fewer_rounds_can_do():
+    clock, called = Clock(), []
+    ready = {"a": lambda: called.append("ready") or clock.takes(9.0)()}
+    calls = {"dense": clock.takes(1.0), "a": lambda: called.append("a") or clock.takes(2.0)()}
+    seconds = time_in_turn(calls, "dense", clock, keep=["a"], ready=ready, fewest=3)
+    assert seconds == {"dense": [1.0] * 3, "a": [2.0] * 3}
+    assert called == ["ready", "a", "a", *["ready", "a"] * 3]
+
+
 def test_timing_repeats_short_calls_and_stops_after_the_most_rounds():
     clock = Clock()
     seconds = time_in_turn({"dense": clock.takes(1e-4), "a": clock.takes(2e-3)}, "dense", clock)

@@ -12,6 +12,7 @@ struct Panels : Linear {
     int64_t height, width;   // rows of a panel, columns of a section
     int index_bytes;
 
+    static constexpr bool kTakesImages = true;
     using Members = Linear::Members::And<&Panels::index, &Panels::counts, &Panels::offsets, &Panels::height,
                                          &Panels::width, &Panels::index_bytes>;
 };
@@ -19,6 +20,7 @@ struct Panels : Linear {
 }  // namespace secateur
 
 #if defined(SECATEUR_ISA)
+#include "image_slices.h"
 #include "slices.h"
 
 namespace secateur::SECATEUR_ISA {
@@ -26,7 +28,7 @@ namespace secateur::SECATEUR_ISA {
 // sums [W * U] += the segment's values times x [width, W * U] at its columns.
 template <int W, int U, class I>
 SECATEUR_INLINE void segment(const float* values, const I* index, int64_t count, const float* x, float* sums) {
-    constexpr int kLanes = W * U, kParts = U >= 4 ? 1 : U == 2 ? 2 : 4;  // independent sums hide the latency of an FMA
+    constexpr int kLanes = W * U, kParts = U >= 4 ? 1 : U >= 2 ? 2 : 4;  // independent sums hide the latency of an FMA
     F<W> a[kParts][U] = {};
     for (int u = 0; u < U; ++u) a[0][u] = load<W>(sums + u * W);
     int64_t i = 0;
@@ -95,6 +97,34 @@ template <class T, class I> void panels_batch(const Panels& args) {
     });
 }
 
+// The panels of a convolution: a slice has up to kPanelVectors vectors of pixels.
+constexpr int kPanelVectors = 6;
+
+template <int U, class T, class I>
+void pixels_panel(int64_t vectors, const Panels& args, int64_t at, int64_t sections, int64_t count, const T* values,
+                  const float* x, float* sums, float* buffer) {
+    if constexpr (U > 1)
+        if (vectors < U) return pixels_panel<U - 1, T, I>(vectors, args, at, sections, count, values, x, sums, buffer);
+    panel<kWidth, U, T, I>(args, at, sections, count, values, x, sums, buffer);
+}
+
+template <class T, class I> void panels_pixels(const Panels& args) {
+    const T* values = static_cast<const T*>(args.values);
+    const int64_t panels = ceil_div(args.rows, args.height), sections = ceil_div(args.columns, args.width);
+    const int64_t decoded_size = sizeof(T) == 4 ? 0 : longest(args.offsets, panels * sections);
+    const int64_t mine = ceil_div(args.height * kMostPixels + decoded_size, 16) * 16;
+    float* work = static_cast<float*>(scratch(kWork, args.threads * mine * int64_t(sizeof(float))));
+    each_part_and_pixels(args, *args.image, panels, 1, kPanelVectors, ~0u,
+                         [&](int64_t p, int64_t b, int64_t vectors, const float* x, int64_t thread) {
+        float* sums = work + thread * mine;
+        const int64_t row = p * args.height, count = least(args.height, args.rows - row);
+        const int64_t lanes = vectors * kWidth, wanted = least(lanes, args.batch - b);
+        pixels_panel<kPanelVectors, T, I>(vectors, args, p * sections, sections, count, values, x, sums,
+                                          sums + args.height * kMostPixels);
+        unpack_pixels(args, *args.image, sums, lanes, b, wanted, row, count);
+    });
+}
+
 // A segment's values times one row of x. Indexed loads into a vector's lanes beat both gathers and scalar sums.
 template <class T, class I> SECATEUR_INLINE float segment_single(const T* v, const I* j, int64_t n, const float* x) {
     F<4> a[2] = {};
@@ -131,7 +161,8 @@ template <class T, class I> void panels_single(const Panels& args) {
 }
 
 template <class T, class I> void panels_typed(const Panels& args) {
-    if (args.batch == 1) panels_single<T, I>(args);
+    if (args.image) each_group_of_images(args, [](const Panels& part) { panels_pixels<T, I>(part); });
+    else if (args.batch == 1) panels_single<T, I>(args);
     else panels_batch<T, I>(args);
 }
 

@@ -10,12 +10,14 @@ struct Tiles : Linear {
     const int64_t* first_tiles;   // [rows / height + 1] first tile of each row of tiles
     int64_t height, width;        // of a tile
 
+    static constexpr bool kTakesImages = true;
     using Members = Linear::Members::And<&Tiles::tile_columns, &Tiles::first_tiles, &Tiles::height, &Tiles::width>;
 };
 
 }  // namespace secateur
 
 #if defined(SECATEUR_ISA)
+#include "image_slices.h"
 #include "slices.h"
 
 namespace secateur::SECATEUR_ISA {
@@ -86,29 +88,47 @@ inline int64_t strip_height(int64_t left) {
     return height;
 }
 
+// sums [height, lanes] of one row of tiles. What is decoded stands behind the sums, which have room for `most` lanes.
+template <class T>
+void tile_row(const Tiles& args, int64_t i, int64_t lanes, int64_t most, const float* x, float* sums) {
+    const int64_t first = args.first_tiles[i], tiles = args.first_tiles[i + 1] - first;
+    const int64_t size = args.height * args.width;
+    const float* v =
+        decoded<T>(static_cast<const T*>(args.values) + first * size, tiles * size, sums + args.height * most);
+    const int32_t* columns = args.tile_columns + first;
+    for (int64_t done = 0, height; done < args.height; done += height) {
+        height = strip_height(args.height - done);
+        float* to = sums + done * lanes;
+        if (lanes == 4) strip_rows<4, 1>(height, v, columns, tiles, args.width, x, to);
+        else if (lanes == kWidth * 4) strip_rows<kWidth, 4>(height, v, columns, tiles, args.width, x, to);
+        else if (lanes == kWidth * 2) strip_rows<kWidth, 2>(height, v, columns, tiles, args.width, x, to);
+        else if (lanes == kWidth) strip_rows<kWidth, 1>(height, v, columns, tiles, args.width, x, to);
+        else if constexpr (kWidth > 8) strip_rows<8, 1>(height, v, columns, tiles, args.width, x, to);
+        v += tiles * args.width * height;
+    }
+}
+
 template <class T> void tiles_batch(const Tiles& args) {
     const int64_t tile_rows = args.rows / args.height, size = args.height * args.width;
     const int64_t decoded_size = sizeof(T) == 4 ? 0 : longest(args.first_tiles, tile_rows) * size;
     const int64_t mine = ceil_div(args.height * kMaxLanes + decoded_size, 16) * 16;
     float* work = static_cast<float*>(scratch(kWork, args.threads * mine * int64_t(sizeof(float))));
     const int64_t together = ceil_div(64, args.height);  // threads that share a cache line of y wait for each other
+    if (args.image) {
+        const uint32_t sizes = 1u << 1 | 1u << 2 | 1u << 4;
+        each_part_and_pixels(args, *args.image, tile_rows, 1, kMaxLanes / kWidth, sizes,
+                             [&](int64_t i, int64_t b, int64_t vectors, const float* x, int64_t thread) {
+            float* sums = work + thread * mine;
+            const int64_t lanes = vectors * kWidth, wanted = least(lanes, args.batch - b);
+            tile_row<T>(args, i, lanes, kMaxLanes, x, sums);
+            unpack_pixels(args, *args.image, sums, lanes, b, wanted, i * args.height, args.height);
+        });
+        return;
+    }
     each_part_and_slice(args, tile_rows, together,
                         [&](int64_t i, int64_t b, int64_t lanes, const float* x, int64_t thread) {
         float* sums = work + thread * mine;
-        const int64_t first = args.first_tiles[i], tiles = args.first_tiles[i + 1] - first;
-        const float* v =
-            decoded<T>(static_cast<const T*>(args.values) + first * size, tiles * size, sums + args.height * kMaxLanes);
-        const int32_t* columns = args.tile_columns + first;
-        for (int64_t done = 0, height; done < args.height; done += height) {
-            height = strip_height(args.height - done);
-            float* to = sums + done * lanes;
-            if (lanes == 4) strip_rows<4, 1>(height, v, columns, tiles, args.width, x, to);
-            else if (lanes == kWidth * 4) strip_rows<kWidth, 4>(height, v, columns, tiles, args.width, x, to);
-            else if (lanes == kWidth * 2) strip_rows<kWidth, 2>(height, v, columns, tiles, args.width, x, to);
-            else if (lanes == kWidth) strip_rows<kWidth, 1>(height, v, columns, tiles, args.width, x, to);
-            else if constexpr (kWidth > 8) strip_rows<8, 1>(height, v, columns, tiles, args.width, x, to);
-            v += tiles * args.width * height;
-        }
+        tile_row<T>(args, i, lanes, kMaxLanes, x, sums);
         unpack_output(args, sums, lanes, b, i * args.height, args.height);
     });
 }
@@ -209,7 +229,8 @@ template <class T> void tiles_single(const Tiles& args) {
 inline void tiles(const Tiles& args) {
     with_type(args.value_type, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        if (args.batch < 3) tiles_single<T>(args);
+        if (args.image) each_group_of_images(args, [](const Tiles& part) { tiles_batch<T>(part); });
+        else if (args.batch < 3) tiles_single<T>(args);
         else tiles_batch<T>(args);
     });
 }

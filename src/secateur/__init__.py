@@ -19,6 +19,8 @@ from secateur.comparison import compare as compare
 from secateur.evaluation import Pooling as Pooling
 from secateur.evaluation import evaluate as evaluate
 from secateur.exporting import export as export
+from secateur.folding import FoldReport as FoldReport
+from secateur.folding import fold_ as fold_
 from secateur.layers import LayerKind as LayerKind
 from secateur.layers import register_layer as register_layer
 from secateur.nn import PackedLinear as PackedLinear
@@ -49,6 +51,7 @@ from secateur.reports import ExportReport as ExportReport
 from secateur.reports import Figure as Figure
 from secateur.reports import Histogram as Histogram
 from secateur.reports import LayerReport as LayerReport
+from secateur.reports import ModelTime as ModelTime
 from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport

@@ -65,7 +65,7 @@ def pack(
         from secateur.files import check_file
         from secateur.huggingface import CalibrationText
         from secateur.packing import PackSettings, pack_directory
-        from secateur.reports import packed_table, skipped_table
+        from secateur.reports import model_times_table, packed_table, skipped_table
 
         if html is not None:
             check_file(html, output)
@@ -91,7 +91,7 @@ def pack(
             )
         if written_or_printed(report, html, as_json):
             return
-        show(packed_table(report.layers), skipped_table(worth_saying(report.skipped)))
+        show(model_times_table(report.times), packed_table(report.layers), skipped_table(worth_saying(report.skipped)))
         for remark in filter(None, (report.warning, *report.notes)):
             say(f"{remark}\n")
         say(f"{report}\nwritten to {output}")

@@ -83,10 +83,9 @@ def export(
         FormatError: the exporter cannot follow the model, what it made is another function, or the output cannot be
             written. Nothing is written then.
         RecipeError: arguments that do not go together, or inputs that no exported model can have.
-        KernelError: the processor has no bfloat16.
+        KernelError: the processor has no bfloat16; or ``packed``, and the library that the engine needs was not built.
         TypeError: no module, or no batch.
         ImportError: a package is missing; the message names the extra to install.
-        KernelError: ``packed``, and the library that the engine needs was not built.
 
     Example:
         >>> import tempfile, torch, secateur

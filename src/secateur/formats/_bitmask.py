@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError
 from secateur._types import Mask
-from secateur.formats._arrays import as_array, as_tensor, check_offsets, expect, population, starts_of
+from secateur.formats._arrays import as_array, as_tensor, check_offsets, entries, expect, population, starts_of
 from secateur.formats._format import Format
 from secateur.formats._halves import Halves, pack_codes, unpack_codes
 from secateur.formats._values import INT4
@@ -60,16 +60,17 @@ class Bitmask(Format):
             packed, starts = pack_codes(stored.cpu(), mask.cpu())
             values, offsets = packed.to(stored.device), starts.to(stored.device)
         else:
-            values = as_tensor(as_array(stored)[kept], stored, stored.dtype)
+            values = as_tensor(entries(as_array(stored), kept), stored, stored.dtype)
             offsets = as_tensor(starts_of(kept), stored)
         return cls((mask.shape[0], mask.shape[1]), pattern, values, scales, bitmask, offsets)
 
     def _stored(self) -> Tensor:
-        kept, values = self.mask().cpu().numpy(), as_array(self.values)
+        kept = self.mask().cpu()
         if self.value_dtype == INT4:
-            return unpack_codes(self.values.cpu(), self.mask().cpu()).to(self.values.device)
+            return unpack_codes(self.values.cpu(), kept).to(self.values.device)
+        values = as_array(self.values)
         dense = np.zeros(self.shape, dtype=values.dtype)
-        dense[kept] = values
+        dense.ravel()[np.flatnonzero(kept.numpy())] = values
         return as_tensor(dense, self.values, self.values.dtype)
 
     def _check(self) -> None:

@@ -36,14 +36,20 @@ def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torc
         >>> choose(secateur.NM(2, 4), mask).__name__, choose(secateur.Unstructured(), torch.ones(8, 64).bool())
         ('NMPacked', None)
     """
-    best: type[Format] | None = None
-    smallest = dense_nbytes((mask.shape[0], mask.shape[1]), value_dtype)
+    found = _smallest_for(pattern, mask, value_dtype)
+    return None if found is None else found[1]
+
+
+def _smallest_for(pattern: SparsityPattern, mask: Mask, dtype: torch.dtype) -> tuple[int, type[Format]] | None:
+    """The bytes of the smallest format for a mask, and the format; None where none is smaller than dense."""
+    best: tuple[int, type[Format]] | None = None
+    smallest = dense_nbytes((mask.shape[0], mask.shape[1]), dtype)
     # From the last format to the first, and only a strictly smaller one replaces the best. Bitmask takes any mask. The
     # formats after it say more about where the zeros are, which kernels can use.
     for format_type in reversed(FORMATS.values()):
-        size = format_type.predicted_nbytes(mask, pattern, value_dtype)
+        size = format_type.predicted_nbytes(mask, pattern, dtype)
         if size is not None and size < smallest:
-            best, smallest = format_type, size
+            best, smallest = (size, format_type), size
     return best
 
 
@@ -95,11 +101,18 @@ def smallest(
     # so that it is taken only if its format is strictly smaller than that of an unstructured mask.
     by_chance = [p for p in patterns if isinstance(p, NM) and (not stored or stored * p.m != mask.numel() * p.n)]
     for pattern in (*(p for p in patterns if p not in by_chance), Unstructured(), *by_chance):
-        format_type = choose(pattern, mask, dtype)
-        size = None if format_type is None else format_type.predicted_nbytes(mask, pattern, dtype)
-        if format_type is not None and size is not None and (best is None or size < best[0]):
-            best = size, format_type, pattern
+        if best is not None and pattern in by_chance and _least(pattern, mask, dtype) >= best[0]:
+            continue  # Bitmask was tried; and whether each group has the zeros would take long to see
+        found = _smallest_for(pattern, mask, dtype)
+        if found is not None and (best is None or found[0] < best[0]):
+            best = *found, pattern
     return (Bitmask, Unstructured()) if best is None else best[1:]
+
+
+def _least(pattern: SparsityPattern, mask: Mask, dtype: torch.dtype) -> int:
+    """The fewest bytes that the format made for an N:M pattern takes: those of its values."""
+    assert isinstance(pattern, NM)
+    return mask.numel() * pattern.n // pattern.m * dtype.itemsize
 
 
 def made_for(pattern: SparsityPattern) -> type[Format]:
@@ -110,4 +123,7 @@ def made_for(pattern: SparsityPattern) -> type[Format]:
 def stored_share(packed: Format) -> float:
     """Return how many weights are stored, as a fraction of all weights."""
     size = packed.shape[0] * packed.shape[1]
-    return int(packed.mask().count_nonzero()) / size if size else 0.0
+    values = [tensor for name, tensor in packed.tensors().items() if name in packed.value_names]
+    if any(tensor.dtype == torch.uint8 for tensor in values):  # which hold several values in a byte
+        return int(packed.mask().count_nonzero()) / size if size else 0.0
+    return sum(tensor.numel() for tensor in values) / size if size else 0.0

@@ -18,6 +18,8 @@ from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_sci
 from secateur.formats._values import INT4, VALUE_DTYPES, as_value_dtype, encode, is_scaled, value_name
 from secateur.patterns import NM, Block, SparsityPattern
 
+_IN_CACHE = 1 << 14  # weights that are compared at a time
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Format(ABC):
@@ -341,12 +343,14 @@ class Format(ABC):
             mask: the mask that it was packed with.
         """
         self._must_have_values()
-        kept = (weight.detach() if mask is None else weight.detach().where(mask, 0)).double()
-        packed = self.to_dense().double()
-        same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
-        if bool(same.all()):
+        kept = weight.detach() if mask is None else weight.detach().where(mask, 0)
+        packed = self.to_dense()
+        if packed.dtype == kept.dtype and torch.equal(packed, kept):
             return 0.0
-        return float(torch.where(same, 0.0, packed - kept).norm() / kept.norm())
+        rows = max(1, _IN_CACHE // max(1, self.shape[1]))
+        norms = [_norms(*part) for part in zip(packed.split(rows), kept.split(rows), strict=True)]
+        difference, whole = (torch.stack(parts).norm() for parts in zip(*norms, strict=True))
+        return float(difference / whole) if difference != 0 else 0.0
 
     @final
     def __repr__(self) -> str:
@@ -453,6 +457,19 @@ class Format(ABC):
                 f"{cls.__name__} holds groups of up to {cls._largest_group} weights, got {pattern}. Use Bitmask."
             )
         return pattern
+
+
+def _norms(packed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms of the difference of two matrices and of the second one, in float64."""
+    least = torch.float64 if torch.float64 in (packed.dtype, kept.dtype) else torch.float32
+    difference, whole = (
+        torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (packed.to(least) - kept.to(least), kept)
+    )
+    if not bool(difference.isfinite()):
+        packed, kept = packed.double(), kept.double()
+        same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
+        difference = torch.where(same, 0.0, packed - kept).norm()
+    return difference, whole
 
 
 def check_weight(weight: Weight) -> None:

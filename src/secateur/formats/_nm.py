@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError
 from secateur._types import Mask
-from secateur.formats._arrays import as_array, as_tensor, expect
+from secateur.formats._arrays import as_array, as_tensor, entries, expect
 from secateur.formats._format import Format
 from secateur.patterns import NM, SparsityPattern
 
@@ -60,7 +60,7 @@ class NMPacked(Format):
         rows, columns = mask.shape
         groups = columns // m
         core = mask[:, : groups * m].cpu().numpy().reshape(rows, groups, m)
-        missing = n - core.sum(2, dtype=np.int8)
+        missing = n - np.count_nonzero(core, axis=2)
         if (crowded := np.argwhere(missing < 0)).size:
             row, group = crowded[0]
             raise PatternError(
@@ -71,8 +71,8 @@ class NMPacked(Format):
             free = np.logical_not(core)
             core = core | (free & (free.cumsum(2, dtype=np.int8) <= missing[:, :, None]))  # exactly n in each group
         dense = as_array(stored)
-        values = dense[:, : groups * m].reshape(core.shape)[core].reshape(rows, groups * n)
-        codes = np.broadcast_to(np.arange(m, dtype=np.uint8), core.shape)[core].reshape(rows, groups * n)
+        values = entries(dense[:, : groups * m], core).reshape(rows, groups * n)
+        codes = (np.flatnonzero(core) % m).astype(np.uint8).reshape(rows, groups * n)
         right = as_tensor(dense[:, groups * m :].copy(), stored, stored.dtype) if columns % m else None
         indices = as_tensor(_pack_codes(codes, _position_bits(m)), stored)
         return cls((rows, columns), pattern, as_tensor(values, stored, stored.dtype), scales, indices, right)
@@ -116,7 +116,7 @@ class NMPacked(Format):
         rows, columns = mask.shape
         groups = columns // m
         core = mask[:, : groups * m].reshape(rows, groups, m)
-        if core.numel() and int(core.sum(2).max()) > n:
+        if core.numel() and int(core.sum(2, dtype=torch.uint8).max()) > n:  # sums of int64 take 10 times as long
             return None
         index_bytes = math.ceil(groups * n * _position_bits(m) / 8)
         return rows * (groups * n + columns % m), rows * index_bytes, rows

@@ -117,9 +117,10 @@ def encode(kept: Weight, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
 
 def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The int8 codes of a weight ``[out, in]``, and the scale ``max |w| / 127`` of each row."""
-    _refuse(~weight.isfinite(), weight, "has no int8 code")
     wide = weight.float()
-    _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
+    if wide.numel() and not all(bool(bound.isfinite()) for bound in wide.aminmax()):  # faster than to look at each
+        _refuse(~weight.isfinite(), weight, "has no int8 code")
+        _refuse(~wide.isfinite(), weight, "is beyond the range of float32, in which scales are kept")
     scales = GRIDS["int8"].scales(wide)
     return GRIDS["int8"].codes(wide, scales), scales[:, 0]
 

@@ -20,8 +20,10 @@ from secateur.kernels._backends import isas as isas
 from secateur.kernels._backends import prepare as prepare
 from secateur.kernels._backends import use as use
 from secateur.kernels._blob import to_bytes as to_bytes
+from secateur.kernels._convolution import packed_convolution as packed_convolution
 from secateur.kernels._dense import multiplies_bfloat16 as multiplies_bfloat16
 from secateur.kernels._dispatch import is_intercepted as is_intercepted
+from secateur.kernels._keep_memory import keep_memory as keep_memory
 from secateur.kernels._layout import Layout as Layout
 from secateur.kernels._layout import with_spare_values as with_spare_values
 from secateur.kernels._linear import explain as explain
@@ -41,9 +43,12 @@ from secateur.kernels._plan import RoutePlan as RoutePlan
 from secateur.kernels._plan import candidates as candidates
 from secateur.kernels._plan import default_plan as default_plan
 from secateur.kernels._plan import usable_plan as usable_plan
+from secateur.kernels._prepared import in_channels_last as in_channels_last
 from secateur.kernels._route import PRECISIONS as PRECISIONS
 from secateur.kernels._route import Route as Route
 from secateur.kernels._table import *  # noqa: F403  the layouts and routes themselves
+from secateur.kernels._window import Pair as Pair
+from secateur.kernels._window import Window as Window
 
 _FORMERLY = {"LaneLayout": "GroupLayout", "StripLayout": "TileLayout"}
 

@@ -23,8 +23,9 @@ from secateur.kernels._compact import CompactRoute
 from secateur.kernels._dense import DenseRoute, PrepackedBfloat16Route, PrepackedRoute, multiplies_bfloat16
 from secateur.kernels._layout import Layout
 from secateur.kernels._load import load
-from secateur.kernels._prepared import Prepared, StoredWeight
+from secateur.kernels._prepared import Prepared, StoredWeight, in_channels_last
 from secateur.kernels._route import LayoutRoute, Route
+from secateur.kernels._window import Window
 
 # The backend and the instruction set that `use` asks for, while it is in force. A context variable, so that it applies
 # to the thread or task that called `use` and to no other.
@@ -253,6 +254,8 @@ class _Nothing(Prepared):
 
 
 class _NativeKernel(Prepared):
+    any_shape = True
+
     def __init__(self, layout: Layout, out: int, nbytes: int) -> None:
         isa = chosen.get()[1] or _native_backend.default_isa()
         self._bound = _native_backend.Bound(layout, isa)
@@ -261,13 +264,24 @@ class _NativeKernel(Prepared):
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._out is not None:  # the layout has rows of zeros at the end; the bias has none for them
-            y = self._bound(x.float().contiguous(), None)[:, : self._out].to(x.dtype)
+            y = self._bound(x.float().contiguous(), None)[..., : self._out].to(x.dtype)
             return y if bias is None else y + bias.to(x.dtype)
-        if bias is not None and not (bias.dtype is torch.float32 and bias.is_contiguous()):
-            bias = bias.float().contiguous()
         if x.dtype is torch.float32:
-            return self._bound(x.contiguous(), bias)
-        return self._bound(x.float().contiguous(), bias).to(x.dtype)
+            return self._bound(x.contiguous(), _as_float(bias))
+        return self._bound(x.float().contiguous(), _as_float(bias)).to(x.dtype)
+
+    def convolve(self, x: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        turned = in_channels_last(x)
+        if not self._bound.takes_images or self._out is not None or (turned and window.picks_pixels):
+            return super().convolve(x, bias, window)
+        y = self._bound.convolve(x.float().contiguous(), _as_float(bias), window).to(x.dtype)
+        return y.contiguous(memory_format=torch.channels_last) if turned else y
+
+
+def _as_float(bias: Tensor | None) -> Tensor | None:
+    if bias is None or (bias.dtype is torch.float32 and bias.is_contiguous()):
+        return bias
+    return bias.float().contiguous()
 
 
 class _ExpandedAtEachCall(Prepared):
@@ -284,12 +298,22 @@ class _ExpandedAtEachCall(Prepared):
 
 
 class _Dense(Prepared):
+    any_shape = True
+
     def __init__(self, weight: Tensor, shared: bool) -> None:
         self._weight = weight
         self.nbytes = 0 if shared else weight.nbytes
 
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self._weight, None if bias is None else bias.to(x.dtype))
+
+    def convolve(self, x: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        return _dense_convolution(x, self._weight, None if bias is None else bias.to(x.dtype), window)
+
+
+def _dense_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+    weight = weight.view(len(weight), x.shape[1], *window.kernel)
+    return F.conv2d(x, weight, bias, window.stride, window.padding, window.dilation)
 
 
 class _Prepacked(Prepared):

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from secateur._types import Mask, Weight
 from secateur.formats import ColumnPacked, DensePacked, Format, RowPacked
-from secateur.kernels._layout import SPARE, Layout, bits_of, in_large_pages, kept_of, offsets_of, prepare, shape_of
+from secateur.kernels._layout import (
+    SPARE,
+    Layout,
+    bits_of,
+    entries,
+    in_large_pages,
+    kept_of,
+    offsets_of,
+    prepare,
+    shape_of,
+)
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import SparsityPattern
 
@@ -30,8 +40,9 @@ class BitmaskLayout(Layout):
     ) -> BitmaskLayout:
         """Pack the weights ``[out, in]`` that a mask keeps; without a mask, those that are not zero."""
         values, mask, scale = prepare(weight, mask, value_dtype)
-        shape, kept = shape_of(values), in_large_pages(values[mask], SPARE)
-        return cls(shape, kept, scale, bits_of(mask), offsets_of(mask.sum(1)))
+        kept, _ = entries(values, mask)
+        counts = mask.sum(1, dtype=torch.int32)
+        return cls(shape_of(values), in_large_pages(kept, SPARE), scale, bits_of(mask), offsets_of(counts))
 
     def to_dense(self) -> Weight:
         weight = self.values.new_zeros(self.shape)

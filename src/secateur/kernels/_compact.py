@@ -17,9 +17,10 @@ from secateur.kernels._dense import DenseRoute, PrepackedRoute
 from secateur.kernels._int8 import MOST_COLUMNS
 from secateur.kernels._int8_panels import Int8PanelRoute
 from secateur.kernels._layout import Layout
-from secateur.kernels._prepared import Prepared, StoredWeight
+from secateur.kernels._prepared import Prepared, StoredWeight, in_channels_last
 from secateur.kernels._route import LayoutRoute, Route
 from secateur.kernels._tiles import TileLayout
+from secateur.kernels._window import Window
 from secateur.patterns import SparsityPattern
 
 _HEIGHT = 16  # of the tiles below: a higher tile is cut into strips of this height
@@ -164,6 +165,15 @@ class _Rows(Prepared):
         if bias is not None:
             y += bias
         kept = self._inner.run(x, None if bias is None else bias[self._rows])
+        return y.index_copy_(1, self._rows, kept)
+
+    def convolve(self, x: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        kept = self._inner.convolve(x, None if bias is None else bias[self._rows], window)
+        y = kept.new_zeros(len(kept), self._out, *kept.shape[2:])
+        if in_channels_last(kept):
+            y = y.contiguous(memory_format=torch.channels_last)
+        if bias is not None:
+            y += bias[:, None, None]
         return y.index_copy_(1, self._rows, kept)
 
 

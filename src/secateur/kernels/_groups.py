@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from secateur._errors import KernelError
 from secateur._types import Mask, Weight
 from secateur.formats import Format
-from secateur.kernels._layout import SPARE, Layout, in_large_pages, padded, prepare, shape_of
+from secateur.kernels._layout import SPARE, Layout, entries, in_large_pages, padded, prepare, shape_of
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import NM, SparsityPattern
 
@@ -48,16 +48,18 @@ class GroupLayout(Layout):
         values, mask = padded(values, _ROWS, 1), padded(mask, _ROWS, 1)
         groups, panels = shape[1] // m, mask.shape[0] // _ROWS
         by_group = mask.view(len(mask), groups, m)
-        if bool((by_group.sum(-1) > n).any()):
+        counts = by_group.sum(-1, dtype=torch.uint8)
+        if bool((counts > n).any()):
             raise KernelError(
-                f"a group of {m} inputs keeps {int(by_group.sum(-1).max())} weights; {n}:{m} keeps at most {n}. "
+                f"a group of {m} inputs keeps {int(counts.max())} weights; {n}:{m} keeps at most {n}. "
                 "Prune to that pattern first. PanelLayout takes any weight."
             )
-        place = torch.argsort(~by_group, dim=-1, stable=True)[..., :n]
-        by_row, by_place = torch.arange(len(mask))[:, None, None], torch.arange(groups)[:, None]
-        kept = values.view(len(mask), groups, m)[by_row, by_place, place]  # gather knows fewer dtypes
+        if bool((counts < n).any()):  # such a group also stores the zeros at its first free places
+            free = ~by_group
+            by_group = by_group | (free & (free.cumsum(2, dtype=torch.uint8) <= (n - counts)[..., None]))
+        kept, place = entries(values, by_group)
         kept = kept.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1).contiguous()
-        place = place.view(panels, _ROWS, groups, n).permute(0, 2, 3, 1)
+        place = (place.int() % m).view(panels, _ROWS, groups, n).permute(0, 2, 3, 1)
         bits, per_word = cls._word(m)
         # Sizes are named, not -1: PyTorch cannot find the size of a dimension of a weight without rows.
         if n <= per_word:
@@ -67,8 +69,9 @@ class GroupLayout(Layout):
         else:
             words = groups * -(-n // per_word)
             place = nn.functional.pad(place, (0, 0, 0, -n % per_word)).reshape(panels, words, per_word, _ROWS)
-        shifts = (torch.arange(place.shape[2]) * bits)[:, None]
-        places = torch.from_numpy((place << shifts).sum(2).numpy().astype(np.uint32).view(np.int32))
+        shifts = (np.arange(place.shape[2], dtype=np.uint32) * np.uint32(bits))[:, None]
+        words = np.bitwise_or.reduce(place.numpy().astype(np.uint32) << shifts, axis=2)
+        places = torch.from_numpy(np.ascontiguousarray(words).view(np.int32))
         return cls(shape, in_large_pages(kept, SPARE), scale, places, n, m)
 
     @staticmethod

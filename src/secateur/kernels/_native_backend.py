@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ from secateur._errors import KernelError
 from secateur.formats import VALUE_TYPES
 from secateur.kernels._layout import Layout
 from secateur.kernels._load import load
+from secateur.kernels._window import Window
 
 # Multiplications, or weights of a mask, up to which one thread is used: starting a second one costs more than it saves
 SMALL = 32768
@@ -73,15 +75,34 @@ class Bound:
             VALUE_TYPES[values.dtype].code,
             *packed.arguments(),
         )
-        self._run = weight.run
+        self._run: Any = weight.run
+        self._convolve: Any = getattr(weight, "convolve", None)
         self._rows, self._size = packed.shape[0], values.numel()
 
+    @property
+    def takes_images(self) -> bool:
+        """Whether there is a kernel for images as they lie in memory."""
+        return self._convolve is not None
+
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x Wᵀ + b for x ``[batch, in]`` and b ``[out]``, float32, contiguous and on the CPU."""
-        batch = x.shape[0]
-        y = x.new_empty((batch, self._rows))
+        """Return x Wᵀ + b for x ``[..., in]`` and b ``[out]``, float32, contiguous and on the CPU."""
+        *rows, columns = x.shape
+        batch = x.numel() // columns if columns else math.prod(rows)
+        y = x.new_empty((*rows, self._rows))
         if not (batch and self._rows):
             return y
         threads = torch.get_num_threads() if self._size * batch > SMALL else 1
         self._run(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), batch, threads)
+        return y
+
+    def convolve(self, x: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        """Return the convolution of x ``[images, channels, height, width]`` plus b ``[out]``, as for a call."""
+        images, _, height, width = x.shape
+        down, across = window.outputs(height, width)
+        y = x.new_empty((images, self._rows, down, across))
+        if not y.numel():
+            return y
+        threads = torch.get_num_threads() if self._size * images * down * across > SMALL else 1
+        sizes = (images, height, width, down, across, *window.numbers)
+        self._convolve(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr(), sizes, threads)
         return y

@@ -28,6 +28,7 @@ from secateur.kernels._dispatch import may_skip_dispatcher
 from secateur.kernels._plan import RoutePlan
 from secateur.kernels._prepared import Prepared
 from secateur.kernels._route import Route
+from secateur.kernels._window import Pair, Window
 from secateur.patterns import SparsityPattern
 
 
@@ -131,7 +132,7 @@ def _run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) ->
     if prepared is None:
         y = x.new_zeros(*shape[:-1], rows)
         return y if bias is None else y + bias.to(x.dtype)
-    if len(shape) == 2:
+    if len(shape) == 2 or prepared.any_shape:
         return prepared.run(x, bias)
     return prepared.run(x.reshape(math.prod(shape[:-1]), columns), bias).view(*shape[:-1], rows)
 
@@ -143,17 +144,57 @@ def _prepare(ready: _Ready, x: Tensor, spec: str) -> Prepared | None:
     _check_device(x, ready.packed.values.device)
     if not x.numel():
         return None
-    route = route_for(parsed.plan, x)
-    in_force = chosen.get()
-    key = (route, x.dtype if _depends_on_dtype(route) else None, in_force)
+    return _prepare_for(ready, x, route_for(parsed.plan, x), (x.shape, x.dtype, x.device, spec, chosen.get()))
+
+
+def _prepare_for(ready: _Ready, x: Tensor, route: Route, call: tuple[Any, ...]) -> Prepared:
+    key = (route, x.dtype if _depends_on_dtype(route) else None, chosen.get())
     with _lock:
         prepared = ready.prepared.get(key)
         if prepared is None:
             prepared = ready.prepared[key] = prepare(ready.packed, route, x.device, x.dtype)
         if len(ready.calls) >= _MOST_CALLS:
             ready.calls.clear()
-        ready.calls[x.shape, x.dtype, x.device, spec, in_force] = prepared
+        ready.calls[call] = prepared
     return prepared
+
+
+def prepared_for_images(x: Tensor, weight: Sequence[Tensor], spec: str, window: Window) -> Prepared | None:
+    """Return a weight made ready to convolve images, after checking both; None if the images or outputs are empty.
+
+    Args:
+        x: ``[images, channels, height, width]``.
+        weight: the tensors of the format, in the order of the spec's names.
+        spec: a :class:`PackedSpec` as text.
+        window: how the kernel moves.
+    """
+    ready = _get_ready(weight, spec)
+    call = (x.shape, x.dtype, x.device, spec, chosen.get(), window)
+    found = ready.calls.get(call)
+    if found is not None:
+        return found
+    check_images(x, weight, spec, window)
+    pixels = len(x) * math.prod(window.outputs(*x.shape[2:]))
+    if not (x.numel() and pixels):
+        return None
+    route = _parse(spec).plan.route(pixels) if x.device.type == "cpu" else DenseRoute()
+    return _prepare_for(ready, x, route, call)
+
+
+def check_images(x: Tensor, weight: Sequence[Tensor], spec: str, window: Window) -> Pair:
+    """Raise unless images fit a packed weight, and return the size of the outputs."""
+    check_dense(x)
+    _check_floats("input", x)
+    channels = _parse(spec).shape[1] // window.positions
+    outputs = window.outputs(*x.shape[2:])
+    if x.shape[1] != channels or min(outputs) < 1:
+        raise KernelError(
+            f"the input has shape {tuple(x.shape)}; the packed convolution takes [..., {channels}, height, width], and "
+            f"its kernel of {window.kernel.down}x{window.kernel.across} must fit in the padded image. Check that the "
+            "input belongs to this layer."
+        )
+    _check_device(x, weight[0].device)
+    return outputs
 
 
 def route_for(plan: RoutePlan, x: Tensor) -> Route:
@@ -165,7 +206,7 @@ def _depends_on_dtype(route: Route) -> bool:
     return isinstance(route.inner if isinstance(route, CompactRoute) else route, DenseRoute)
 
 
-def _refuse_onnx_export() -> None:
+def refuse_onnx_export() -> None:
     """Raise while torch.onnx exports a model: it has no operator for a packed weight, and says so in riddles."""
     if torch.onnx.is_in_onnx_export():
         raise KernelError(
@@ -175,7 +216,7 @@ def _refuse_onnx_export() -> None:
 
 
 def _run_fake(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    _refuse_onnx_export()
+    refuse_onnx_export()
     rows, columns = _parse(spec).shape
     check_input(x, columns)
     _check_device(x, weight[0].device)
@@ -250,7 +291,7 @@ def _check_device(x: Tensor, device: torch.device) -> None:
 # The operator that compilers and autograd see.
 @torch.library.custom_op("secateur::packed_linear", mutates_args=())
 def _packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec: str) -> Tensor:
-    _refuse_onnx_export()
+    refuse_onnx_export()
     y = _run(x, weight, bias, spec)
     # PyTorch lets nothing change a view in place that is the result of an operator with a gradient of its own.
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, y.shape)
@@ -347,9 +388,11 @@ def packed_linear(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None, spec
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if not differentiated and may_skip_dispatcher(x):
         return _run(x, weight, bias, spec)
-    if torch.compiler.is_compiling() or differentiated:
+    # What was exported may be differentiated later. What was compiled is compiled anew for inputs with a gradient.
+    if differentiated or torch.compiler.is_exporting():
         y: Tensor = _packed_linear(x, weight, bias, spec)
     else:
-        _refuse_onnx_export()
+        if not torch.compiler.is_compiling():
+            refuse_onnx_export()
         y = _inference(x, weight, bias, spec)
     return y

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur._errors import KernelError
 from secateur._types import Mask, Weight
 from secateur.formats import ColumnPacked, DensePacked, Format, RowPacked
-from secateur.kernels._layout import SPARE, Layout, in_large_pages, offsets_of, padded, prepare, shape_of
+from secateur.kernels._layout import SPARE, Layout, entries, in_large_pages, offsets_of, padded, prepare, shape_of
 from secateur.kernels._route import LayoutRoute
 from secateur.patterns import SparsityPattern
 
@@ -68,10 +68,9 @@ class PanelLayout(Layout):
         values, mask = padded(values, height, width), padded(mask, height, width)
         panels, sections = mask.shape[0] // height, mask.shape[1] // width
         ordered = mask.view(panels, height, sections, width).transpose(1, 2).contiguous()
-        counts = ordered.sum(-1)
-        columns = torch.arange(width, dtype=torch.int32).expand_as(ordered)[ordered].numpy()
-        index = torch.from_numpy(columns.astype(np.uint8 if width <= 256 else np.uint16))
-        kept = values.view(panels, height, sections, width).transpose(1, 2)[ordered]
+        counts = ordered.sum(-1, dtype=torch.int32)
+        kept, places = entries(values.view(panels, height, sections, width).transpose(1, 2).contiguous(), ordered)
+        index = torch.from_numpy((places.numpy() % width).astype(np.uint8 if width <= 256 else np.uint16))
         small = torch.from_numpy(counts.numpy().astype(np.uint16))
         return cls(
             shape,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from secateur.kernels._int4 import Int4Route
 from secateur.kernels._int8 import Int8Route
 from secateur.kernels._layout import Layout
 from secateur.kernels._route import LayoutRoute
+from secateur.kernels._window import Window
 
 
 class Prepared(ABC):
@@ -21,13 +23,29 @@ class Prepared(ABC):
 
     Attributes:
         nbytes: bytes of memory that it takes besides the tensors of the stored weight.
+        any_shape: whether inputs may be ``[..., in]``, which saves two views around a small product.
     """
 
     nbytes: int
+    any_shape: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x Wᵀ + b for x ``[rows, in]`` and b ``[out]``, in the dtype of x."""
+
+    def convolve(self, x: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        """Return the convolution of x ``[images, channels, height, width]`` plus b ``[out]``, in the dtype of x.
+
+        It is a product with what each output pixel reads. A kernel that takes images as they lie does without the copy.
+        The result has the memory format that ``nn.Conv2d`` gives it.
+        """
+        y = self.run(window.rows(x), bias).view(len(x), *window.outputs(*x.shape[2:]), -1).permute(0, 3, 1, 2)
+        return y if in_channels_last(x) else y.contiguous()
+
+
+def in_channels_last(x: Tensor) -> bool:
+    """Return whether images lie in memory as ``[images, height, width, channels]``, and not as their sizes say."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,9 @@ from secateur.nn._packed import PackedConv1D as PackedConv1D
 from secateur.nn._packed import PackedLinear as PackedLinear
 from secateur.nn._packed_conv import PackedConv1d as PackedConv1d
 from secateur.nn._packed_conv import PackedConv2d as PackedConv2d
+from secateur.nn._packed_conv import PackedConvolution as PackedConvolution
+from secateur.nn._packed_embedding import PackedEmbedding as PackedEmbedding
+from secateur.nn._packed_embedding import why_not_embedding as why_not_embedding
 from secateur.nn._packed_matrix import PackedMatrix as PackedMatrix
 from secateur.nn._packed_recurrent import PackedRecurrent as PackedRecurrent
 from secateur.nn._packed_recurrent import packed_recurrents as packed_recurrents

@@ -1,37 +1,44 @@
-"""Convolutions that run packed: with kernels of one position, which are linear layers on every position."""
+"""Convolutions that run packed: in one and in two dimensions, with any kernel, but without groups."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from secateur._errors import KernelError
 from secateur.formats import Format
-from secateur.kernels import RoutePlan, check_dense
+from secateur.kernels import Pair, RoutePlan, Window, check_dense
 from secateur.nn._packed import PackedLinear
 
 
 class PackedConvolution(nn.Module, ABC):
-    """A convolution whose kernel has one position, with a packed weight: all but how many dimensions it moves in.
+    """A convolution without groups, with a packed weight: all but how many dimensions it moves in.
 
-    The attributes are those of the dense layer. A padding of nothing has always the form of numbers.
+    The attributes are those of the dense layer. The padding has always the form of numbers.
     """
 
     groups, padding_mode, transposed = 1, "zeros", False
+    window: Window
 
-    def __init__(self, linear: PackedLinear, stride: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        linear: PackedLinear,
+        stride: tuple[int, ...],
+        kernel_size: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+    ) -> None:
         super().__init__()
         self.linear = linear
-        self.stride = stride
-        self.kernel_size = self.dilation = (1,) * len(stride)
-        self.padding = self.output_padding = (0,) * len(stride)
-
-    @staticmethod
-    def fits(module: nn.Conv1d | nn.Conv2d) -> bool:
-        """Return whether a convolution is a linear layer on every position."""
-        padding = (0,) if module.padding in ("valid", "same") else module.padding
-        return math.prod(module.kernel_size) == 1 and not any(padding) and module.groups == 1
+        self.stride, self.kernel_size, self.padding, self.dilation = stride, kernel_size, padding, dilation
+        self.output_padding = (0,) * len(stride)
+        self.window = window_of(kernel_size, stride, padding, dilation)
+        if linear.in_features % self.window.positions:
+            raise KernelError(
+                f"a kernel of {'x'.join(map(str, kernel_size))} does not fit a weight of {linear.in_features} columns; "
+                "these are the channels of the input times the positions of the kernel. Give the size of the kernel."
+            )
 
     @abstractmethod
     def forward(self, input: Tensor) -> Tensor:
@@ -44,7 +51,7 @@ class PackedConvolution(nn.Module, ABC):
     @property
     def in_channels(self) -> int:
         """Channels of the input."""
-        return self.linear.in_features
+        return self.linear.in_features // self.window.positions
 
     @property
     def out_channels(self) -> int:
@@ -53,9 +60,8 @@ class PackedConvolution(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, ``[out, in, 1, ...]``, computed at each access. For code that only reads it."""
-        matrix = self.linear.weight
-        return matrix.reshape(*matrix.shape, *self.kernel_size)
+        """The dense weight, ``[out, in, *kernel]``, computed at each access. For code that only reads it."""
+        return self.linear.weight.reshape(self.out_channels, self.in_channels, *self.kernel_size)
 
     @property
     def bias(self) -> Tensor | None:
@@ -64,12 +70,12 @@ class PackedConvolution(nn.Module, ABC):
 
     @property
     def packed(self) -> Format:
-        """The weight in its storage format."""
+        """The weight in its storage format: a matrix ``[out, in * positions of the kernel]``."""
         return self.linear.packed
 
     @property
     def plan(self) -> RoutePlan:
-        """Which route to take for how many positions."""
+        """Which route to take for how many output positions."""
         return self.linear.plan
 
     @plan.setter
@@ -88,55 +94,110 @@ class PackedConvolution(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Describe the layer."""
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        described = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if any(self.padding):
+            described += f", padding={self.padding}"
+        return described if set(self.dilation) == {1} else f"{described}, dilation={self.dilation}"
+
+
+def window_of(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> Window:
+    """Return how a kernel moves. What a convolution lacks of two dimensions is a row of one position."""
+    pairs = zip((1, 1, 0, 1), (kernel, stride, padding, dilation), strict=True)
+    return Window(*(Pair(*(fill,) * (2 - len(sizes)), *sizes) for fill, sizes in pairs))
+
+
+def numeric_padding(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...] | None:
+    """Return the padding of a convolution as numbers, or None if it adds more on one side than on the other."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        reach = [d * (kernel - 1) for d, kernel in zip(module.dilation, module.kernel_size, strict=True)]
+        return None if any(total % 2 for total in reach) else tuple(total // 2 for total in reach)
+    return tuple(module.padding)  # type: ignore[arg-type]
+
+
+def why_not_convolution(module: nn.Conv1d | nn.Conv2d) -> str | None:
+    """Return the reason why no packed convolution can replace one, or None."""
+    if module.groups != 1:
+        return f"a convolution with {module.groups} groups: each output reads too few inputs to gain from zeros"
+    padding = numeric_padding(module)
+    if padding is None:
+        return "a convolution that pads one side more than the other"
+    if module.padding_mode != "zeros" and any(padding):
+        return f"a convolution with the padding mode {module.padding_mode!r}; kernels pad with zeros"
+    return None
 
 
 class PackedConv2d(PackedConvolution):
-    """A convolution with a 1x1 kernel and a packed weight: a :class:`PackedLinear` on every pixel.
+    """A convolution with a packed weight: a :class:`PackedLinear` on what the kernel covers at every output pixel.
 
-    An input in channels-last order is not copied. Any other is copied into that order, and the output back.
+    Images are read as they lie in memory: kernels of panels and tiles neither transpose nor unfold them. Other routes
+    unfold them first. The output has the memory format of the input.
 
     Args:
-        linear: the weight and the bias.
+        linear: the weight, ``[out, in * positions of the kernel]``, and the bias.
         stride: pixels from one output to the next, down and across.
+        kernel_size: positions of the kernel, down and across.
+        padding: zeros added to each side of an image.
+        dilation: pixels from one position of the kernel to the next.
+
+    Raises:
+        KernelError: the kernel does not fit the weight.
 
     Example:
         >>> import torch, secateur
         >>> from secateur.nn import PackedConv2d
-        >>> convolution = torch.nn.Conv2d(8, 4, 1)
-        >>> packed = PackedConv2d(secateur.PackedLinear.from_linear(torch.nn.Linear(8, 4)))
+        >>> linear = secateur.PackedLinear.from_linear(torch.nn.Linear(8 * 9, 4))
+        >>> packed = PackedConv2d(linear, kernel_size=(3, 3), padding=(1, 1))
         >>> packed(torch.randn(2, 8, 5, 5)).shape
         torch.Size([2, 4, 5, 5])
     """
 
-    def __init__(self, linear: PackedLinear, stride: tuple[int, int] = (1, 1)) -> None:
-        super().__init__(linear, stride)
+    def __init__(
+        self,
+        linear: PackedLinear,
+        stride: tuple[int, int] = (1, 1),
+        kernel_size: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+    ) -> None:
+        super().__init__(linear, stride, kernel_size, padding, dilation)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of an input ``[..., in, height, width]``."""
         check_dense(input)
-        pixels = input.movedim(-3, -1)
-        channels_last = pixels.is_contiguous()
-        if self.stride != (1, 1):
-            pixels = pixels[..., :: self.stride[0], :: self.stride[1], :]
-        y: Tensor = self.linear(pixels).movedim(-1, -3)
-        return y if channels_last else y.contiguous()
+        if input.ndim == 4:
+            return self.linear.convolution(input, self.window)
+        _check_dimensions(input, 3, "height, width")
+        images = input.reshape(-1, *input.shape[-3:])
+        y = self.linear.convolution(images, self.window)
+        return y.reshape(*input.shape[:-3], *y.shape[1:])
 
     def to_dense(self) -> nn.Conv2d:
         """Return an ``nn.Conv2d`` with the same weight and bias, in new tensors."""
-        made = nn.Conv2d(self.in_channels, self.out_channels, 1, (self.stride[0], self.stride[1]), device="meta")
+        window = self.window
+        made = nn.Conv2d(
+            *(self.in_channels, self.out_channels, window.kernel, window.stride, window.padding, window.dilation),
+            device="meta",
+        )
         self._fill(made)
         return made
 
 
 class PackedConv1d(PackedConvolution):
-    """A one-dimensional convolution with a kernel of 1 and a packed weight: a :class:`PackedLinear` at every position.
-
-    The input is copied, so that its channels come last, and the output back.
+    """A one-dimensional convolution with a packed weight: a :class:`PackedConv2d` on images of one row.
 
     Args:
-        linear: the weight and the bias.
+        linear: the weight, ``[out, in * positions of the kernel]``, and the bias.
         stride: positions from one output to the next.
+        kernel_size: positions of the kernel.
+        padding: zeros added at each end.
+        dilation: positions of the input from one position of the kernel to the next.
+
+    Raises:
+        KernelError: the kernel does not fit the weight.
 
     Example:
         >>> import torch, secateur
@@ -146,18 +207,35 @@ class PackedConv1d(PackedConvolution):
         torch.Size([2, 4, 5])
     """
 
-    def __init__(self, linear: PackedLinear, stride: tuple[int] = (1,)) -> None:
-        super().__init__(linear, stride)
+    def __init__(
+        self,
+        linear: PackedLinear,
+        stride: tuple[int] = (1,),
+        kernel_size: tuple[int] = (1,),
+        padding: tuple[int] = (0,),
+        dilation: tuple[int] = (1,),
+    ) -> None:
+        super().__init__(linear, stride, kernel_size, padding, dilation)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of an input ``[..., in, length]``."""
         check_dense(input)
-        positions = input.movedim(-2, -1)[..., :: self.stride[0], :]
-        y: Tensor = self.linear(positions).movedim(-1, -2)
-        return y.contiguous()
+        _check_dimensions(input, 2, "length")
+        images = input.reshape(-1, input.shape[-2], 1, input.shape[-1])
+        y = self.linear.convolution(images, self.window)
+        return y.reshape(*input.shape[:-2], y.shape[1], y.shape[3])
 
     def to_dense(self) -> nn.Conv1d:
         """Return an ``nn.Conv1d`` with the same weight and bias, in new tensors."""
-        made = nn.Conv1d(self.in_channels, self.out_channels, 1, self.stride[0], device="meta")
+        sizes = self.kernel_size[0], self.stride[0], self.padding[0], self.dilation[0]
+        made = nn.Conv1d(self.in_channels, self.out_channels, *sizes, device="meta")
         self._fill(made)
         return made
+
+
+def _check_dimensions(input: Tensor, fewest: int, sizes: str) -> None:
+    if input.ndim < fewest:
+        raise KernelError(
+            f"the input has shape {tuple(input.shape)}; the packed convolution takes [..., channels, {sizes}]. Check "
+            "that it belongs to this layer."
+        )

@@ -17,14 +17,20 @@ from secateur.kernels import (
     FLOATS,
     PackedSpec,
     RoutePlan,
+    Window,
     check_bias,
     default_plan,
+    packed_convolution,
     packed_dense,
     packed_linear,
     runtime_nbytes,
     with_spare_values,
 )
 from secateur.nn._packed_weight import PackedWeight
+
+
+def _learns(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad and torch.is_grad_enabled()
 
 
 class PackedMatrix(nn.Module, ABC):
@@ -82,16 +88,33 @@ class PackedMatrix(nn.Module, ABC):
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x Wᵀ + bias`` as a call of a linear layer does, with another bias ``[out]``, or with none."""
+        x, weight = self._cast(x), self._weight()
+        if _learns(bias):  # the operator has no gradient for a bias
+            return packed_linear(x, weight, None, self._spec) + bias.to(x.dtype)  # type: ignore[union-attr]
+        return packed_linear(x, weight, bias, self._spec)
+
+    def convolution(self, x: Tensor, window: Window) -> Tensor:
+        """Return the convolution of x ``[images, channels, height, width]``, as a call of a convolution does.
+
+        The matrix is ``[out, channels * positions of the kernel]``.
+        """
+        x, weight, bias = self._cast(x), self._weight(), self._buffers["bias"]
+        if _learns(bias):
+            y = packed_convolution(x, weight, None, self._spec, window)
+            return y + bias.to(x.dtype)[:, None, None]  # type: ignore[union-attr]
+        return packed_convolution(x, weight, bias, self._spec, window)
+
+    def _cast(self, x: Tensor) -> Tensor:
         # Not of dtypes that are refused, not of float64, which PyTorch leaves as it is, and not on the meta device.
         dtype = getattr(x, "dtype", None)
         is_cast = dtype in FLOATS and dtype != torch.float64 and not x.is_meta
         if is_cast and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def _weight(self) -> list[Tensor]:
         buffers: dict[str, Any] = self._buffers  # looking up an attribute of a module takes ten times as long
-        weight = [buffers[name] for name in self.names]
-        if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # the operator has none for a bias
-            return packed_linear(x, weight, None, self._spec) + bias.to(x.dtype)
-        return packed_linear(x, weight, bias, self._spec)
+        return [buffers[name] for name in self.names]
 
     @abstractmethod
     def forward(self, input: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import dtype_name
-from secateur.formats import UNSCALED_DTYPES, Format, check_sizes, pack
+from secateur.formats import UNSCALED_DTYPES, DensePacked, Format, check_sizes, pack
 from secateur.nn import PackedAs, linear_of, packed_layers, packed_stacks
 from secateur.packing._file import PackedFile
 from secateur.packing._history import History, patterns_in, patterns_of
@@ -23,6 +23,7 @@ from secateur.shapes import Facts
 # The dtypes of dense weights, and of other tensors that a dtype can be asked for.
 DENSE_DTYPES = frozenset({*UNSCALED_DTYPES, torch.float64})
 _DTYPES = {dtype_name(dtype): dtype for dtype in DENSE_DTYPES}
+_WINDOW = ("kernel_size", "padding", "dilation")  # of a convolution, besides its stride
 _LONGEST_PLAN = 10_000  # characters: some 400 routes
 
 
@@ -103,6 +104,11 @@ class Contents:
                 "transposed": entry.packed_as.transposed,
                 "stride": None if entry.packed_as.stride is None else list(entry.packed_as.stride),
                 "plan": entry.plan,
+                # a key that files without embeddings do not have, as in 0.1
+                **({"embedding": {"padding_idx": entry.packed_as.padding_idx}} if entry.packed_as.embedding else {}),
+            }
+            | {  # keys that a pointwise convolution does not have, as in 0.1
+                key: list(sizes) for key in _WINDOW if (sizes := getattr(entry.packed_as, key)) is not None
             }
             for name, entry in self.entries.items()
         }
@@ -205,9 +211,30 @@ def _entry(table: Any, packed: Format) -> LayerEntry:
             raise ValueError(f"the stride {stride} should be one or two numbers above 0")
         if transposed:
             raise ValueError("a transposed linear layer has no stride")
+    window = {key: tuple(table[key]) for key in _WINDOW if key in table}
+    for key, sizes in window.items():
+        least = 0 if key == "padding" else 1
+        if stride is None or len(sizes) != len(stride):
+            raise ValueError(f"the {key} {sizes!s:.100} should have one number for each of the stride")
+        if any(type(size) is not int or not least <= size < 2**31 for size in sizes):
+            raise ValueError(f"the {key} {sizes!s:.100} should be numbers from {least} on")
+    if packed.shape[1] % math.prod(window.get("kernel_size", ())):
+        raise ValueError(f"the kernel {window['kernel_size']} does not divide a row of {packed.shape[1]} weights")
     if not isinstance(transposed, bool) or not isinstance(plan, str) or len(plan) > _LONGEST_PLAN:
         raise TypeError(f"transposed should be a bool and plan a str of up to {_LONGEST_PLAN} characters")
-    return LayerEntry(_DTYPES[table["dtype"]], PackedAs(transposed, stride), plan)
+    packed_as = PackedAs(transposed, stride, **window)
+    if (embedding := table.get("embedding")) is not None:
+        packed_as = PackedAs(embedding=True, padding_idx=embedding["padding_idx"])
+        if transposed or stride is not None or not isinstance(packed, DensePacked) or packed.value_dtype != torch.int8:
+            raise ValueError("an embedding should be stored as whole rows of int8, without a stride")
+        if (
+            type(packed_as.padding_idx) not in (int, type(None))
+            or not 0 <= (packed_as.padding_idx or 0) < packed.shape[0]
+        ):
+            raise ValueError(
+                f"the padding row {packed_as.padding_idx!r:.40} should be one of the {packed.shape[0]} rows"
+            )
+    return LayerEntry(_DTYPES[table["dtype"]], packed_as, plan)
 
 
 def take_apart(

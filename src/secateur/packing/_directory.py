@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
-from secateur.calibration import batched, read_text
+from secateur.calibration import batched, call_model, quiet, read_text
 from secateur.files import (
     INDEX,
     SINGLE,
@@ -23,7 +24,7 @@ from secateur.files import (
     whole_directory,
 )
 from secateur.formats import VALUE_DTYPES
-from secateur.huggingface import CalibrationText, Progress, TextReader, load_model, open_model
+from secateur.huggingface import CalibrationText, Progress, TextReader, example_inputs, load_model, open_model
 from secateur.packing._measure import cache_at
 from secateur.packing._model import FILE, load_directory, save_with
 from secateur.packing._pack import pack_
@@ -49,6 +50,9 @@ def pack_directory(
     """Pack a pruned Hugging Face model directory into another one that :func:`load` reads.
 
     The patterns are those of the pruning report in the directory. Without a report they are found from the zeros.
+    The whole model is timed before and after, and layers that do not pay are taken back, as with ``batches`` of
+    :func:`pack_`. The inputs are made up: texts of as many tokens as the batch sizes say, or up to 8 images. If the
+    model takes neither, the report says so.
 
     Args:
         source: model directory with safetensors weights.
@@ -86,9 +90,14 @@ def pack_directory(
     progress("loading the model", 0, 1)
     model, missing = load_model(directory, "cpu", with_head=True)
     stored = directory.widest_dtype
-    batches = None
+    batches: list[dict[str, Tensor]] | None
+    note: tuple[str, ...] = ()
     if calibration is not None and text is not None:
         batches = _windows(model, directory, text, calibration)
+    else:
+        batches, note = _examples(model, settings.batch_sizes)
+        if batches is not None and settings.is_asked:
+            note = ("errors of outputs are those of made-up inputs; give a text for those of real ones",)
     if settings.stored is None and settings.tolerance is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
@@ -101,6 +110,7 @@ def pack_directory(
         history=history,
         progress=progress,
     )
+    report = replace(report, notes=(*report.notes, *note))
     absent = [name for name in model.state_dict() if name in missing]
     progress("writing", 0, 1)
     extra = {REPORT: report.to_json() + "\n"}
@@ -122,6 +132,22 @@ def _windows(
     reader = TextReader(model, directory, calibration.sequence_length, _LONGEST)
     windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
     return [{"input_ids": ids} for ids in batched(reader.tried(windows))]
+
+
+def _examples(model: nn.Module, sizes: Sequence[int]) -> tuple[list[dict[str, Tensor]] | None, tuple[str, ...]]:
+    """Made-up inputs to time a model with; or None, and a note that says why there are none."""
+    untimed = "the whole model was not timed before and after: "
+    try:
+        batches = [example_inputs(model, rows) for rows in sizes]
+    except RecipeError as error:
+        return None, (untimed + str(error).partition("\n")[0],)
+    try:
+        with quiet(model):
+            call_model(model, batches[0])
+    except Exception as error:  # whatever the code of a model raises at an input that it does not take
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return None, (f"{untimed}{type(model).__name__} fails with made-up {' and '.join(batches[0])}: {reason}",)
+    return batches, ()
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:

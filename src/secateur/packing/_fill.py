@@ -153,7 +153,8 @@ def _new_layers(
         packed = contents.layers[contents.weights.get(name, name)]
         module = module_at(model, name, path)
         own = PackedAs.of(module)
-        if own is None and f"{name}.weight" in state:  # such as an embedding: compressed-tensors compresses them, too
+        is_other = not entry.packed_as.embedding and (own is None or own.embedding)
+        if is_other and f"{name}.weight" in state:  # such as an embedding that compressed-tensors stored as sparse
             tensors[f"{name}.weight"] = _WithoutZeros(packed, packed.shape, dtype or entry.dtype)
             continue
         bias = tensors.pop(f"{name}.bias", None)
@@ -181,9 +182,10 @@ def _check_layer(
 ) -> Tensor | None:
     """Raise unless a module of the model is what was packed. Return its bias."""
     if PackedAs.of(module) != packed_as or shape_as_matrix(module) != shape:
+        kind = "an embedding" if packed_as.embedding else "a convolution" if packed_as.stride else "a linear layer"
         raise FormatError(
-            f"{path}: layer {name:.200} is a {'convolution' if packed_as.stride else 'linear layer'} of "
-            f"{shape[0]}x{shape[1]}, but in the model it is {module!r:.200}.\n{ADVICE}"
+            f"{path}: layer {name:.200} is {kind} of {shape[0]}x{shape[1]}, but in the model it is {module!r:.200}.\n"
+            f"{ADVICE}"
         )
     held = linear_of(module) if isinstance(module, Packed) else module
     bias = getattr(held, "bias", None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -15,8 +15,9 @@ from secateur._types import Weight
 from secateur.formats import Format, stored_share, value_name
 from secateur.kernels import RoutePlan
 from secateur.layers import Layer, Observed, Reading, Replaceability, select_layers
-from secateur.nn import Packed, PackedAs, PackedMatrix, linear_of, packed_layers, why_no_counterpart
+from secateur.nn import Packed, PackedAs, PackedEmbedding, PackedMatrix, linear_of, packed_layers, why_no_counterpart
 from secateur.packing._decide import Decision, decide
+from secateur.packing._images import Size, describe_images, image_inputs
 from secateur.packing._measure import Measurement, key_of, measure
 from secateur.packing._recurrent import RecurrentJob, find_recurrent, packed_recurrent_jobs
 from secateur.packing._settings import PackSettings
@@ -25,9 +26,6 @@ from secateur.packing._weights import NO_ZEROS, pack_weight, packed_again, preci
 from secateur.patterns import SparsityPattern, satisfied
 from secateur.reports import PackedLayer, SkippedLayer
 from secateur.timing import MeasurementCache, Timer
-
-# At how many positions convolutions are measured: feature maps of 7 x 7 to 56 x 56, or sequences as long.
-PIXELS = (49, 196, 784, 3136)
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Job:
         tied_to: names of the other modules.
         pattern_was_found: whether the pattern was found from the zeros, and not taken from the history.
         precisions: the arithmetic that it may have.
+        sizes: of the inputs of a convolution in the model; none if they are not known.
     """
 
     name: str
@@ -55,6 +54,7 @@ class Job:
     tied_to: tuple[str, ...] = ()
     pattern_was_found: bool = False
     precisions: tuple[str, ...] = ("exact",)
+    sizes: tuple[Size, ...] = ()
 
     @property
     def title(self) -> str:
@@ -85,30 +85,24 @@ class Job:
         timer: Timer,
     ) -> Measurement:
         """Return the times of the routes that may run the layer: those of a layer that runs alike, or else new ones."""
-        rows = PIXELS if isinstance(self.dense, nn.Conv1d | nn.Conv2d) else settings.batch_sizes
-        key = key_of(self.weight, self.packed, self.patterns, type(self.dense).__name__, rows, cold, self.precisions)
+        inputs, described = self._inputs(settings)
+        rows = [n for n, _ in inputs]
+        key = key_of(self.weight, self.packed, self.patterns, described, rows, cold, self.precisions)
         measured = known.get(key)
         if measured is None:
-            inputs = [(n, self._input(n)) for n in rows]
             patterns = (*self.patterns, self.packed.pattern)
             measured = measure(self.dense, self.built, self.packed, inputs, patterns, cold, timer, self.precisions)
             known.put(key, measured, lasting=not measured.noisy)
         return measured
 
-    def _input(self, rows: int) -> Tensor:
-        x = torch.randn(rows, self.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
-        if isinstance(self.dense, nn.Conv1d):
-            return x.T.unsqueeze(0).repeat_interleave(self.dense.stride[0], 2).contiguous()
-        if not isinstance(self.dense, nn.Conv2d):
-            return x
-        side = int(rows**0.5)
-        down, across = (side * stride for stride in self.dense.stride)
-        return (
-            x.T.reshape(1, -1, side, side)
-            .repeat_interleave(self.dense.stride[0], 2)
-            .repeat_interleave(self.dense.stride[1], 3)[:, :, :down, :across]
-            .contiguous()
-        )
+    def _inputs(self, settings: PackSettings) -> tuple[list[tuple[int, Tensor]], str]:
+        """Inputs to measure with, each with its number of rows, and what they are a measurement of."""
+        if isinstance(self.dense, nn.Conv1d | nn.Conv2d):
+            images = image_inputs(self.dense, self.sizes)
+            return images, describe_images(self.dense, images)
+        shape = (max(settings.batch_sizes), self.weight.shape[1])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.weight.dtype)
+        return [(rows, x[:rows]) for rows in settings.batch_sizes], type(self.dense).__name__
 
     def built(self, plan: RoutePlan) -> Packed:
         """Return the packed layer with a plan, which is not put into the model."""
@@ -177,6 +171,25 @@ class Job:
             precision="exact" if decision.plan is None else decision.plan.precision,
             output_error=output_error,
         )
+
+
+def with_sizes(
+    jobs: Sequence[Job | StackJob | RecurrentJob], sizes: Mapping[int, tuple[Size, ...]]
+) -> list[Job | StackJob | RecurrentJob]:
+    """Return the jobs, those of convolutions with the sizes of their inputs.
+
+    Args:
+        jobs: from :func:`find_jobs`.
+        sizes: by the id of a module.
+    """
+    found: list[Job | StackJob | RecurrentJob] = []
+    for job in jobs:
+        if isinstance(job, Job):
+            own = dict.fromkeys(size for module in job.modules for size in sizes.get(id(module), ()))
+            found.append(replace(job, sizes=tuple(own)))
+        else:
+            found.append(job)
+    return found
 
 
 def find_jobs(
@@ -260,7 +273,8 @@ def _packed_jobs(model: nn.Module, settings: PackSettings) -> tuple[list[Job], l
         if id(module) in jobs or id(module) in skipped or any(fnmatchcase(name, glob) for glob in settings.exclude):
             continue
         inner = linear_of(module)
-        if (reason := _why_not_here(inner.values)) is not None:
+        reason = "its rows are int8 already" if isinstance(module, PackedEmbedding) else _why_not_here(inner.values)
+        if reason is not None:
             skipped[id(module)] = SkippedLayer(name, type(module).__name__, reason)
             continue
         weight = inner.matrix()

@@ -21,6 +21,8 @@ from secateur.timing import MeasurementCache, Timer, describe_machine, is_noisy,
 DENSE, PREPACKED = DenseRoute(), PrepackedRoute()
 # Bytes that are read between calls to remove a weight from the caches, as the other layers of a large model do.
 _EVICTED = 32 << 20
+_FEWEST = 5  # rounds of long calls; in a quarter of a second short ones get more
+_STEP = 1.1  # from one density to the next that is measured apart
 
 Seconds = dict[int, dict[Route, list[float]]]  # rows -> route -> seconds in each round; dropped routes have fewer
 
@@ -130,7 +132,7 @@ def measure(
     for rows, x in inputs:
         calls = {route: (lambda module=module, x=x: module(x)) for route, module in modules.items()}
         before = None if evicting is None else evicting.sum
-        seconds[rows] = time_in_turn(calls, DENSE, timer, before, keep=(PREPACKED,))
+        seconds[rows] = time_in_turn(calls, DENSE, timer, before, keep=(PREPACKED,), fewest=_FEWEST)
     nbytes = {route: modules[route].runtime_nbytes for route in routes}
     return Measurement(seconds, {**nbytes, DENSE: x.dtype.itemsize * packed.shape[0] * packed.shape[1]})
 
@@ -146,16 +148,19 @@ def key_of(
 ) -> str:
     """Return the key of a measurement, which is the same for all layers that run alike.
 
-    The patterns that the zeros satisfy are part of it, because they decide which routes can run the layer.
+    Of the patterns that the zeros satisfy only the routes count that they allow. Random zeros satisfy a pattern such as
+    14:16 by chance, in one layer and not in the next. Densities are alike if they differ by no more than a tenth.
     """
-    allowed = "+".join(precisions)
+    allowed, density = "+".join(precisions), stored_share(packed)
+    found = kernels.candidates(packed, tuple(patterns), precisions)
+    routes = (str(route) for route in found if route not in (DENSE, PREPACKED))
     parts = (
         layer_class,
         f"{packed.shape[0]}x{packed.shape[1]}",
         packed.name,
         str(packed.pattern),
-        "+".join(sorted(map(str, patterns))) or "-",
-        f"{stored_share(packed):.2f}",
+        "+".join(routes) or "-",
+        f"{_STEP ** round(math.log(density, _STEP)):.2f}" if density else "0",
         value_name(packed.value_dtype),
         dtype_name(weight.dtype),
         ",".join(map(str, rows)),

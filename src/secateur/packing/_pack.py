@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from secateur.nn import (
 )
 from secateur.packing._attention import as_dense, losing_attention
 from secateur.packing._changes import Given, find_changes
+from secateur.packing._embeddings import embedding_jobs, is_for_embeddings, pack_embeddings, rounds_embeddings
 from secateur.packing._history import History, patterns_in, readings_in
-from secateur.packing._jobs import find_jobs
+from secateur.packing._images import is_convolution, sizes_in
+from secateur.packing._jobs import find_jobs, with_sizes
 from secateur.packing._measure import cache_at, machine
+from secateur.packing._promise import Kept, Pairs, keep_promise
 from secateur.packing._settings import PackSettings
 from secateur.packing._untested import untested
 from secateur.reports import PackReport
@@ -62,18 +66,20 @@ def pack_(
     heads, and layers that share their weight with an embedding, are not packed unless ``include`` names them. Layers
     that are already packed are measured again, and packed again if ``value_dtype`` differs.
 
-    A measurement takes about a second. Values are exact unless ``value_dtype`` asks for fewer bits, and products are
-    unless ``precision`` does. With a ``tolerance`` the fastest arithmetic is chosen for each layer that keeps the error
-    of its outputs within the tolerance; then layers are made exact again until the outputs of the whole model keep
-    within it, too.
+    A layer that is faster alone may still make the model slower. With ``batches`` the whole model is timed before and
+    after, and layers that do not pay are taken back. A measurement takes about a second. Values are exact unless
+    ``value_dtype`` asks for fewer bits, and products are unless ``precision`` does. With a ``tolerance`` the fastest
+    arithmetic is chosen for each layer that keeps the error of its outputs within the tolerance; then layers are made
+    exact again until the outputs of the whole model keep within it, too.
 
     Args:
         model: any module on the CPU, except a bare layer.
         settings: all settings as one value, instead of the following ones.
-        batches: inputs as for :func:`prune_`, to see which weights functions multiply. They are needed only for weights
-            that are found in no other way: parameters of modules that are no known kind of layer, without a report in
-            ``history`` that has them. With a ``precision``, a ``tolerance`` or a ``value_dtype`` the report has the
-            errors of outputs on them.
+        batches: inputs as for :func:`prune_`. The whole model is timed with one of each shape, dense and packed in
+            turn. Layers are taken back until it is faster with one input and slower with none. With a ``precision``, a
+            ``tolerance`` or a ``value_dtype`` the report has the errors of outputs on them. The batches also show
+            which weights functions multiply. This is needed only for weights that are found in no other way: parameters
+            of modules that are no known kind of layer, without a report in ``history`` that has them.
         batch_sizes, value_dtype, include, exclude, memory, precision, tolerance: see :class:`PackSettings`.
         cache: a JSON file of measurements, to read and to add to; None keeps them only while the process runs.
         history: reports of how the layers were pruned, whose patterns are used. The patterns of other layers are found
@@ -116,7 +122,15 @@ def pack_(
     check_model(model)
     loaded = None if batches is None else load_batches(batches, torch.device("cpu"))
     read = {**readings_in(history, model), **({} if loaded is None else _read(model, loaded, forward))}
-    jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    embeddings, left = embedding_jobs(model, made.include, made.exclude) if rounds_embeddings(made) else ([], [])
+    try:
+        jobs, skipped = find_jobs(model, made, patterns_in(history), read)
+    except RecipeError:
+        if not is_for_embeddings(made.include, embeddings):
+            raise
+        jobs, skipped = [], []
+    if loaded is not None and any(is_convolution(module) for module in model.modules()):
+        jobs = with_sizes(jobs, sizes_in(model, loaded, forward))
     cold = sum(job.dense_bytes for job in jobs) > _COLD
     given = Given(loaded, forward)
     changes, remarks = find_changes(model, jobs, given, made, cold, known, timer, progress)
@@ -127,22 +141,32 @@ def pack_(
         pairs = [(old, new) for old, new in pairs if id(old) not in losing]
         reasons = {name: losing[id(part)] for name, part in _named_parts(model) if id(part) in losing}
         rows = [as_dense(row, reasons[row.name]) if row.name in reasons else row for row in rows]
+    tables = pack_embeddings(embeddings, left, _modules(pairs), skipped)
     known.save()  # which may fail, and then the model is as it was
-    reduced = any(row.packed and (row.precision != "exact" or row.error > 0) for row in rows)
-    output_error = given.error(model, pairs) if reduced else None
-    put_in_place_(model, pairs)
+    kept = Kept(rows, pairs)
+    if loaded is not None:
+        own = [change.job for change in changes]
+        kept = keep_promise(model, own, rows, [*pairs, *tables.swaps], loaded, forward, timer, progress)
+        stored = {id(old) for old, _ in tables.swaps}
+        kept = replace(kept, pairs=[(old, new) for old, new in kept.pairs if id(old) not in stored])
+        tables = pack_embeddings(embeddings, left, _modules(kept.pairs), skipped)  # a table goes with its output layer
+    kept = replace(kept, rows=[*kept.rows, *tables.rows], pairs=[*kept.pairs, *tables.swaps])
+    reduced = any(row.packed and (row.precision != "exact" or row.error > 0) for row in kept.rows)
+    output_error = given.error(model, kept.pairs) if reduced else None
+    put_in_place_(model, kept.pairs)
     found = sum(job.pattern_was_found for job in jobs)
     notes = [f"the patterns of {found} layers were found from their zeros"] if found else []
     notes += [*remarks, *untested(jobs)]
     return PackReport(
-        layers=tuple(rows),
-        skipped=weigh_skipped(model, skipped, {}),
+        layers=tuple(kept.rows),
+        skipped=weigh_skipped(model, tables.skipped, {}),
         machine=machine(),
         memory=made.memory,
         seconds=time.perf_counter() - began,
-        notes=tuple(notes),
+        notes=(*notes, *kept.notes),
         whole=weights_of(model),
         output_error=output_error,
+        times=kept.times,
     )
 
 
@@ -150,6 +174,11 @@ def _named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Paramet
     """Yield the modules and the parameters of a model, each with its qualified name."""
     yield from model.named_modules()
     yield from model.named_parameters()
+
+
+def _modules(pairs: Pairs) -> dict[int, nn.Module]:
+    """What replaces modules, by the id of each."""
+    return {id(old): new for old, new in pairs if isinstance(new, nn.Module)}
 
 
 def _read(model: nn.Module, loaded: list[Any], forward: Forward) -> Mapping[int, Reading]:

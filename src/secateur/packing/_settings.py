@@ -35,6 +35,7 @@ class PackSettings:
             ``"int8"``: all products are of 8-bit numbers, with one scale for each output row of the weight and one for
             each input row, and values are stored as int8. None is ``"exact"``, but layers that are packed already keep
             theirs. With ``"bfloat16"`` and ``"int8"`` layers without zeros are packed, too.
+            With ``"int8"``, and beside int8 values with ``"bfloat16"``, embeddings are stored as rows of int8.
         tolerance: instead of a precision: the largest relative error of outputs, ``|packed - dense| / |dense|``, of
             each layer and at the end of the model. For each layer the fastest of all precisions that keeps within is
             taken, whether it has zeros or not. This needs inputs, to measure the errors with.

@@ -35,6 +35,7 @@ from secateur.reports._records import Comparison as Comparison
 from secateur.reports._records import Evaluation as Evaluation
 from secateur.reports._records import Histogram as Histogram
 from secateur.reports._records import LayerReport as LayerReport
+from secateur.reports._records import ModelTime as ModelTime
 from secateur.reports._records import ModelWeights as ModelWeights
 from secateur.reports._records import PackedLayer as PackedLayer
 from secateur.reports._records import SkippedLayer as SkippedLayer
@@ -42,6 +43,7 @@ from secateur.reports._recovering import RecoveryReport as RecoveryReport
 from secateur.reports._recovery_records import CurvePoint as CurvePoint
 from secateur.reports._rows import comparison_table as comparison_table
 from secateur.reports._rows import evaluation_table as evaluation_table
+from secateur.reports._rows import model_times_table as model_times_table
 from secateur.reports._rows import packed_table as packed_table
 from secateur.reports._rows import pruned_table as pruned_table
 from secateur.reports._rows import skipped_table as skipped_table

@@ -10,9 +10,9 @@ from typing import Any
 
 from secateur.reports._coverage import packing_line
 from secateur.reports._html import Fact, tables_page
-from secateur.reports._records import Choice, ModelWeights, PackedLayer, SkippedLayer
-from secateur.reports._rows import packed_table, skipped_table
-from secateur.reports._tables import markdown_text, sentence
+from secateur.reports._records import Choice, ModelTime, ModelWeights, PackedLayer, SkippedLayer
+from secateur.reports._rows import model_times_table, packed_table, skipped_table
+from secateur.reports._tables import Table, figure, markdown_text, sentence
 
 _BUSY = 1.5  # upper over lower quartile; a quiet machine stays below 1.2
 
@@ -31,6 +31,7 @@ class PackReport:
         whole: the weights of the whole model; None in reports of 0.1.0.
         output_error: ``‖packed - dense‖ / ‖dense‖`` of the outputs of the whole model on the given inputs; None where
             there were none, or where nothing was rounded.
+        times: of the whole model before and after, for each input that it was timed with.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -41,6 +42,7 @@ class PackReport:
     notes: tuple[str, ...] = ()
     whole: ModelWeights | None = None
     output_error: float | None = None
+    times: tuple[ModelTime, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -89,7 +91,7 @@ class PackReport:
             f"{self.dense_bytes:,} bytes dense, {self.stored_bytes:,} stored, {self.resident_bytes:,} while running; "
             f"{self.seconds:.1f} s"
         )
-        return [*filter(None, [self.first_line]), run, *filter(None, [self._error])]
+        return [*filter(None, [self.first_line, self._speed()]), run, *filter(None, [self._error])]
 
     @property
     def _error(self) -> str:
@@ -100,6 +102,20 @@ class PackReport:
     @property
     def _which(self) -> str:
         return "" if any(layer.format == "dense" for layer in self.layers) else " with zeros"
+
+    def _speed(self) -> str:
+        """How fast the whole model is, and how many layers were taken back for it; empty where it was not timed."""
+        if not self.times:
+            return ""
+        taken = sum(layer.taken_back for layer in self.layers)
+        back = f"; {taken} layers were taken back" if taken else ""
+        if not any(layer.packed for layer in self.layers):
+            return f"the whole model would not be faster packed, and stays as it is{back}"
+        times = (
+            f"{time.ratio:.2f} times as fast at {time.shape} ({figure(time.after)} instead of {figure(time.before)} ms)"
+            for time in self.times
+        )
+        return f"the whole model is {', '.join(times)}{back}"
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -121,11 +137,13 @@ class PackReport:
                 layers.append(PackedLayer(choices=choices, shape=shape, tied_to=tied_to, **layer))
             skipped = tuple(SkippedLayer(**entry) for entry in table.pop("skipped"))
             notes, whole = tuple(table.pop("notes", ())), table.pop("whole", None)
+            times = tuple(ModelTime(**entry) for entry in table.pop("times", ()))
             return cls(
                 layers=tuple(layers),
                 skipped=skipped,
                 notes=notes,
                 whole=None if whole is None else ModelWeights(**whole),
+                times=times,
                 **table,
             )
         except (TypeError, KeyError, AttributeError) as error:
@@ -140,8 +158,11 @@ class PackReport:
         lines = [f"{sentence(line)}." for line in self._lines()]
         parts = ["# Packing report", *lines, f"Measured on: {markdown_text(self._machine())}."]
         parts += self._remarks()
-        tables = (packed_table(self.layers), skipped_table(self.skipped))
-        return "\n\n".join(parts + [table.to_markdown() for table in tables if table.rows]) + "\n"
+        return "\n\n".join(parts + [table.to_markdown() for table in self.tables() if table.rows]) + "\n"
+
+    def tables(self) -> tuple[Table, ...]:
+        """Return the tables of the report: of the whole model, of the layers with zeros, and of what was left alone."""
+        return model_times_table(self.times), packed_table(self.layers), skipped_table(self.skipped)
 
     def to_html(self) -> str:
         """Return one self-contained HTML page; it loads nothing from anywhere and needs no further library."""
@@ -155,7 +176,7 @@ class PackReport:
         )
         lead = [f"{sentence(line)}." for line in (self.first_line, self._error) if line]
         lead += [f"Measured on: {self._machine()}.", *self._remarks()]
-        return tables_page("Packing report", lead, facts, (packed_table(self.layers), skipped_table(self.skipped)))
+        return tables_page("Packing report", lead, facts, self.tables())
 
     def _machine(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.machine.items())

@@ -224,7 +224,8 @@ class PackedLayer:
         stored_bytes: of the packed weight.
         runtime_bytes: that kernels keep besides it.
         packed: False where the layer stayed dense.
-        reason: why it stayed dense; empty where it did not.
+        reason: why it stayed dense; empty where it did not. It begins with "taken back" where the layer alone was
+            faster packed, but the whole model was not.
         choices: by rows; empty where nothing was measured.
         tied_to: other modules that share the weight.
         matrices: how many there are in a stack, such as experts, or in an LSTM. ``shape`` is that of the first,
@@ -251,6 +252,32 @@ class PackedLayer:
     matrices: int = 1
     precision: str = "exact"
     output_error: float | None = None
+
+    @property
+    def taken_back(self) -> bool:
+        """Whether the layer alone was faster packed, but the whole model was not."""
+        return self.reason.startswith("taken back")
+
+
+@dataclass(frozen=True)
+class ModelTime:
+    """Milliseconds of one call of the whole model before and after packing, measured in turn.
+
+    Args:
+        shape: of the input, or of its first tensor, such as ``"8 x 64"``.
+        before: with dense layers, the median.
+        after: with packed layers, the median. The same as ``before`` where every layer was taken back.
+        ratio: how many times as fast the packed model is: the median of the ratios within each round.
+        low: their lower quartile.
+        high: their upper quartile.
+    """
+
+    shape: str
+    before: float
+    after: float
+    ratio: float
+    low: float
+    high: float
 
 
 class PruningRecord(Protocol):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
-from secateur.reports._records import Comparison, Evaluation, LayerReport, PackedLayer, SkippedLayer
+from secateur.reports._records import Comparison, Evaluation, LayerReport, ModelTime, PackedLayer, SkippedLayer
 from secateur.reports._tables import Table, TableColumn, bars, figure, size
 
 _COUNTED = {"spearman": "pairs", "accuracy": "texts"}  # what other figures than those of running text are measured on
@@ -146,6 +146,17 @@ def packed_table(layers: Sequence[PackedLayer]) -> Table:
         "speed: input rows, the dense layer's time over its own, the quartiles of that ratio, milliseconds, the route.",
     )
     return Table("Layers", columns, tuple(rows), notes)
+
+
+def model_times_table(times: Sequence[ModelTime]) -> Table:
+    """Return a table with a row for each input that the whole model was timed with."""
+    headings = ("before, ms", "after, ms", "times as fast", "quartiles")
+    columns = (TableColumn("the whole model at"), *(TableColumn(heading, is_number=True) for heading in headings))
+    rows = tuple(
+        (time.shape, figure(time.before), figure(time.after), f"{time.ratio:.2f}", f"{time.low:.2f}-{time.high:.2f}")
+        for time in times
+    )
+    return Table("The whole model before and after", columns, rows)
 
 
 def _speeds(layer: PackedLayer) -> str:

@@ -15,7 +15,7 @@ _BUDGET = 0.25  # seconds for one set of alternatives, after the fewest rounds
 _PATIENCE = 4  # how many times the budget, while the machine is busy
 _NOISY = 1.25  # upper over lower quartile of the times of one call; on a quiet machine the ratio is lower
 _FEWEST, _MOST = 7, 31  # rounds
-_HOPELESS = 2.0  # a call that takes this many times the fastest one after two rounds is dropped
+_HOPELESS = {2: 2.0, 3: 1.3}  # a call that takes this many times the fastest one after so many rounds is dropped
 _REST = 0.1  # seconds; threads of OpenMP and ONNX Runtime go on turning for some tens of milliseconds after a call
 _WARM = 0.1  # seconds, until the threads that were woken have found a core each, and the caches are filled
 _MOST_CALLS = 1000  # to warm up
@@ -29,6 +29,8 @@ def time_in_turn(
     before: Callable[[], object] | None = None,
     keep: Collection[Name] = (),
     alone: bool = False,
+    ready: Mapping[Name, Callable[[], object]] | None = None,
+    fewest: int = _FEWEST,
 ) -> dict[Name, list[float]]:
     """Call each in turn, round after round, and return the seconds of each round.
 
@@ -39,15 +41,19 @@ def time_in_turn(
         timer: returns seconds since any fixed time.
         before: called before each call; its time does not count.
         keep: names of further alternatives that are never dropped. Any other is dropped after two rounds if it takes
-            more than twice the time of the fastest.
+            more than twice the time of the fastest, and after three rounds if it takes 1.3 times as long.
         alone: whether each is timed as in a process that runs nothing else: after a rest, in which the threads of the
             one before it go to sleep, and untimed calls for as long. A round then takes a fifth of a second for each.
+        ready: what to do before the calls of a name in each round; its time does not count.
+        fewest: rounds. Calls that take seconds need fewer than others, because little of that is noise.
 
     Returns:
         Seconds by name, one number for each round. Alternatives that were dropped have fewer.
     """
-    repeats = {}
+    repeats, ready = {}, ready or {}
     for name, call in calls.items():
+        if name in ready:
+            ready[name]()
         call()  # the first call may do work that later ones do not
         began = timer()
         call()
@@ -57,14 +63,16 @@ def time_in_turn(
     running = list(calls)
     began = timer()
     for number in range(_MOST):
-        if number >= _FEWEST and timer() - began > _BUDGET * (_PATIENCE if is_noisy(seconds[against]) else 1):
+        if number >= fewest and timer() - began > _BUDGET * (_PATIENCE if is_noisy(seconds[against]) else 1):
             break
-        if number == 2:
-            limit = _HOPELESS * min(min(times) for times in seconds.values())
+        if number in _HOPELESS:
+            limit = _HOPELESS[number] * min(min(times) for times in seconds.values())
             running = [n for n in running if n == against or n in keep or min(seconds[n]) <= limit]
         for name in running:
             if before:
                 before()
+            if name in ready:
+                ready[name]()
             call, times = calls[name], range(repeats[name])
             if alone:
                 _settle(call, timer)

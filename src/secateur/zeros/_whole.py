@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur._sharding import full_tensor
+from secateur.formats import Format
 from secateur.nn import PackedMatrix
 from secateur.reports import LayerReport, ModelWeights, SkippedLayer
 
@@ -37,8 +38,17 @@ def weights_of(model: nn.Module) -> ModelWeights:
         if inner.values.is_meta:
             without_values += size + bias
         else:
-            zeros += _zeros(inner.packed.to_dense()) + (0 if inner.bias is None else _zeros(inner.bias))
+            zeros += _packed_zeros(inner.packed) + (0 if inner.bias is None else _zeros(inner.bias))
     return ModelWeights(weights, zeros, nbytes, without_values)
+
+
+def _packed_zeros(packed: Format) -> int:
+    """How many weights are zero: those that are not stored, and zeros among the stored ones."""
+    stored = [tensor for name, tensor in packed.tensors().items() if name in packed.value_names]
+    one_each = all(tensor.is_floating_point() or tensor.dtype == torch.int8 for tensor in stored)
+    if not one_each or (packed.scales is not None and not bool(packed.scales.all())):
+        return _zeros(packed.to_dense())
+    return packed.shape[0] * packed.shape[1] - sum(int(tensor.count_nonzero()) for tensor in stored)
 
 
 def _zeros(tensor: Tensor) -> int:
