@@ -7,7 +7,7 @@ from torch import nn
 
 import secateur
 from secateur import FormatError, KernelError, PackedLinear, kernels
-from secateur.formats import VALUE_DTYPES, Bitmask, DensePacked, pack
+from secateur.formats import INT4, VALUE_DTYPES, Bitmask, DensePacked, pack
 from secateur.kernels import (
     PRECISIONS,
     BitmaskRoute,
@@ -48,6 +48,7 @@ def packed(pattern, dtype=None):
 
 def every_route():
     stored = [packed(pattern, dtype) for pattern in PATTERNS for dtype in VALUE_DTYPES]
+    stored += [packed(pattern, INT4) for pattern in ("unstructured", "dense")]
     return {route for weight in stored for route in candidates(weight, (), PRECISIONS)}
 
 

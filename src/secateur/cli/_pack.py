@@ -27,7 +27,8 @@ def pack(
     model: Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors weights.")],
     output: Output,
     value_dtype: Annotated[
-        str | None, typer.Option(help="Store values as float32, bfloat16, float16 or int8. Default: as they are.")
+        str | None,
+        typer.Option(help="Store values as float32, bfloat16, float16, int8 or int4. Default: as they are."),
     ] = None,
     precision: Annotated[
         str | None,

@@ -1,14 +1,14 @@
 """How is a sparse weight stored?"""
 
+from secateur.formats._arrays import check_mask as check_mask
 from secateur.formats._arrays import check_shape as check_shape
 from secateur.formats._arrays import check_sizes as check_sizes
+from secateur.formats._arrays import check_weight as check_weight
 from secateur.formats._arrays import population as population
 from secateur.formats._choose import choose as choose
 from secateur.formats._choose import pack as pack
 from secateur.formats._choose import stored_share as stored_share
 from secateur.formats._format import Format as Format
-from secateur.formats._format import check_mask as check_mask
-from secateur.formats._format import check_weight as check_weight
 from secateur.formats._from_sparse import from_scipy as from_scipy
 from secateur.formats._from_sparse import from_torch as from_torch
 from secateur.formats._grid import GRIDS as GRIDS

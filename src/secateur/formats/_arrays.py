@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secateur._errors import FormatError
-from secateur._types import dtype_name
+from secateur._errors import FormatError, PatternError
+from secateur._types import Mask, Weight, dtype_name
 
 NO_VALUES = "the packed weight is on the meta device, without values. Load its values first."
 MAX_SIDE = 2**31 - 1  # indices are int32
@@ -129,3 +129,38 @@ def check_sizes(shape: Sequence[int]) -> tuple[int, ...]:
             f"to {MAX_EMPTY_SIDE}), and a weight has up to {MAX_WEIGHTS} elements."
         )
     return sizes
+
+
+def check_weight(weight: Weight) -> None:
+    """Raise unless a weight is a dense tensor of floating-point values.
+
+    Raises:
+        FormatError: it is on the meta device.
+        TypeError: another layout or dtype, or no tensor.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"a weight must be a floating-point tensor, got {found}")
+    if weight.is_nested or weight.layout is not torch.strided:
+        found = "a nested tensor" if weight.is_nested else f"one of layout {weight.layout}"
+        raise TypeError(f"a weight must be a dense tensor, got {found}. Call .to_dense() first")
+    if weight.is_meta:
+        raise FormatError("the weight is on the meta device, without values. Load its values first.")
+
+
+def check_mask(mask: Mask, weight: Weight) -> Mask:
+    """Return the mask of a weight.
+
+    Raises:
+        PatternError: another shape than the weight.
+        TypeError: not a bool tensor.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = dtype_name(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"a mask must be a bool tensor, got {found}")
+    if mask.shape != weight.shape:
+        raise PatternError(
+            f"the mask has shape {tuple(mask.shape)}, but the weight has shape {tuple(weight.shape)}. "
+            "Give a mask of the weight's shape, or None to keep what is not zero."
+        )
+    return mask

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from secateur._types import Mask, Weight
+from secateur.formats._arrays import check_weight
 from secateur.formats._bitmask import Bitmask
-from secateur.formats._format import Format, check_weight
+from secateur.formats._format import Format
 from secateur.formats._nm import NMPacked
 from secateur.formats._table import FORMATS
 from secateur.formats._values import dense_nbytes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur._errors import FormatError, PatternError, RecipeError
 from secateur._types import Mask, Weight, dtype_name
-from secateur.formats._arrays import NO_VALUES, check_shape, expect
+from secateur.formats._arrays import NO_VALUES, check_mask, check_shape, check_weight, expect
 from secateur.formats._grid import GRIDS
 from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_scipy_sparse, to_torch_sparse
 from secateur.formats._values import INT4, VALUE_DTYPES, as_value_dtype, encode, is_scaled, value_name
@@ -470,38 +470,3 @@ def _norms(packed: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         same = (packed == kept) | (packed.isnan() & kept.isnan())  # the difference of equal infinities would be NaN
         difference = torch.where(same, 0.0, packed - kept).norm()
     return difference, whole
-
-
-def check_weight(weight: Weight) -> None:
-    """Raise unless a weight is a dense tensor of floating-point values.
-
-    Raises:
-        FormatError: it is on the meta device.
-        TypeError: another layout or dtype, or no tensor.
-    """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        found = dtype_name(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"a weight must be a floating-point tensor, got {found}")
-    if weight.is_nested or weight.layout is not torch.strided:
-        found = "a nested tensor" if weight.is_nested else f"one of layout {weight.layout}"
-        raise TypeError(f"a weight must be a dense tensor, got {found}. Call .to_dense() first")
-    if weight.is_meta:
-        raise FormatError("the weight is on the meta device, without values. Load its values first.")
-
-
-def check_mask(mask: Mask, weight: Weight) -> Mask:
-    """Return the mask of a weight.
-
-    Raises:
-        PatternError: another shape than the weight.
-        TypeError: not a bool tensor.
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = dtype_name(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"a mask must be a bool tensor, got {found}")
-    if mask.shape != weight.shape:
-        raise PatternError(
-            f"the mask has shape {tuple(mask.shape)}, but the weight has shape {tuple(weight.shape)}. "
-            "Give a mask of the weight's shape, or None to keep what is not zero."
-        )
-    return mask

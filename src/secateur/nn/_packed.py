@@ -68,7 +68,8 @@ class PackedLinear(PackedMatrix):
         Args:
             linear: the layer, which is not changed.
             pattern: the pattern that the zeros follow; None for the one with the smallest format.
-            value_dtype: dtype of the stored values: float32, bfloat16, float16 or int8; None for that of the weight.
+            value_dtype: dtype of the stored values: float32, bfloat16, float16, int8 or ``formats.INT4``; None for
+                that of the weight.
             plan: as for the class.
 
         Raises:

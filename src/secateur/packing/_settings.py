@@ -23,8 +23,8 @@ class PackSettings:
 
     Args:
         batch_sizes: input rows (tokens, samples) at which to measure. Any other number takes the route of the nearest.
-        value_dtype: dtype of stored values, or its name: float32, bfloat16, float16 or int8 (with one scale for each
-            output row). None for that of the weights.
+        value_dtype: dtype of stored values, or its name: float32, bfloat16, float16, int8 (with one scale for
+            each output row) or int4 (one for each row and group of 64 columns). None for that of the weights.
         include: glob patterns on qualified names. If there are any, exactly the layers that match one are considered.
         exclude: glob patterns on qualified names. A layer that matches is not packed, even if it matches ``include``.
         memory: limit for the bytes that a layer's routes take together, besides the stored weight, as a multiple of the
