@@ -211,7 +211,7 @@ def _entry(table: Any, packed: Format) -> LayerEntry:
             raise ValueError(f"the stride {stride} should be one or two numbers above 0")
         if transposed:
             raise ValueError("a transposed linear layer has no stride")
-    window = {key: tuple(table[key]) for key in _WINDOW if key in table}
+    window: dict[str, Any] = {key: tuple(table[key]) for key in _WINDOW if key in table}
     for key, sizes in window.items():
         least = 0 if key == "padding" else 1
         if stride is None or len(sizes) != len(stride):

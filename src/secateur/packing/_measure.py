@@ -144,7 +144,7 @@ def key_of(
     layer_class: str,
     rows: Iterable[int],
     cold: bool,
-    precisions: Iterable[str] = ("exact",),
+    precisions: Sequence[str] = ("exact",),
 ) -> str:
     """Return the key of a measurement, which is the same for all layers that run alike.
 
