@@ -601,19 +601,19 @@ def test_pack_in_other_arithmetic(llama, text, tmp_path, monkeypatch):
         arguments = (*asked, "--batch", "4", "--calibration", text, *SMALL)
         result = run("pack", llama, "--output", tmp_path / name, *arguments)
         assert result.exit_code == 0, result.output
-        assert "packed 14 of 14 layers, skipped" in result.stdout
+        tables = int(name == "precision")  # of embeddings, which a tolerance leaves as they are
+        assert f"packed {14 + tables} of {14 + tables} layers, skipped" in result.stdout
         assert "the relative error of the model's outputs is 0.0" in result.stdout
         found[name] = json.loads((tmp_path / name / "secateur.pack.json").read_text(encoding="utf-8"))
     for table in found.values():
-        assert {(row["format"], row["precision"], row["value_dtype"]) for row in table["layers"]} == {
-            ("dense", "int8", "int8")
-        }
-        assert all(0 < row["output_error"] < 0.2 for row in table["layers"])
+        layers = [row for row in table["layers"] if "embed" not in row["name"]]
+        assert {(row["format"], row["precision"], row["value_dtype"]) for row in layers} == {("dense", "int8", "int8")}
+        assert all(0 < row["output_error"] < 0.2 for row in layers)
         assert 0 < table["output_error"] < 0.2
     ids = torch.arange(8)[None]
     with torch.no_grad():
         logits = [secateur.load(tmp_path / name, dtype=torch.float32)(ids).logits for name in found]
-    assert torch.equal(*logits)
+    assert (logits[0] - logits[1]).norm() < 0.1 * logits[1].norm()
     result = run("export", tmp_path / "precision", "--output", tmp_path / "dense")
     assert result.exit_code == 0, result.output
     with torch.no_grad():
@@ -624,7 +624,7 @@ def test_pack_in_other_arithmetic(llama, text, tmp_path, monkeypatch):
 def test_pack_and_export_say_what_is_wrong(llama, tmp_path, kernels_win):
     for arguments in (
         ("pack", tmp_path / "nothing", "--output", tmp_path / "out"),
-        ("pack", llama, "--output", tmp_path / "out", "--value-dtype", "int4"),
+        ("pack", llama, "--output", tmp_path / "out", "--value-dtype", "int3"),
         ("pack", llama, "--output", tmp_path / "out", "--memory", "0"),
         ("pack", llama, "--output", tmp_path / "out", "--tolerance", "0.1"),
         ("pack", llama, "--output", tmp_path / "out", "--precision", "int4"),

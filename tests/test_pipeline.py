@@ -148,9 +148,10 @@ def test_a_model_is_packed_in_fewer_bits_by_the_text_of_the_recipe(place, monkey
     report = run(place, "pack", line, "evaluate")
     assert report.passed
     packed = PackReport.from_json((place / "out" / "secateur.pack.json").read_text(encoding="utf-8"))
-    assert {row.precision for row in packed.layers} == {"int8"}
+    layers = [row for row in packed.layers if "embed" not in row.name]
+    assert {row.precision for row in layers} == {"int8"}
     assert 0 < packed.output_error < 0.2
-    assert all(0 < row.output_error < 0.2 for row in packed.layers)
+    assert all(0 < row.output_error < 0.2 for row in layers)
 
 
 def test_exact_packing_reads_no_text():

@@ -1,5 +1,5 @@
-// Rows of packed numbers from -7 to 7, two in a byte, one bit for each column that says where they stand, and a scale for
-// each row and group of 64 columns. Each group starts at a whole byte. The inputs are rounded to bytes.
+// Rows of packed numbers from -7 to 7, two in a byte, one bit for each column that says where they stand, and a scale
+// for each row and group of 64 columns. Each group starts at a whole byte. The inputs are rounded to bytes.
 #pragma once
 #include "linear.h"
 
@@ -11,8 +11,8 @@ struct Int4Bitmask : Linear {
     const uint16_t* scales;  // float16 [rows, groups]
     const float* sums;       // [rows] the sum of the weights of each row
 
-    using Members = Linear::Members::And<&Int4Bitmask::mask, &Int4Bitmask::offsets, &Int4Bitmask::scales,
-                                         &Int4Bitmask::sums>;
+    using Members =
+        Linear::Members::And<&Int4Bitmask::mask, &Int4Bitmask::offsets, &Int4Bitmask::scales, &Int4Bitmask::sums>;
 };
 
 }  // namespace secateur
@@ -101,7 +101,8 @@ __attribute__((noinline)) void int4_bitmask_rows(const Int4Bitmask& args, const 
     for (int64_t r = first; r < first + count; ++r) {
         const uint8_t* p = static_cast<const uint8_t*>(args.values) + args.offsets[r];
         V out[B];
-        int4_bitmask_row<B>(args.mask + r * groups, scales + r * groups, groups, p, x.bytes + b * x.stride, x.stride, out);
+        int4_bitmask_row<B>(args.mask + r * groups, scales + r * groups, groups, p, x.bytes + b * x.stride, x.stride,
+                            out);
         for (int i = 0; i < B; ++i) found[i][r - first] = out[i];
     }
     for (int i = 0; i < B; ++i) write_rounded(args, args.sums, x, b + i, first, sums_of_rows(found[i]));
@@ -143,9 +144,8 @@ __attribute__((noinline)) inline void int4_bitmask_panel(const Int4Bitmask& args
 inline void int4_bitmask(const Int4Bitmask& args) {
     const Rounded x = rounded_input(args);
     if (args.batch <= kFewRows)
-        return few_rows(args, [&](auto rows, int64_t b, int64_t row) SECATEUR_INLINED {
-            int4_bitmask_rows<decltype(rows)::value>(args, x, b, row);
-        });
+        return few_rows(args, [&](auto rows, int64_t b, int64_t row)
+                                  SECATEUR_INLINED { int4_bitmask_rows<decltype(rows)::value>(args, x, b, row); });
     // Expanded once, a few rows are multiplied as panels of all weights are.
     const int64_t groups = ceil_div(args.columns, 64), vectors = ceil_div(args.rows, kInt4Rows) * kInt4Vectors;
     const int64_t panel = groups * 64 * kInt4Rows, scales = groups * kInt4Rows * 2;

@@ -20,7 +20,7 @@ struct Int8Bitmask : Linear {
 
 namespace secateur::SECATEUR_ISA {
 
-constexpr int kBytes = 4 * kWidth;         // columns of a vector
+constexpr int kBytes = 4 * kWidth;           // columns of a vector
 constexpr int kVectorsOfWord = 64 / kBytes;  // of 64 columns
 
 // The bits of one vector's columns.
@@ -114,9 +114,8 @@ template <class Function> SECATEUR_INLINE void few_rows(const Linear& args, Func
 inline void int8_bitmask(const Int8Bitmask& args) {
     const Rounded x = rounded_input(args);
     if (args.batch <= kFewRows)
-        return few_rows(args, [&](auto rows, int64_t b, int64_t row) SECATEUR_INLINED {
-            int8_bitmask_rows<decltype(rows)::value>(args, x, b, row);
-        });
+        return few_rows(args, [&](auto rows, int64_t b, int64_t row)
+                                  SECATEUR_INLINED { int8_bitmask_rows<decltype(rows)::value>(args, x, b, row); });
     // Expanded once, a few rows are multiplied as panels of all weights are.
     const int64_t words = ceil_div(args.columns, 64) * 16, vectors = ceil_div(args.rows, kInt8Rows) * kInt8Vectors;
     const int64_t panel = words * 4 * kInt8Rows, together = ceil_div(kInt8Together, kInt8Vectors);

@@ -20,7 +20,7 @@ namespace secateur::SECATEUR_ISA {
 
 constexpr int kInt8Rows = 16;
 
-constexpr int kInt8Vectors = kInt8Rows / kWidth;                // of a panel
+constexpr int kInt8Vectors = kInt8Rows / kWidth;         // of a panel
 constexpr int kInt8Together = kRegisters == 32 ? 4 : 2;  // vectors of rows whose sums stay in registers
 
 // Panels of bytes in memory, from the vector of rows `first` on.

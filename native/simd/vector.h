@@ -12,7 +12,8 @@
 //                     exactly: no product saturates
 //   join, quadruple, columns_of, interleave  specialised for vectors of more than four words; see simd/types.h
 //   to_bytes(p, v, zero)  writes kWidth floats as bytes: rounded to the nearest whole number, ties to even, plus zero
-//   expand_bytes(mask, p)  4 * kWidth bytes: the next byte of p where a bit of the mask is set, else 0. Other bits of the
+//   expand_bytes(mask, p)  4 * kWidth bytes: the next byte of p where a bit of the mask is set, else 0. Other bits of
+//   the
 //                     mask do not count. Reads 4 * kWidth bytes whatever the mask.
 //   unpack_nibbles(p) 4 * kWidth signed bytes from the halves of half as many bytes, less 8 each, the lower half first
 //   Places            kWidth words of places: read(words), take<Bits>(group), which gives each lane the input at the

@@ -97,7 +97,7 @@ def pack_directory(
     else:
         batches, note = _examples(model, settings.batch_sizes)
         if batches is not None and settings.is_asked:
-            note = ("errors of outputs are those of made-up inputs; give a text for those of real ones",)
+            note = (*note, "errors of outputs are those of made-up inputs; give a text for those of real ones")
     if settings.stored is None and settings.tolerance is None and stored in VALUE_DTYPES:
         settings = replace(settings, value_dtype=stored)
     untrained = [name for name, _ in model.named_modules() if f"{name}.weight" in missing]
@@ -135,19 +135,25 @@ def _windows(
 
 
 def _examples(model: nn.Module, sizes: Sequence[int]) -> tuple[list[dict[str, Tensor]] | None, tuple[str, ...]]:
-    """Made-up inputs to time a model with; or None, and a note that says why there are none."""
+    """Made-up inputs to time a model with, and notes on those that it does not take; or None instead of inputs."""
     untimed = "the whole model was not timed before and after: "
     try:
         batches = [example_inputs(model, rows) for rows in sizes]
     except RecipeError as error:
         return None, (untimed + str(error).partition("\n")[0],)
-    try:
-        with quiet(model):
-            call_model(model, batches[0])
-    except Exception as error:  # whatever the code of a model raises at an input that it does not take
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return None, (f"{untimed}{type(model).__name__} fails with made-up {' and '.join(batches[0])}: {reason}",)
-    return batches, ()
+    taken, notes = list[dict[str, Tensor]](), list[str]()
+    for batch in batches:
+        try:
+            with quiet(model):
+                call_model(model, batch)
+            taken.append(batch)
+        except Exception as error:  # whatever the code of a model raises at an input that it does not take
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            shape = " x ".join(map(str, next(iter(batch.values())).shape))
+            notes.append(f"{type(model).__name__} fails with made-up {' and '.join(batch)} of {shape}: {reason}")
+    if not taken:
+        return None, (untimed + notes[0],)
+    return taken, tuple(f"the whole model was not timed with one of the inputs: {note}" for note in notes)
 
 
 def export_directory(source: str | Path, output: str | Path, *, overwrite: bool = False) -> None:
