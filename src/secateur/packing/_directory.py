@@ -149,8 +149,7 @@ def _examples(model: nn.Module, sizes: Sequence[int]) -> tuple[list[dict[str, Te
             taken.append(batch)
         except Exception as error:  # whatever the code of a model raises at an input that it does not take
             reason = str(error).partition("\n")[0] or type(error).__name__
-            shape = " x ".join(map(str, next(iter(batch.values())).shape))
-            notes.append(f"{type(model).__name__} fails with made-up {' and '.join(batch)} of {shape}: {reason}")
+            notes.append(f"{type(model).__name__} fails with made-up {' and '.join(batch)}: {reason}")
     if not taken:
         return None, (untimed + notes[0],)
     return taken, tuple(f"the whole model was not timed with one of the inputs: {note}" for note in notes)
