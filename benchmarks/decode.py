@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,14 +77,18 @@ def clone(packed: Format) -> Format:
 # Products
 
 
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight)
+
+
 def calls(way: Way, weight: Tensor) -> tuple[list[Callable[[Tensor], Tensor]], int]:
     """Products by copies of a weight, and its bytes."""
     if not way.route:
         dense = [weight.clone() for _ in range(max(1, BEYOND_CACHES // weight.nbytes))]
-        return [lambda x, w=w: nn.functional.linear(x, w) for w in dense], weight.nbytes
+        return [partial(_product, w) for w in dense], weight.nbytes
     packed = way.pack(weight, way.route)
     copies = [PackedLinear(clone(packed), plan=way.route) for _ in range(max(1, BEYOND_CACHES // packed.nbytes))]
-    return copies, packed.nbytes
+    return list[Callable[[Tensor], Tensor]](copies), packed.nbytes
 
 
 @torch.inference_mode()
@@ -135,7 +140,7 @@ def llama(way: Way, layers: int, intermediate: int) -> nn.Module:
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model: nn.Module = LlamaForCausalLM(config)
     made: dict[tuple[str, ...], Format | Tensor] = {}
     for name, module in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0])

@@ -58,11 +58,12 @@ ROWS = (16, 128, 512, 2048)
 
 def pruned(case: Case, rows: int, columns: int) -> Tensor:
     torch.manual_seed(0)
-    weight = torch.randn(rows, columns) / columns**0.5
+    weight: Tensor = torch.randn(rows, columns) / columns**0.5
     if case.pattern == "dense":
         return weight
     pattern = SparsityPattern.parse(case.pattern)
-    return weight.masked_fill(~pattern.mask(weight.abs(), None if pattern.sparsity else case.sparsity), 0)
+    kept: Tensor = pattern.mask(weight.abs(), None if pattern.sparsity else case.sparsity)
+    return weight.masked_fill(~kept, 0)
 
 
 def dynamic(weight: Tensor) -> Run:

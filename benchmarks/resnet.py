@@ -14,6 +14,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    model = ResNetForImageClassification(ResNetConfig()).eval()
+    model: nn.Module = ResNetForImageClassification(ResNetConfig()).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return model
@@ -77,10 +80,10 @@ def main() -> None:
         folded_only = copy.deepcopy(folded)
         report = secateur.pack_(folded, batches=images)
         ways: dict[str, Callable[[Tensor], Any]] = {
-            "eager": lambda x, model=dense: logits(model, x),
-            "folded": lambda x, model=folded_only: logits(model, x),
-            "packed": lambda x, model=packed: logits(model, x),
-            "folded and packed": lambda x, model=folded: logits(model, x),
+            "eager": partial(logits, dense),
+            "folded": partial(logits, folded_only),
+            "packed": partial(logits, packed),
+            "folded and packed": partial(logits, folded),
         }
         with tempfile.TemporaryDirectory() as folder:
             if args.onnxruntime:

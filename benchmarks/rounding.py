@@ -6,6 +6,7 @@ import copy
 import json
 import statistics
 import sys
+from typing import Any
 
 import torch
 from _timing import describe
@@ -33,7 +34,7 @@ def round_to_nearest_(model: nn.Module, names: list[str], rounding: str) -> None
     """What packing does with weights that no method has rounded."""
     grid = GRIDS[rounding]
     for name in names:
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
         scales = grid.scales(weight)
         weight.copy_(grid.codes(weight, scales) * grid.spread(scales, weight.shape[1]))
 
@@ -50,7 +51,7 @@ def main() -> None:
         for seed in SEEDS:
             batches = demo.batches(seed)
             pruned = copy.deepcopy(demo.model)
-            settings = {"sparsity": sparsity, "method": method, "measure_error": False}
+            settings: dict[str, Any] = {"sparsity": sparsity, "method": method, "measure_error": False}
             names = [layer.name for layer in secateur.prune_(pruned, batches, **settings).layers]
             found["float"].append(demo.perplexity(pruned))
             for rounding in ROUNDINGS:
