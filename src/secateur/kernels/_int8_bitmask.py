@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur._types import Mask, Weight
 from secateur.formats import ColumnPacked, DensePacked, Format, RowPacked
 from secateur.kernels._int8 import MOST_COLUMNS, Int8Layout, Int8Route, check_columns, round_weight
-from secateur.kernels._layout import SPARE_BYTES, bits_of, in_large_pages, kept_of, offsets_of, shape_of
+from secateur.kernels._layout import SPARE_BYTES, bits_of, entries, in_large_pages, kept_of, offsets_of, shape_of
 from secateur.patterns import SparsityPattern
 
 
@@ -39,7 +39,8 @@ class Int8BitmaskLayout(Int8Layout):
         """Return the layout of codes int8 ``[out, in]``, zero where the mask prunes, with a scale for each row."""
         check_columns(codes.shape[1])
         sums = codes.sum(1, dtype=torch.int32)
-        values = in_large_pages(codes[mask], SPARE_BYTES)
+        kept, _ = entries(codes, mask)
+        values = in_large_pages(kept, SPARE_BYTES)
         return cls(shape_of(codes), values, scale.float(), sums, bits_of(mask), offsets_of(mask.sum(1)))
 
     def to_dense(self) -> Weight:
