@@ -148,8 +148,15 @@ inline void pack_pixels(const Planes& planes, const PixelRun* runs, int64_t coun
     else pack_channels<0>(planes, runs, count, lanes, first, last, slice);
 }
 
-// As each_part_and_slice for pixels: calls f(part, first pixel, vectors, slice, thread). A slice has `most` vectors, or
-// fewer if `sizes` allows: bit u says that a kernel exists for u vectors.
+// A slice of pixels: [columns, vectors * kWidth]. The lanes from `count` on are zeros and belong to no pixel: they may
+// be the places of another slice's pixels.
+struct PixelSlice {
+    const float* x;
+    int64_t start, count, vectors;  // its first pixel, and how many
+};
+
+// As each_part_and_slice for pixels: calls f(part, slice, thread). A slice has `most` vectors, or fewer if `sizes`
+// allows: bit u says that a kernel exists for u vectors.
 template <class Function>
 inline void each_part_and_pixels(const Linear& args, const Image& image, int64_t parts, int64_t together, int64_t most,
                                  uint32_t sizes, Function f) {
@@ -169,9 +176,9 @@ inline void each_part_and_pixels(const Linear& args, const Image& image, int64_t
         const int64_t start = first_vector(i) * kWidth, last = least(args.batch, first_vector(i + 1) * kWidth);
         count = find_runs(planes, start, last, runs);
     };
-    const auto run = [&](int64_t part, int64_t i, const float* slice, int64_t thread) {
-        const int64_t lanes = lanes_of(first_vector(i + 1) - first_vector(i));
-        f(part, first_vector(i) * kWidth, lanes / kWidth, slice, thread);
+    const auto run = [&](int64_t part, int64_t i, const float* x, int64_t thread) {
+        const int64_t lanes = lanes_of(first_vector(i + 1) - first_vector(i)), start = first_vector(i) * kWidth;
+        f(part, PixelSlice{x, start, least(args.batch, first_vector(i + 1) * kWidth) - start, lanes / kWidth}, thread);
     };
     const bool own = slices >= 2 * args.threads || slices % args.threads == 0;
     float* x = static_cast<float*>(scratch(kInput, (own ? args.threads : slices) * each * int64_t(sizeof(float))));
@@ -202,13 +209,13 @@ inline void each_part_and_pixels(const Linear& args, const Image& image, int64_t
     });
 }
 
-// Writes sums [count, lanes] to the channels of y from `row` on, at the pixels from `start` on, `wanted` of them.
-inline void unpack_pixels(const Linear& args, const Image& image, const float* sums, int64_t lanes, int64_t start,
-                          int64_t wanted, int64_t row, int64_t count) {
-    const int64_t plane = image.down * image.across;
-    for (int64_t done = 0, length; done < wanted; done += length) {
-        const int64_t at = (start + done) % plane, image_number = (start + done) / plane;
-        length = least(plane - at, wanted - done);
+// Writes sums [count, lanes] of a slice to the channels of y from `row` on.
+inline void unpack_pixels(const Linear& args, const Image& image, const PixelSlice& slice, const float* sums,
+                          int64_t row, int64_t count) {
+    const int64_t plane = image.down * image.across, lanes = slice.vectors * kWidth;
+    for (int64_t done = 0, length; done < slice.count; done += length) {
+        const int64_t at = (slice.start + done) % plane, image_number = (slice.start + done) / plane;
+        length = least(plane - at, slice.count - done);
         float* y = args.y + (image_number * args.rows + row) * plane + at;
         const float* from = sums + done;
         for (int64_t r = 0; r < count; ++r, y += plane, from += lanes) {

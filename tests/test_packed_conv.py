@@ -101,18 +101,25 @@ def test_every_number_of_pixels(isa, plan):
 
 
 @native
-@pytest.mark.parametrize("plan", ["panels:64x128", "tiles:4x1"])
-def test_results_do_not_depend_on_the_number_of_threads(plan):
-    layer = pruned(nn.Conv2d(32, 64, 3, padding=1), 0.5, "block:4x1")
-    x = torch.randn(1, 32, 13, 16)
-    before, found = torch.get_num_threads(), []
+@pytest.mark.parametrize("isa", kernels.isas())
+@pytest.mark.parametrize("plan", ["panels:64x128", "tiles:4x1", "tiles:8x2"])
+def test_results_do_not_depend_on_the_number_of_threads(plan, isa):
+    """Slices end in the middle of what a kernel computes at once, and threads that run in any order share them."""
+    pattern = "block:" + plan.removeprefix("tiles:") if plan.startswith("tiles") else "unstructured"
+    layer = pruned(nn.Conv2d(32, 64, 3, padding=1), 0.5, pattern)
+    before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            found.append(packed(layer, plan, "block:4x1")(x))
+        with kernels.use("native", isa=isa):
+            convolution = packed(layer, plan, pattern)
+            for pixels in ((13, 16), (25, 32)):
+                x = torch.randn(1, 32, *pixels)
+                torch.set_num_threads(1)
+                expected = convolution(x)
+                for threads in (2, 3, 4, 5) * 8:
+                    torch.set_num_threads(threads)
+                    assert torch.equal(convolution(x), expected)
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(y, found[0]) for y in found)
 
 
 @native

@@ -115,13 +115,12 @@ template <class T, class I> void panels_pixels(const Panels& args) {
     const int64_t mine = ceil_div(args.height * kMostPixels + decoded_size, 16) * 16;
     float* work = static_cast<float*>(scratch(kWork, args.threads * mine * int64_t(sizeof(float))));
     each_part_and_pixels(args, *args.image, panels, 1, kPanelVectors, ~0u,
-                         [&](int64_t p, int64_t b, int64_t vectors, const float* x, int64_t thread) {
+                         [&](int64_t p, const PixelSlice& slice, int64_t thread) {
         float* sums = work + thread * mine;
         const int64_t row = p * args.height, count = least(args.height, args.rows - row);
-        const int64_t lanes = vectors * kWidth, wanted = least(lanes, args.batch - b);
-        pixels_panel<kPanelVectors, T, I>(vectors, args, p * sections, sections, count, values, x, sums,
+        pixels_panel<kPanelVectors, T, I>(slice.vectors, args, p * sections, sections, count, values, slice.x, sums,
                                           sums + args.height * kMostPixels);
-        unpack_pixels(args, *args.image, sums, lanes, b, wanted, row, count);
+        unpack_pixels(args, *args.image, slice, sums, row, count);
     });
 }
 

@@ -117,11 +117,10 @@ template <class T> void tiles_batch(const Tiles& args) {
     if (args.image) {
         const uint32_t sizes = 1u << 1 | 1u << 2 | 1u << 4;
         each_part_and_pixels(args, *args.image, tile_rows, 1, kMaxLanes / kWidth, sizes,
-                             [&](int64_t i, int64_t b, int64_t vectors, const float* x, int64_t thread) {
+                             [&](int64_t i, const PixelSlice& slice, int64_t thread) {
             float* sums = work + thread * mine;
-            const int64_t lanes = vectors * kWidth, wanted = least(lanes, args.batch - b);
-            tile_row<T>(args, i, lanes, kMaxLanes, x, sums);
-            unpack_pixels(args, *args.image, sums, lanes, b, wanted, i * args.height, args.height);
+            tile_row<T>(args, i, slice.vectors * kWidth, kMaxLanes, slice.x, sums);
+            unpack_pixels(args, *args.image, slice, sums, i * args.height, args.height);
         });
         return;
     }
