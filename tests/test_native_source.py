@@ -91,3 +91,14 @@ def test_code_is_formatted():
         [program, "--dry-run", "--Werror", *map(str, SOURCES)], capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 0, wrong.stderr
+
+
+def test_options_of_an_instruction_set_are_where_the_build_reads_them():
+    """A comment that is folded anew can hide them: then kernels are compiled without instructions, and only get slow."""
+    headers = sorted((ROOT / "native" / "simd").glob("*.h"))
+    for header in headers:
+        for line in header.read_text().splitlines():
+            if line.startswith("//") and (" -m" in line or "refines:" in line):
+                assert line.startswith(("// compile: -m", "// refines: ")), f"{header.name}: {line}"
+    refining = {header.stem for header in headers if "\n// refines: " in header.read_text()}
+    assert refining == {"avx2_vnni", "avx512_vnni", "avx512_vbmi2"}
