@@ -94,7 +94,7 @@ def test_code_is_formatted():
 
 
 def test_options_of_an_instruction_set_are_where_the_build_reads_them():
-    """A comment that is folded anew can hide them: then kernels are compiled without instructions, and only get slow."""
+    """A comment that is folded anew can hide them: then kernels lack instructions, and are right but slow."""
     headers = sorted((ROOT / "native" / "simd").glob("*.h"))
     for header in headers:
         for line in header.read_text().splitlines():
