@@ -109,6 +109,7 @@ PUBLIC = [
     "SparsityError",
     "SparsityPattern",
     "StatisticsError",
+    "TransposableNM",
     "Unstructured",
     "Verification",
     "Wanda",

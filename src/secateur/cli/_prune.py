@@ -55,6 +55,10 @@ def prune(
         str | None,
         typer.Option(help=f"Round what is kept as well, for packing: {', '.join(ROUNDINGS)}. Default: it is not."),
     ] = None,
+    permute: Annotated[
+        bool,
+        typer.Option("--permute", help="Reorder channels first, so that N:M keeps more. The model stays the same."),
+    ] = False,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
@@ -69,6 +73,7 @@ def prune(
     with user_errors():
         from secateur.files import check_file
         from secateur.huggingface import CalibrationText
+        from secateur.permuting import permute_for
         from secateur.pruning import prune_directory
         from secateur.reports import evaluation_table, pruned_table, require_page_extra, skipped_table
 
@@ -97,6 +102,7 @@ def prune(
                 evaluate=evaluate,
                 device=device,
                 overwrite=overwrite,
+                prepare=(lambda *found: str(permute_for(*found, progress))) if permute else None,
                 progress=progress,
             )
         if written_or_printed(report, html, as_json):
@@ -104,4 +110,6 @@ def prune(
         show(pruned_table(report.layers), skipped_table(worth_saying(report.skipped)))
         if report.evaluation is not None:
             show(evaluation_table(report.evaluation))
+        if prepared := report.calibration.get("prepared"):
+            say(prepared)
         say(f"{report}\nwritten to {output}")

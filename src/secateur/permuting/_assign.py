@@ -23,9 +23,16 @@ def assign(values: NDArray[np.float64]) -> NDArray[np.int64]:
     """
     size = len(values)
     costs = values.max(initial=0.0) - values
-    row_potential, column_potential = np.zeros(size), costs.min(axis=0, initial=np.inf)
+    column_potential = costs.min(axis=0, initial=np.inf)
+    row_potential = (costs - column_potential).min(axis=1, initial=np.inf)
     row_of = np.full(size, -1)
-    for row in range(size):
+    waiting = []
+    for row, column in enumerate((costs - column_potential).argmin(axis=1) if size else ()):
+        if row_of[column] < 0:
+            row_of[column] = row  # most rows get what is best for them at once
+        else:
+            waiting.append(row)
+    for row in waiting:
         shortest = costs[row] - row_potential[row] - column_potential
         before = np.full(size, -1)  # the column from which a column was reached; -1 from the new row
         is_open = np.ones(size, dtype=bool)

@@ -37,7 +37,8 @@ from secateur.permuting._order import Orders
 from secateur.permuting._report import LayerGain, PermutationReport, Permuted
 from secateur.permuting._search import search
 from secateur.permuting._shared import Shared, find_shared
-from secateur.solvers import Importance, Select, method_name, parse_method
+from secateur.pruning import Recipe
+from secateur.solvers import Importance, Refit, Select, Wanda, method_name, parse_method
 from secateur.surgery import Difference, Looks, difference, tolerance_for, wide_outputs
 
 _PROVED = 2  # batches on which outputs are compared
@@ -51,7 +52,7 @@ def permute_(
     importance: Importance | str = "wanda",
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
-    rounds: int = 8,
+    rounds: int = 4,
     seed: int = 0,
     forward: Forward | None = None,
     padding: PaddingSource | None = None,
@@ -77,7 +78,7 @@ def permute_(
         importance: whose scores the mask should keep: ``"wanda"``, ``"ria"``, ``"magnitude"`` or an
             :class:`secateur.Importance`. Each layer counts by the share of its own scores.
         include, exclude: glob patterns on the names of the layers that will be pruned. Others do not count.
-        rounds: at most so many passes of the search over each order, at least 1.
+        rounds: passes of the search over each order, at least 1. More take longer and find a little more.
         seed: of the search. The same seed gives the same order.
         forward: ``forward(model, batch)`` runs the model, if its batches are of none of the usual forms.
         padding: which tokens are real, where the batch does not say so. See :func:`secateur.prune_`.
@@ -174,6 +175,35 @@ def permute_(
         tolerance=proof.tolerance,
         dtype=dtype_name(proof.dtype),
         seconds=time.perf_counter() - began,
+    )
+
+
+def permute_for(
+    model: nn.Module, batches: Sequence[Any], recipe: Recipe, progress: Progress | None = None
+) -> PermutationReport:
+    """Reorder the inputs of the layers that a recipe prunes, for its pattern and the scores of its method.
+
+    A method that has no importance of its own, such as SparseGPT, has those of Wanda.
+
+    Args:
+        model, batches, progress: see :func:`permute_`.
+        recipe: that the model will be pruned by.
+
+    Raises:
+        SparsityError: as :func:`permute_`.
+    """
+    method = recipe.method
+    while isinstance(method, Refit):
+        method = method.inner
+    importance = method.importance if isinstance(method, Select) else Wanda()
+    return permute_(
+        model,
+        batches,
+        pattern=recipe.pattern,
+        importance=importance,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        progress=progress,
     )
 
 

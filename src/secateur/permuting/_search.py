@@ -15,7 +15,6 @@ from secateur.permuting._assign import assign
 _ROWS = 16384  # of all readers together that the search looks at; what it finds is checked on all of them
 _BATCH = 256  # sets of units that exchange members at a time
 _CHUNK = 1 << 24  # numbers in an intermediate result
-_WORTH = 1e-9  # part of the score that a round must gain for another one
 
 
 def search(readers: Sequence[Tensor], n: int, m: int, movable: int, rounds: int, seed: int) -> NDArray[np.int64]:
@@ -32,7 +31,7 @@ def search(readers: Sequence[Tensor], n: int, m: int, movable: int, rounds: int,
         n: weights kept in each group.
         m: columns in a group.
         movable: units from the first on that may move; those after them stay.
-        rounds: at most so many passes over all places of a set.
+        rounds: so many passes over all places of a set.
         seed: of the choice of rows, sets and members.
     """
     units = readers[0].shape[1]
@@ -47,9 +46,7 @@ def search(readers: Sequence[Tensor], n: int, m: int, movable: int, rounds: int,
     dealt = _dealt(scores, count, size)
     sets = start.copy() if _total(scores, start, n, m) >= _total(scores, dealt, n, m) else dealt
     any_order = all(found.shape[2] == 1 for found in scores)  # inside a set of one group, members may change places
-    total = _total(scores, sets, n, m)
     for _ in range(rounds):
-        before = total
         for slot in range(size):
             if any_order:
                 sets = generator.permuted(sets, axis=1)
@@ -58,9 +55,6 @@ def search(readers: Sequence[Tensor], n: int, m: int, movable: int, rounds: int,
                 found = assign(values)
                 if values[found, np.arange(len(found))].sum() > values.trace():
                     sets[chosen, slot] = sets[chosen[found], slot]
-        total = _total(scores, sets, n, m)
-        if total - before <= _WORTH * abs(before):
-            break
     if any_order:
         sets = np.sort(sets, axis=1)
         sets = sets[np.argsort(sets[:, 0])]
