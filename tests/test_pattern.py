@@ -17,7 +17,19 @@ from secateur import NM, Block, Column, PatternError, Row, SparsityPattern, Tran
 from secateur.patterns import with_channel_width, with_scope
 from secateur.patterns._select import _keep_top_narrow, _keep_top_wide, kth_smallest
 
-STRUCTURED = [NM(2, 4), TransposableNM(1, 2), TransposableNM(1, 3), NM(1, 2), NM(0, 2), NM(3, 3), Block(2, 3), Block(1, 2), Row(), Column(), Column(3)]
+STRUCTURED = [
+    NM(2, 4),
+    TransposableNM(1, 2),
+    TransposableNM(1, 3),
+    NM(1, 2),
+    NM(0, 2),
+    NM(3, 3),
+    Block(2, 3),
+    Block(1, 2),
+    Row(),
+    Column(),
+    Column(3),
+]
 EMPTY = [(0, 12), (12, 0), (0, 0)]
 
 

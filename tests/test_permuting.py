@@ -8,10 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny import with_tokenizer
 from torch import nn
+from typer.testing import CliRunner
 
 import secateur
 from secateur import NM, RecipeError, SolverError, permute_
+from secateur.cli import app
 from secateur.permuting import _permute
 from secateur.permuting._assign import assign
 from secateur.permuting._search import search
@@ -28,7 +32,8 @@ def uneven(model, seed=0):
             if parameter.ndim == 1:
                 parameter.abs_().add_(0.1)  # so that few channels are dead
             else:
-                parameter *= torch.rand(parameter.shape[1], generator=generator).view(1, -1, *[1] * (parameter.ndim - 2))
+                widths = torch.rand(parameter.shape[1], generator=generator)
+                parameter.mul_(widths.view(1, -1, *[1] * (parameter.ndim - 2)))
         for buffer in model.buffers():
             if buffer.is_floating_point() and buffer.ndim:
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
@@ -37,13 +42,12 @@ def uneven(model, seed=0):
 
 def llama(**settings):
     config = transformers.LlamaConfig(
-        vocab_size=64,
+        **{"vocab_size": 64, **settings},
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **settings,
     )
     return uneven(transformers.LlamaForCausalLM(config))
 
@@ -92,7 +96,11 @@ MODELS = {
     "perceptron": (perceptron, lambda: numbers(16, 8), {"channels": 2}),
     "convolutions": (convolutions, lambda: numbers(4, 4, 6, 6), {"channels": 2}),
     "llama": (llama, tokens, {"values": 2, "ffn": 2, "hidden": 1}),
-    "llama with tied embeddings": (lambda: llama(tie_word_embeddings=True), tokens, {"values": 2, "ffn": 2, "hidden": 1}),
+    "llama with tied embeddings": (
+        lambda: llama(tie_word_embeddings=True),
+        tokens,
+        {"values": 2, "ffn": 2, "hidden": 1},
+    ),
     "gpt2": (gpt2, tokens, {"values": 2, "ffn": 2, "hidden": 1}),
     "bert": (bert, tokens, {"values": 2, "ffn": 2}),
 }
@@ -234,6 +242,34 @@ def test_the_report_is_json():
     table = json.loads(report.to_json())
     assert table["after"] == report.after
     assert "reordered the inputs of 2 of 3 layers" in str(report)
+
+
+def test_the_command_reorders_and_then_prunes(tmp_path):
+    """What is written computes the same as what was pruned, in the shapes and names of the input."""
+    llama(vocab_size=2048).save_pretrained(tmp_path / "in")
+    with_tokenizer(tmp_path / "in")
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 80)
+    arguments = ["prune", str(tmp_path / "in"), "--pattern", "2:4", "--method", "wanda", "--output"]
+    text = ["--calibration", str(tmp_path / "text.txt"), "--samples", "2", "--sequence-length", "32", "--json"]
+    kept = {}
+    for name, options in {"plain": [], "permuted": ["--permute"]}.items():
+        result = CliRunner().invoke(app, [*arguments, str(tmp_path / name), *text, *options])
+        assert result.exit_code == 0, result.output
+        table = json.loads(result.stdout)
+        assert ("reordered the inputs" in table["calibration"].get("prepared", "")) == bool(options)
+        kept[name] = sum(layer["relative_error"] for layer in table["layers"])
+        stored = load_file(tmp_path / name / "model.safetensors")
+        for layer in table["layers"]:
+            NM(2, 4).check(stored[f"{layer['name']}.weight"] != 0)
+    assert kept["permuted"] < kept["plain"]
+
+
+def test_the_command_needs_text_to_reorder(tmp_path):
+    with_tokenizer(llama(vocab_size=2048).save_pretrained(tmp_path / "in") or tmp_path / "in")
+    arguments = ["prune", str(tmp_path / "in"), "--pattern", "2:4", "--method", "magnitude", "--permute"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "--calibration" in result.output
 
 
 # The search

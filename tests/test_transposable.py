@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import secateur
 from secateur import NM, PatternError, SparseLinear, SparsityPattern, TransposableNM
-from secateur.formats import NMPacked
+from secateur.formats import NMPacked, pack
 from secateur.patterns import at_partial_sparsity, may_come_from, satisfied
 from secateur.patterns._regular import _enumerated, _exchanged, _finite, _masks
 from secateur.solvers import parse_method
@@ -57,7 +57,9 @@ def test_mask_is_the_best_of_all_masks(problem):
     assert mask[rows:].all()
     assert mask[:, columns:].all()
     core, found = scores[:rows, :columns].double(), mask[:rows, :columns]
-    best = torch.from_numpy(reference.transposable_mask(torch.where(core < 0, core - 1e4, core).numpy(), pattern.n, pattern.m))
+    best = torch.from_numpy(
+        reference.transposable_mask(torch.where(core < 0, core - 1e4, core).numpy(), pattern.n, pattern.m)
+    )
     assert int((core[found] < 0).sum()) == int((core[best] < 0).sum())
     assert total(core, found) == total(core, best)
 
@@ -195,3 +197,16 @@ def test_every_mask_of_the_reference_is_legal():
     for n, m in itertools.product(range(4), (3,)):
         mask = torch.from_numpy(reference.transposable_mask(np.ones((m, m)), n, m))
         TransposableNM(n, m).check(mask)
+
+
+@pytest.mark.parametrize("rows", [16, 18], ids=lambda rows: f"{rows} rows")
+def test_it_is_stored_as_what_it_is_along_rows(rows):
+    """So files have no new pattern, and what remains dense below is stored, too."""
+    pattern = TransposableNM(2, 4, "dense")
+    weight = random(rows, 32, dtype=torch.float32) + 0.1
+    weight = weight * pattern.mask(weight)
+    for given in (None, [pattern]):
+        packed = pack(weight, patterns=given)
+        assert "transposable" not in str(packed.pattern)
+        assert torch.equal(packed.to_dense(), weight)
+    assert isinstance(pack(weight), NMPacked) == (rows == 16)

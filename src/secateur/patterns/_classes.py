@@ -401,6 +401,23 @@ def at_partial_sparsity(pattern: SparsityPattern, sparsity: float) -> tuple[Spar
     return pattern, sparsity
 
 
+def along_rows(pattern: SparsityPattern, rows: int) -> SparsityPattern:
+    """Return the pattern as it is along rows, in which weights are stored: N:M for a transposable one.
+
+    Args:
+        pattern: any.
+        rows: of the matrix. Where some of them are left dense, no pattern holds in all rows.
+
+    Example:
+        >>> import secateur
+        >>> secateur.patterns.along_rows(secateur.TransposableNM(2, 4), 8)
+        NM(2, 4)
+    """
+    if not isinstance(pattern, TransposableNM):
+        return pattern
+    return Unstructured() if rows % pattern.m else NM(pattern.n, pattern.m, pattern.remainder)
+
+
 def check_independent(pattern: SparsityPattern, what: str) -> None:
     """Raise if competitions of a pattern depend on one another, for what decides each of them alone.
 

@@ -42,7 +42,7 @@ def _held(zero: Tensor, tried: Iterable[_Tried]) -> dict[_Tried, SparsityPattern
             case int(m) if columns % m == 0:
                 n = m - int(_counts(counts, m).min()) if zero.numel() else m
                 if n < m:
-                    is_both = 0 < n and rows % m == 0 and _in_columns(zero, m) >= m - n
+                    is_both = n > 0 and rows % m == 0 and _in_columns(zero, m) >= m - n
                     held[one] = TransposableNM(n, m) if is_both else NM(n, m)
             case (height, width) if rows % height == 0 and columns % width == 0:
                 tiles = (_counts(counts, width) == width).unflatten(0, (-1, height)).all(1)

@@ -101,7 +101,8 @@ class SparsityPattern(ABC):
 
         Args:
             text: ``"unstructured"``, ``"2:4"``, ``"transposable:2:4"``, ``"block:16x16"``, ``"row"`` or ``"column"``.
-                Options follow a comma: ``"unstructured,scope=row"``, ``"2:4,remainder=dense"``, ``"column:9"`` (9 adjacent columns a channel).
+                Options follow a comma: ``"unstructured,scope=row"``, ``"2:4,remainder=dense"``, ``"column:9"`` (9
+                adjacent columns a channel).
 
         Raises:
             PatternError: the text names no pattern, or sizes that are out of range.
@@ -318,6 +319,6 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
 def _unknown_pattern(text: str) -> str:
     return (
         f"{text!r} names no pattern. Patterns are 'unstructured', 'N:M' such as '2:4', 'transposable:N:M', 'block:HxW' "
-        "such as 'block:16x16', 'row' and 'column'. Options follow a comma: ',scope=row' or ',scope=layer' for unstructured, "
-        "',remainder=dense' for N:M and block."
+        "such as 'block:16x16', 'row' and 'column'. Options follow a comma: ',scope=row' or ',scope=layer' for "
+        "unstructured, ',remainder=dense' for N:M and block."
     )

@@ -86,10 +86,8 @@ def _exchange_(scores: Tensor, mask: Tensor, active: Tensor) -> Tensor:
     waiting = torch.arange(len(active), device=scores.device)
     changed = torch.zeros(len(active), dtype=torch.bool, device=scores.device)
     walks = [edge]  # of 1, 2, ... edges
-    for length in range(2, m + 1):
-        own = edge if length == 2 else edge[waiting]
-        if length > 2:
-            walks = [walk[still] for walk in walks]
+    for _ in range(2, m + 1):
+        own = edge[waiting]
         walks.append((walks[-1][:, :, :, None] + own[:, None]).amax(2))
         best, first = walks[-1].diagonal(dim1=1, dim2=2).max(1)
         gains = best > _GAIN
@@ -103,10 +101,9 @@ def _exchange_(scores: Tensor, mask: Tensor, active: Tensor) -> Tensor:
                 last = previous
             _flip_(mask, active[where], row, last, column[where, row, last])
             changed[where] = True
-        still = ~gains
-        waiting = waiting[still]
-        if not len(waiting):
+        if gains.all():
             break
+        waiting, walks = waiting[~gains], [walk[~gains] for walk in walks]
     return changed
 
 

@@ -178,9 +178,7 @@ def permute_(
     )
 
 
-def permute_for(
-    model: nn.Module, batches: Sequence[Any], recipe: Recipe, progress: Progress | None = None
-) -> PermutationReport:
+def permute_for(model: nn.Module, batches: Iterable[Any], recipe: Recipe, progress: Progress) -> PermutationReport:
     """Reorder the inputs of the layers that a recipe prunes, for its pattern and the scores of its method.
 
     A method that has no importance of its own, such as SparseGPT, has those of Wanda.

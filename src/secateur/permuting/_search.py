@@ -68,10 +68,11 @@ def _sampled(readers: Sequence[Tensor], generator: np.random.Generator) -> list[
     found = []
     for scores in readers:
         left = len(scores) if rows <= _ROWS else min(len(scores), max(64, len(scores) * _ROWS // rows))
-        if left < len(scores):
+        if left == len(scores):
+            found.append(scores.float())
+        else:
             chosen = torch.from_numpy(np.sort(generator.choice(len(scores), left, replace=False)))
-            scores = scores[chosen.to(scores.device)] * (len(scores) / left)
-        found.append(scores.float())
+            found.append(scores[chosen.to(scores.device)].float() * (len(scores) / left))
     return found
 
 
@@ -97,7 +98,7 @@ def _total(readers: Sequence[Tensor], sets: NDArray[np.int64], n: int, m: int) -
 def _values(readers: Sequence[Tensor], sets: NDArray[np.int64], slot: int, n: int, m: int) -> NDArray[np.float64]:
     """What each set keeps with each of the units at one place of the sets: ``[units, sets]``, up to a sum for each."""
     size = sets.shape[1]
-    values = 0.0
+    values = np.zeros((len(sets), len(sets)))
     for scores in readers:
         width = scores.shape[2]
         members = torch.from_numpy(sets).to(scores.device)
@@ -108,7 +109,7 @@ def _values(readers: Sequence[Tensor], sets: NDArray[np.int64], slot: int, n: in
             moving = scores[:, members[:, slot]].index_select(2, own)
             staying = scores[:, members[:, others // width], others % width]
             values = values + _kept(_best(moving, n), _best(staying, n), n).double().cpu().numpy()
-    return np.asarray(values)
+    return values
 
 
 def _best(scores: Tensor, n: int) -> list[Tensor]:
@@ -119,7 +120,7 @@ def _best(scores: Tensor, n: int) -> list[Tensor]:
 
 
 def _kept(moving: list[Tensor], staying: list[Tensor], n: int) -> Tensor:
-    """The sum over rows of the n highest of two lists together ``[moving, staying]``, from the sums of their highest."""
+    """The sum over rows of the n highest of two lists together, ``[moving, staying]``, from the sums of the highest."""
     splits = [(n - k, k) for k in range(len(staying)) if 0 <= n - k < len(moving)]
     if not splits:  # fewer than n in both: all are kept
         splits = [(len(moving) - 1, len(staying) - 1)]

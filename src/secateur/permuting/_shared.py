@@ -32,7 +32,7 @@ class Read:
         The columns of one unit lie together, or those of all units do and then come again, as where several query
         heads read the values of one head.
         """
-        units, width = self.columns.shape
+        width = self.columns.shape[1]
         found = [self.columns] if width == 1 else [self.columns, *(self.columns[:, [j]] for j in range(width))]
         whole = [_starts_group(run, m) for run in found]
         if whole[0]:

@@ -134,7 +134,9 @@ def prune_directory(
     report = replace(
         report,
         evaluation=None if quality is None else quality.compare(whole, progress)[0],
-        calibration={} if calibration is None or reader is None else {**calibration.provenance(reader.length), **prepared},
+        calibration={}
+        if calibration is None or reader is None
+        else {**calibration.provenance(reader.length), **prepared},
         versions={**report.versions, "transformers": transformers_library().__version__},
         skipped=tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped),
     )

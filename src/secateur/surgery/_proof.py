@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from secateur._errors import SolverError, SparsityError
