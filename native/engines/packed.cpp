@@ -10,7 +10,11 @@ namespace secateur {
 namespace {
 
 constexpr char kMagic[] = "SECATEUR";
-constexpr int64_t kVersion = 1, kSpare = 16, kMostSize = 1 << 24, kAlignment = 64;
+constexpr int64_t kVersion = 1, kMostSize = 1 << 24, kAlignment = 64;
+// A kernel reads whole vectors: so many values stand after the last one, so that they can be read.
+constexpr int64_t kSpare = 16, kSpareBytes = 64;
+// With more columns, the sum of products of bytes would not fit 32 bits.
+constexpr int64_t kMostBytes = 65536;
 // Products below which one thread is faster than several.
 constexpr int64_t kSmall = 32768;
 
@@ -54,11 +58,10 @@ int64_t check_offsets(const int64_t* offsets, int64_t count) {
 }
 
 // How many values the kernel reads. Each function below reads what its layout has besides the values, and checks it.
-int64_t read(Reader& from, const Header& header, Bitmask& weight) {
+template <class Bits> int64_t read_bits(Reader& from, Bits& weight) {
     const int64_t words = parts(weight.columns, 64);
     weight.mask = from.take<uint64_t>(weight.rows * words);
     weight.offsets = from.take<int64_t>(weight.rows + 1);
-    (void)header;
     const int64_t last = check_offsets(weight.offsets, weight.rows);
     const int64_t over = words * 64 - weight.columns;
     for (int64_t row = 0; row < weight.rows; ++row) {
@@ -68,6 +71,11 @@ int64_t read(Reader& from, const Header& header, Bitmask& weight) {
         check(!over || !(weight.mask[row * words + words - 1] >> (64 - over)), "a bit is beyond the last column");
     }
     return last;
+}
+
+int64_t read(Reader& from, const Header& header, Bitmask& weight) {
+    (void)header;
+    return read_bits(from, weight) + kSpare;
 }
 
 template <class Index> void check_panels(const Panels& weight, int64_t panels, int64_t sections) {
@@ -98,7 +106,7 @@ int64_t read(Reader& from, const Header& header, Panels& weight) {
     check(last <= header.values - kSpare, "it has too few values");
     if (weight.index_bytes == 1) check_panels<uint8_t>(weight, panels, sections);
     else check_panels<uint16_t>(weight, panels, sections);
-    return last;
+    return last + kSpare;
 }
 
 int64_t read(Reader& from, const Header& header, Groups& weight) {
@@ -109,7 +117,7 @@ int64_t read(Reader& from, const Header& header, Groups& weight) {
     const int64_t panels = parts(weight.rows, 16), groups = weight.columns / m, slots = m <= 4 ? 16 : 8;
     const int64_t words = n > slots ? groups * parts(n, slots) : parts(groups, slots / n);
     weight.words = from.take<uint32_t>(panels * words * 16);
-    return panels * groups * n * 16;
+    return panels * groups * n * 16 + kSpare;
 }
 
 int64_t read(Reader& from, const Header& header, Tiles& weight) {
@@ -123,7 +131,42 @@ int64_t read(Reader& from, const Header& header, Tiles& weight) {
     weight.tile_columns = from.take<int32_t>(tiles);
     for (int64_t i = 0; i < tiles; ++i)
         check(weight.tile_columns[i] >= 0 && weight.tile_columns[i] < across, "a tile is outside of the weight");
-    return tiles * weight.height * weight.width;
+    return tiles * weight.height * weight.width + kSpare;
+}
+
+// What weights of eight bits share.
+template <class Bytes> void read_bytes(Reader& from, const Header& header, Bytes& weight) {
+    check(header.value_type == 2 && header.has_scale, "its values are no bytes with scales");
+    check(weight.columns <= kMostBytes, "it has too many columns for sums of 32 bits");
+    weight.sums = from.take<int32_t>(weight.rows);
+}
+
+int64_t read(Reader& from, const Header& header, Int8Panels& weight) {
+    read_bytes(from, header, weight);
+    return parts(weight.rows, 16) * 16 * parts(weight.columns, 4) * 4;
+}
+
+int64_t read(Reader& from, const Header& header, Int8Tiles& weight) {
+    read_bytes(from, header, weight);
+    weight.height = header.sizes[0], weight.width = header.sizes[1];
+    weight.sections = header.sizes[2], weight.panel = header.sizes[3];
+    const bool words = weight.width == 4 && (weight.height == 1 || weight.height == 4);
+    check(words || (weight.width == 1 && weight.height == 4), "its tiles have a wrong size");
+    check(weight.panel == 16 || weight.panel == 64, "its panels have a wrong size");
+    check(weight.sections >= 1 && weight.sections <= weight.columns, "its sections are out of range");
+    const int64_t rows = parts(weight.rows, weight.panel) * weight.panel / weight.height * weight.sections;
+    weight.first_tiles = from.take<int64_t>(rows + 1);
+    const int64_t tiles = check_offsets(weight.first_tiles, rows), places = words ? tiles : tiles * 4;
+    check(tiles <= header.values / (4 * weight.height), "it has too few values");
+    weight.places = from.take<uint16_t>(places + kSpareBytes);
+    const int64_t across = words ? parts(weight.columns, 4) : weight.columns;
+    for (int64_t i = 0; i < places; ++i) check(weight.places[i] < across, "a tile is outside of the weight");
+    return tiles * 4 * weight.height + kSpareBytes;
+}
+
+int64_t read(Reader& from, const Header& header, Int8Bitmask& weight) {
+    read_bytes(from, header, weight);
+    return read_bits(from, weight) + kSpareBytes;
 }
 
 const Table& widest() {
@@ -141,6 +184,9 @@ void run(const Table& table, const Bitmask& weight) { table.bitmask(weight); }
 void run(const Table& table, const Panels& weight) { table.panels(weight); }
 void run(const Table& table, const Groups& weight) { table.groups(weight); }
 void run(const Table& table, const Tiles& weight) { table.tiles(weight); }
+void run(const Table& table, const Int8Panels& weight) { table.int8_panels(weight); }
+void run(const Table& table, const Int8Tiles& weight) { table.int8_tiles(weight); }
+void run(const Table& table, const Int8Bitmask& weight) { table.int8_bitmask(weight); }
 
 }  // namespace
 
@@ -162,6 +208,9 @@ PackedWeight::PackedWeight(const void* data, size_t size) : table_(&widest()) {
         case 1: weight_ = Panels{}; break;
         case 2: weight_ = Groups{}; break;
         case 3: weight_ = Tiles{}; break;
+        case 4: weight_ = Int8Panels{}; break;
+        case 5: weight_ = Int8Tiles{}; break;
+        case 6: weight_ = Int8Bitmask{}; break;
         default: refuse("its layout is unknown");
     }
     std::visit([&](auto& weight) {
@@ -173,7 +222,7 @@ PackedWeight::PackedWeight(const void* data, size_t size) : table_(&widest()) {
         }
         if (header.has_scale) weight.scale = from.take<float>(header.rows);
         stored_ = read(from, header, weight);
-        check(stored_ <= header.values - kSpare, "it has too few values");
+        check(stored_ <= header.values, "it has too few values");
     }, weight_);
 }
 
