@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from secateur import NM, Block, Column, Row, SparsityPattern, Unstructured
+from secateur import NM, Block, Column, Row, SparsityPattern, TransposableNM, Unstructured
 
 Unit = list[tuple[int, int]]  # the (row, column) of each weight that is kept or pruned together
 
@@ -96,6 +96,10 @@ def best(values: list[float], keep: int) -> set[int]:
 def mask(pattern: SparsityPattern, scores: np.ndarray, sparsity: float) -> np.ndarray:
     """True where kept: in each competition ``round(sparsity * units)`` units go."""
     kept = np.ones(scores.shape, dtype=bool)
+    if isinstance(pattern, TransposableNM):
+        rows, columns = (size - size % pattern.m for size in scores.shape)
+        kept[:rows, :columns] = transposable_mask(scores[:rows, :columns], pattern.n, pattern.m)
+        return kept
     for units in competitions(pattern, *scores.shape):
         survivors = best([unit_score(scores, unit) for unit in units], len(units) - round(sparsity * len(units)))
         for index, unit in enumerate(units):
