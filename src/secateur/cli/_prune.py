@@ -16,13 +16,13 @@ from secateur.cli._options import (
     Exclude,
     Html,
     Include,
-    Output,
     Overwrite,
     Samples,
     Seed,
     SequenceLength,
 )
-from secateur.pruning import Recipe
+from secateur._errors import RecipeError
+from secateur.pruning import ALLOCATIONS, Recipe
 from secateur.solvers import METHODS, ROUNDINGS
 
 _METHOD_HELP = f"{', '.join(METHODS)}; add +refit to re-estimate the kept weights. Default: wanda."
@@ -30,12 +30,21 @@ _METHOD_HELP = f"{', '.join(METHODS)}; add +refit to re-estimate the kept weight
 
 def prune(
     model: Annotated[Path, typer.Argument(help="Hugging Face model directory with safetensors weights.")],
-    output: Output,
+    output: Annotated[Path | None, typer.Option(help="Directory to write; it appears complete or not at all.")] = None,
     pattern: Annotated[
         str | None, typer.Option(help="unstructured, 2:4, block:16x16, row, column. Default: unstructured.")
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of each layer to prune, 0 to 1.")] = None,
     method: Annotated[str | None, typer.Option(help=_METHOD_HELP)] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help=f"How zeros are shared out: {', '.join(ALLOCATIONS)}. Default: uniform.")
+    ] = None,
+    sparsity_bounds: Annotated[
+        tuple[float, float] | None, typer.Option(help="Lowest and highest sparsity of a layer. Default: 0 1.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each layer would lose, and change and write nothing.")
+    ] = False,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options given beside it win.")] = None,
     calibration: Calibration = None,
     samples: Samples = 128,
@@ -69,13 +78,15 @@ def prune(
     with user_errors():
         from secateur.files import check_file
         from secateur.huggingface import CalibrationText
-        from secateur.pruning import prune_directory
+        from secateur.pruning import allocate_directory, prune_directory
         from secateur.reports import evaluation_table, pruned_table, require_page_extra, skipped_table
 
         settings = {
             "pattern": pattern,
             "sparsity": sparsity,
             "method": method,
+            "allocation": allocation,
+            "sparsity_bounds": sparsity_bounds,
             "remainder": remainder,
             "include": include,
             "exclude": exclude,
@@ -85,6 +96,18 @@ def prune(
         }
         given = {name: value for name, value in settings.items() if value is not None}
         text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
+        settled = Recipe.from_dict(given) if recipe is None else Recipe.load(recipe, given)
+        if dry_run:
+            if html is not None:
+                check_file(html)
+            with show_progress() as progress:
+                allotted = allocate_directory(model, settled, calibration=text, device=device, progress=progress)
+            if not written_or_printed(allotted, html, as_json):
+                show(allotted.table)
+                say(str(allotted))
+            return
+        if output is None:
+            raise RecipeError("--output says where the pruned model goes. Give it, or --dry-run to look only.")
         if html is not None:
             check_file(html, output)
             require_page_extra()
@@ -92,7 +115,7 @@ def prune(
             report = prune_directory(
                 model,
                 output,
-                Recipe.from_dict(given) if recipe is None else Recipe.load(recipe, given),
+                settled,
                 calibration=text,
                 evaluate=evaluate,
                 device=device,

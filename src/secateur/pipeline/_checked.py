@@ -53,6 +53,14 @@ def of(kind: type, what: str) -> Check:
 whole, number, flag = of(int, "a whole number"), of(float, "a number"), of(bool, "true or false")
 
 
+def numbers(name: str, value: object) -> list[float]:
+    """Return the value if it is a list of numbers."""
+    found = instance(name, value, list, "a list of numbers")
+    for entry in found:
+        number(f"an entry of {name}", entry)
+    return found
+
+
 def text_or_table(name: str, value: object) -> object:
     """Return the value if it is a text or a table."""
     if not isinstance(value, str | dict):

@@ -24,7 +24,6 @@ from secateur.calibration import (
 )
 from secateur.layers import NEVER_REACHED, Layer, Observed
 from secateur.patterns import SparsityPattern
-from secateur.pruning._allocation import ALLOCATIONS, Candidate, allocate
 from secateur.pruning._figures import layer_report
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Done, after, as_before
@@ -72,7 +71,7 @@ def prune_round_(
     recipe: Recipe,
     layers: Sequence[Layer],
     patterns: Mapping[str, SparsityPattern],
-    sparsity: float | None,
+    shares: Mapping[str, float],
     calibration: Calibration | None,
     before: Mapping[str, Done],
     progress: Progress,
@@ -84,7 +83,7 @@ def prune_round_(
         recipe: for all but its pattern and sparsity.
         layers: to prune.
         patterns: of each layer, by name.
-        sparsity: of the whole; None for a pattern that fixes its own.
+        shares: sparsity of each layer after the round, by name.
         calibration: None for methods that need none.
         before: what rounds before this one did, by the name of the layer.
         progress: called with a description, the layers done and the number of layers.
@@ -99,28 +98,16 @@ def prune_round_(
                 layer, patterns[layer.name], share, statistics, recipe, before.get(layer.name)
             )
 
-    def candidates(statistics: Mapping[str, LayerStatistics]) -> list[Candidate]:
-        return [Candidate(layer, patterns[layer.name], statistics.get(layer.name)) for layer in layers]
-
     if calibration is None:
-        shares = allocate(candidates({}), recipe.allocation, sparsity)
         for layer in layers:
             finish(layer, shares[layer.name], None)
             progress(layer.name, len(done), total)
         return Round(done)
 
     needs: frozenset[Need] = recipe.method.needs | (frozenset({"gram"}) if recipe.measure_error else frozenset())
-    dense_needs = ALLOCATIONS[recipe.allocation].needs
     loaded, observed, run = calibration.batches, calibration.observed, calibration.forward
     paddings = [found.fresh() for found in calibration.paddings]
     with quiet(model):
-        whole = replayed(model, loaded, layers, run, sequential=False)
-        dense = {}
-        if dense_needs:
-            fresh = [found.fresh() for found in paddings]
-            dense = gather(whole, 0, dense_needs, observed=observed, strict=recipe.strict, paddings=fresh)
-        shares = allocate(candidates(dense), recipe.allocation, sparsity)
-        del dense  # statistics of all layers at once, which the stages do not need
         source = replayed(model, loaded, layers, run, recipe.sequential)
         for index, stage in enumerate(source.stages):
             # Half of a stage's share of the work is calibrating it, half is solving its layers.

@@ -10,11 +10,13 @@ from secateur.solvers._importance import Wanda as Wanda
 from secateur.solvers._influence import influence as influence
 from secateur.solvers._methods import METHODS as METHODS
 from secateur.solvers._methods import WRAPPERS as WRAPPERS
+from secateur.solvers._methods import head_of as head_of
 from secateur.solvers._methods import method_from_dict as method_from_dict
 from secateur.solvers._methods import method_name as method_name
 from secateur.solvers._methods import method_to_dict as method_to_dict
 from secateur.solvers._methods import parse_method as parse_method
 from secateur.solvers._methods import rounding_of as rounding_of
+from secateur.solvers._methods import scope_of as scope_of
 from secateur.solvers._methods import with_rounding as with_rounding
 from secateur.solvers._problem import LayerProblem as LayerProblem
 from secateur.solvers._problem import Solution as Solution
