@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from secateur._errors import RecipeError
 from secateur.cli._app import say, show, show_progress, user_errors, worth_saying, written_or_printed
 from secateur.cli._options import (
     AsJson,
@@ -21,7 +22,6 @@ from secateur.cli._options import (
     Seed,
     SequenceLength,
 )
-from secateur._errors import RecipeError
 from secateur.pruning import ALLOCATIONS, Recipe
 from secateur.solvers import METHODS, ROUNDINGS
 

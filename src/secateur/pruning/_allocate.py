@@ -41,8 +41,8 @@ def allocate(
 ) -> AllocationReport:
     r"""Return how zeros would be shared out among the layers. The model is not changed.
 
-    :func:`prune_` with the same arguments prunes each layer to the share that is reported here. The total is always that
-    of ``"uniform"``, to the weight: shares are rounded to whole units of the pattern that add up exactly.
+    :func:`prune_` with the same arguments prunes each layer to the share that is reported here. The total is always
+    that of ``"uniform"``, to the weight: shares are rounded to whole units of the pattern that add up exactly.
 
     ================= ==========================================================================================
     ``"uniform"``     the same sparsity everywhere

@@ -302,7 +302,5 @@ ALLOCATIONS: dict[str, Allocation] = {
     "lamp": Allocation(_threshold, _magnitudes),
     "owl": Allocation(_owl, _outlying, needs=frozenset({"input_norm"})),
     "alpha": Allocation(_alpha, _exponents),
-    "sensitivity": Allocation(
-        _sensitivity, _sensitivities, needs_of=curve_needs, losses=_losses, needs_output=True
-    ),
+    "sensitivity": Allocation(_sensitivity, _sensitivities, needs_of=curve_needs, losses=_losses, needs_output=True),
 }

@@ -104,9 +104,7 @@ def share_out(
     def measure(part: Sequence[Candidate]) -> None:
         assert allocation.measure is not None
         found = allocation.measure(part, target)
-        measured.extend(
-            replace(one, statistics=None, measured=value) for one, value in zip(part, found, strict=True)
-        )
+        measured.extend(replace(one, statistics=None, measured=value) for one, value in zip(part, found, strict=True))
 
     needs = needs_of(recipe.allocation, recipe.method)
     if calibration is None or not (needs or allocation.needs_output):
@@ -121,7 +119,9 @@ def share_out(
             source = replayed(model, calibration.batches, layers, calibration.forward)
             for index, stage in enumerate(source.stages):
                 progress(f"sharing out: {stage.name}".rstrip(": "), len(measured), len(layers))
-                statistics = gather(source, index, needs, observed=calibration.observed, strict=False, paddings=paddings)
+                statistics = gather(
+                    source, index, needs, observed=calibration.observed, strict=False, paddings=paddings
+                )
                 part = [replace(by_name[layer.name], statistics=statistics.get(layer.name)) for layer in stage.layers]
                 with naming(f"allocation {recipe.allocation!r}"):
                     measure(part)

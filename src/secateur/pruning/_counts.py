@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,8 @@ def meet(family: Family, sizes: Sequence[int], budget: float, bounds: tuple[floa
         low, high = at(below), at(above)
     less, more = float(low @ weights), float(high @ weights)
     part = min(max((budget - less) / (more - less), 0.0), 1.0) if more > less else 0.0
-    return low + part * (high - low)
+    result: Shares = low + part * (high - low)
+    return result
 
 
 _END = 60.0
@@ -103,7 +105,10 @@ def whole_steps(shares: Sequence[float], steps: Sequence[Steps], start: Sequence
     totals = _exchanged(
         {size: sum(wanted[index] for index in members) for size, members in groups.items()},
         {size: sum(start[index] for index in members) for size, members in groups.items()},
-        {size: (sum(steps[i].low for i in members), sum(steps[i].high for i in members)) for size, members in groups.items()},
+        {
+            size: (sum(steps[i].low for i in members), sum(steps[i].high for i in members))
+            for size, members in groups.items()
+        },
     )
     result = [0] * len(steps)
     for size, members in groups.items():
@@ -113,33 +118,29 @@ def whole_steps(shares: Sequence[float], steps: Sequence[Steps], start: Sequence
     return result
 
 
-def _exchanged(
-    wanted: dict[int, float], start: dict[int, int], limits: dict[int, tuple[int, int]]
-) -> dict[int, int]:
+def _exchanged(wanted: dict[int, float], start: dict[int, int], limits: dict[int, tuple[int, int]]) -> dict[int, int]:
     """Steps of each group of layers with equal steps, by their size: moved between groups while that comes nearer."""
     now = dict(start)
     while True:
-        # How many weights each group lacks. The move that mends most comes first.
-        lacking = {size: size * (wanted[size] - now[size]) for size in now}
+        lacking = {size: size * (wanted[size] - steps) for size, steps in now.items()}  # weights
         best: tuple[float, int, int, int] | None = None
-        for more in now:
-            for less in now:
-                if lacking[more] <= lacking[less] or not more or not less or more == less:
-                    continue
-                weights = math.lcm(more, less)
-                room = min(limits[more][1] - now[more], (now[less] - limits[less][0]) * less // more)
-                times = min(round((lacking[more] - lacking[less]) / (2 * weights)), room * more // weights)
-                if times < 1:
-                    continue
-                moved = times * weights
-                gain = moved * (lacking[more] - lacking[less] - moved)  # half of what the sum of squares falls by
-                if gain > 1e-9 and (best is None or gain > best[0]):
-                    best = gain, more, less, moved
+        for more, less in permutations([size for size in now if size], 2):
+            if lacking[more] <= lacking[less]:
+                continue
+            weights = math.lcm(more, less)
+            room = min((limits[more][1] - now[more]) * more, (now[less] - limits[less][0]) * less) // weights
+            moved = weights * min(round((lacking[more] - lacking[less]) / (2 * weights)), room)
+            gain = moved * (lacking[more] - lacking[less] - moved)  # half of what the sum of squares falls by
+            if gain > _LITTLE and (best is None or gain > best[0]):
+                best = gain, more, less, moved
         if best is None:
             return now
         _, more, less, moved = best
         now[more] += moved // more
         now[less] -= moved // less
+
+
+_LITTLE = 1e-6  # an exchange that gains less would only be one of rounding errors
 
 
 def _in_steps(wanted: Sequence[float], steps: Sequence[Steps], total: int) -> list[int]:
@@ -151,11 +152,11 @@ def _in_steps(wanted: Sequence[float], steps: Sequence[Steps], total: int) -> li
         return np.clip(np.asarray(wanted) + shift * numbers, low, high)
 
     below, above = -1.0, 1.0
-    for _ in range(_HALVINGS if abs(sum(wanted) - total) > 1e-9 else 0):
+    for _ in range(_HALVINGS if abs(sum(wanted) - total) > _LITTLE else 0):
         middle = (below + above) / 2
         below, above = (middle, above) if at(middle).sum() < total else (below, middle)
     exact = at((below + above) / 2)
-    found = np.floor(exact + 1e-9)
+    found = np.floor(exact + _LITTLE)
     order = np.argsort(-(exact - found), kind="stable")  # of equal remainders the first layer
     missing = total - int(found.sum())
     while missing:

@@ -33,9 +33,7 @@ class OutputEffect:
         forward: how to call the model on a batch.
     """
 
-    def __init__(
-        self, model: nn.Module, batches: Sequence[Any], paddings: Sequence[Padding], forward: Forward
-    ) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Any], paddings: Sequence[Padding], forward: Forward) -> None:
         self._model, self._forward = model, forward
         chosen = sorted({round(i * (len(batches) - 1) / max(BATCHES - 1, 1)) for i in range(BATCHES)})
         self._batches = [batches[number] for number in chosen]

@@ -98,9 +98,7 @@ def outliers(scores: Sequence[Scores]) -> float:
     return sum(int((part > OUTLIER * mean).sum()) for part in scores) / max(number, 1)
 
 
-def owl_shares(
-    outlying: Sequence[float], sizes: Sequence[int], budget: float, bounds: tuple[float, float]
-) -> Shares:
+def owl_shares(outlying: Sequence[float], sizes: Sequence[int], budget: float, bounds: tuple[float, float]) -> Shares:
     r"""Outlier-weighed layers: a share is the mean less :math:`2 \lambda` times the scaled part of outliers.
 
     Differs from the paper's code: the mean is weighted by weights, shares stay within bounds, and blocks that all have
@@ -197,7 +195,8 @@ def _distribution(values: Tensor, is_sorted: bool = False) -> Distribution:
     ordered = values if is_sorted else values.sort().values
     places = torch.linspace(0, len(ordered) - 1, _POINTS, dtype=torch.float64).round().long().to(ordered.device)
     chosen = ordered[places].cpu().numpy()
-    return np.log(np.maximum(chosen, np.exp(-_LEAST)))
+    logs: Distribution = np.log(np.maximum(chosen, np.exp(-_LEAST)))
+    return logs
 
 
 _LEAST = 59.0  # a score of e^-59 or less counts as none: within the numbers that are tried

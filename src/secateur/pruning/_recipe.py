@@ -37,9 +37,9 @@ class Recipe:
 
     Args:
         pattern: a :class:`SparsityPattern` or its text.
-        sparsity: fraction of each layer to prune, in [0, 1]; to be left out for a pattern that fixes its own (N:M). With
-            another allocation than ``"uniform"`` it is that of all layers together, and below that of N:M some layers
-            get the pattern and the others stay dense.
+        sparsity: fraction of each layer to prune, in [0, 1]; to be left out for a pattern that fixes its own (N:M).
+            With another allocation than ``"uniform"`` it is that of all layers together, and below that of N:M some
+            layers get the pattern and the others stay dense.
         method: a :class:`Solver`, an :class:`Importance`, or the name of one: ``"magnitude"``, ``"wanda"``, ``"ria"``,
             ``"random"`` or ``"sparsegpt"``, optionally followed by ``"+refit"``.
         allocation: how the target is shared out among layers: ``"uniform"`` gives every layer the same sparsity;
@@ -128,28 +128,20 @@ class Recipe:
         return float(goal)
 
     def _check_target(self) -> None:
-        fixed = self.pattern.sparsity
-        if self.sparsity is None or fixed is None or self.allocation == "uniform":
+        fixed, low, high = self.pattern.sparsity, *self.sparsity_bounds
+        some_layers = fixed is not None and self.sparsity is not None and 0 <= self.sparsity < fixed - 1e-9
+        if not some_layers or self.allocation == "uniform":
             try:
                 self.pattern.resolve(self.sparsity)
             except PatternError as error:
-                if fixed is None or self.sparsity is None or not 0 <= self.sparsity < fixed:
-                    raise
-                raise PatternError(
-                    f"{error}\nOr give an allocation such as 'sensitivity', which leaves some layers dense."
-                ) from None
-        elif check_sparsity(self.sparsity) is None and self.sparsity > fixed:
-            raise PatternError(
-                f"{self.pattern} prunes {fixed:g} of a layer, and {self.sparsity:g} of all layers were asked for.\n"
-                f"Give a sparsity up to {fixed:g}, or another pattern."
-            )
-        low, high = self.sparsity_bounds
+                way = "\nAn allocation such as 'sensitivity' reaches less: it leaves some layers dense."
+                raise PatternError(f"{error}{way * some_layers}") from None
         if not low <= self.goal <= high:
             raise RecipeError(
                 f"sparsity_bounds=({low:g}, {high:g}) are those of every layer, so that all of them together have a "
                 f"sparsity from {low:g} to {high:g}, and {self.goal:g} was asked for.\nWiden the bounds."
             )
-        if fixed is not None and (low > 0 or high < fixed) and self.goal not in (low, high):
+        if some_layers and not (low == 0 and fixed is not None and fixed <= high):
             raise RecipeError(
                 f"a layer under {self.pattern} has a sparsity of {fixed:g} or 0, and sparsity_bounds=({low:g}, "
                 f"{high:g}) leave out one of them.\nLeave sparsity_bounds out."

@@ -17,7 +17,7 @@ from secateur.patterns import SparsityPattern, Unstructured, units_to_prune
 from secateur.pruning._counts import Shares, meet
 from secateur.pruning._figures import squared_error
 from secateur.pruning._solve import Option, choose
-from secateur.solvers import LayerProblem, Select, Solver, SparseGPT, head_of, scope_of
+from secateur.solvers import LayerProblem, Select, Solver, SparseGPT, head_of
 
 Effect = Callable[[Sequence[tuple[Layer, Weight]]], float]
 

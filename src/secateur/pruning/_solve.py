@@ -129,9 +129,7 @@ def _unit(layers: Sequence[Sequence[Option]], axis: int) -> int:
     return math.gcd(*(option.costs[axis] for options in layers for option in options)) or 1
 
 
-def _added(
-    best: np.ndarray, options: Sequence[Option], units: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _added(best: np.ndarray, options: Sequence[Option], units: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """The least loss of each total with one layer more, and which of its options gives it."""
     after = np.full_like(best, np.inf)
     step = np.zeros(best.shape, np.uint8 if len(options) <= 256 else np.uint16)
