@@ -52,11 +52,11 @@ def allocate(
     ``"owl"``         denser where many ``abs(w) * norm(x)`` are above five times their mean, by block
     ``"global"``      one threshold on the method's squared scores, each over their sum in the layer: the sum over
                       layers of relative squared errors is least, if inputs are uncorrelated
-    ``"sensitivity"`` measured: the error of each layer at nine sparsities, times what a unit of this error does to
+    ``"sensitivity"`` measured: the error of each layer at six sparsities, times what a unit of this error does to
                       the output of the model; the shares with the least sum, by dynamic programming
     ================= ==========================================================================================
 
-    ``"sensitivity"`` solves each layer nine times, and runs the model twice for each layer, in which only this one is
+    ``"sensitivity"`` solves each layer six times, and runs the model twice for each layer, in which only this one is
     pruned (once for all experts of a stack). It keeps the outputs of two batches and a few numbers for each layer; the
     statistics of one block are in memory at a time.
 

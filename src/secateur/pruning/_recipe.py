@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur._checks import flag, globs, instance, integer, known_keys, one_of, pair
 from secateur._errors import PatternError, RecipeError, naming
-from secateur.patterns import Remainder, SparsityPattern, Unstructured, check_sparsity, with_dense_remainder
+from secateur.patterns import Remainder, SparsityPattern, Unstructured, with_dense_remainder
 from secateur.pruning._allocation import ALLOCATIONS
 from secateur.solvers import (
     Importance,

@@ -21,7 +21,7 @@ from secateur.solvers import LayerProblem, Select, Solver, SparseGPT, head_of
 
 Effect = Callable[[Sequence[tuple[Layer, Weight]]], float]
 
-_SPARSITIES = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # at which the error is computed
+_SPARSITIES = (0.3, 0.5, 0.7, 0.85, 0.95)  # at which the error is computed
 _LEVELS = 64  # a layer's sparsity is chosen among its multiples of 1/64
 _BUCKETS = 1 << 14  # weights of the whole model are counted in so many parts, at least
 _GATHERED: frozenset[Need] = frozenset({"input_norm", "input_mean", "gram"})
