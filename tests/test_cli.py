@@ -110,6 +110,24 @@ def test_prune_writes_a_directory_that_loads_unchanged(llama, text, tmp_path, me
     assert report.calibration == {"file": "text.txt", "samples": 4, "sequence_length": 32, "seed": 0}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "held_out", "noted"),
+    [(["--held-out", "0.25"], 0.25, ""), (["--damping", "auto"], 0.2, "chosen by"), (["--damping", "0.5"], 0, "")],
+)
+def test_prune_measures_on_text_that_it_holds_out(llama, text, tmp_path, arguments, held_out, noted):
+    fixed = ("--sparsity", "0.5", "--method", "sparsegpt", "--calibration", text, *SMALL)
+    result = prune(llama, tmp_path / "out", *fixed, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = secateur.Report.from_json(result.stdout)
+    assert report.recipe.get("held_out", 0) == held_out
+    assert all((layer.held_out_error is not None) == bool(held_out) for layer in report.layers)
+    assert all(any(noted in note for note in layer.notes) for layer in report.layers if noted)
+    assert report.recipe["method"]["damping"] == (0.5 if "0.5" in arguments else 0.01)
+    refused = prune(llama, tmp_path / "other", *fixed, "--damping", "some")
+    assert refused.exit_code == 2
+    assert "unknown damping 'some'" in refused.output
+
+
 def test_evaluation_measures_the_weights_that_are_written(llama, text, tmp_path):
     output = tmp_path / "out"
     arguments = ("--sparsity", "0.6", "--method", "magnitude", "--evaluate", text, "--json")

@@ -4,6 +4,7 @@ from secateur.calibration._arguments import fit_arguments as fit_arguments
 from secateur.calibration._arguments import is_sentence_transformer as is_sentence_transformer
 from secateur.calibration._batches import Forward as Forward
 from secateur.calibration._batches import call_model as call_model
+from secateur.calibration._batches import evenly as evenly
 from secateur.calibration._batches import hash_batches as hash_batches
 from secateur.calibration._batches import load_batches as load_batches
 from secateur.calibration._batches import quiet as quiet

@@ -33,8 +33,10 @@ def gather(
     observed: Observed | None = None,
     strict: bool = True,
     paddings: Sequence[Padding] | None = None,
+    numbers: Sequence[int] | None = None,
+    pooled: bool = True,
 ) -> dict[str, LayerStatistics]:
-    """Run a stage on all batches and return the statistics of each of its layers, by layer name.
+    """Run a stage on batches and return the statistics of each of its layers, by layer name.
 
     A weight that is one of a stack, such as an expert, and that fewer than 64 inputs reach, gets the statistics of all
     inputs of its stack.
@@ -47,6 +49,8 @@ def gather(
         observed: what forward passes showed, where weights may be multiplied without a call of their layer.
         strict: refuse a layer that too few inputs reach. If False, one that none reached is left out of the result.
         paddings: what is padding in each batch, the same objects for all stages. None looks for it in the batches.
+        numbers: of the batches to run; None for all. A batch that later stages run must be run in each before them.
+        pooled: give a weight of a stack that few inputs reach those of its stack.
 
     Raises:
         StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask; or a
@@ -60,7 +64,8 @@ def gather(
     read = frozenset[int]() if observed is None else frozenset(observed.read)
     watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook], read) for hook in hooks]
     paddings = [Padding.of(batch) for batch in source.batches] if paddings is None else paddings
-    for index, padding in enumerate(paddings):
+    for done, index in enumerate(range(len(paddings)) if numbers is None else numbers, 1):
+        padding = paddings[index]
         finished = False
         while not finished:
             with suppress(RouteChanged), ExitStack() as stack:
@@ -69,8 +74,8 @@ def gather(
                     stack.enter_context(watch.watching(padding))
                 source.run(stage_index, index)
                 finished = True
-        on_batch(index + 1)
-    return _statistics(layers, watches, strict)
+        on_batch(done)
+    return _statistics(layers, watches, strict, pooled)
 
 
 class RowSums:
@@ -237,7 +242,9 @@ def _counted(module: nn.Module, running: Counter[int], key: int) -> Iterator[Non
             handle.remove()
 
 
-def _statistics(layers: Iterable[Layer], watches: list[_Watch], strict: bool) -> dict[str, LayerStatistics]:
+def _statistics(
+    layers: Iterable[Layer], watches: list[_Watch], strict: bool, pools: bool
+) -> dict[str, LayerStatistics]:
     """What was gathered, by layer name; one object for all layers that share everything.
 
     Raises:
@@ -247,13 +254,13 @@ def _statistics(layers: Iterable[Layer], watches: list[_Watch], strict: bool) ->
     found = {}
     stacks: dict[int, list[Layer]] = {}
     for layer in layers:
-        if isinstance(layer.kind.part, int):
+        if pools and isinstance(layer.kind.part, int):
             stacks.setdefault(id(layer.parameter), []).append(layer)
     pooled = {key: [_pooled(watch, members) for watch in watches] for key, members in stacks.items()}
     for layer in layers:
         own = [watch.sums[layer.name] for watch in watches]
         sums = own
-        if isinstance(layer.kind.part, int) and own[0].tokens < FEWEST_TOKENS:
+        if pools and isinstance(layer.kind.part, int) and own[0].tokens < FEWEST_TOKENS:
             sums = pooled[id(layer.parameter)]
             if strict and sums[0].tokens > own[0].tokens:
                 raise StatisticsError(

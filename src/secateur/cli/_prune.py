@@ -55,6 +55,16 @@ def prune(
         str | None,
         typer.Option(help=f"Round what is kept as well, for packing: {', '.join(ROUNDINGS)}. Default: it is not."),
     ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Share of the text that nothing is learned from: each layer's error is measured on it too."),
+    ] = None,
+    damping: Annotated[
+        str | None,
+        typer.Option(
+            help="A number for the method's damping, or auto: the best of four for each layer, on --held-out."
+        ),
+    ] = None,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
@@ -81,6 +91,8 @@ def prune(
             "exclude": exclude,
             "rounds": rounds,
             "rounding": rounding,
+            "held_out": held_out,
+            "damping": _number_or_name(damping),
             "strict": strict or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}
@@ -105,3 +117,11 @@ def prune(
         if report.evaluation is not None:
             show(evaluation_table(report.evaluation))
         say(f"{report}\nwritten to {output}")
+
+
+def _number_or_name(text: str | None) -> float | str | None:
+    """What is written as a number is one; whether a name is known is for the recipe to say."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text

@@ -32,6 +32,7 @@ from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Between, check_between
 from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
 
+_BATCH = 4096  # tokens in a batch, at most
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
 
@@ -107,7 +108,8 @@ def prune_directory(
         assert reader is not None
         assert text is not None
         windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
-        batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
+        most = _part_of(windows, recipe.held_out) if recipe.held_out else _BATCH
+        batches = [{"input_ids": ids} for ids in batched(reader.tried(windows), most)]
     quality = None
     if heldout is not None:
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
@@ -138,6 +140,12 @@ def prune_directory(
         overwrite,
     )
     return report
+
+
+def _part_of(windows: list[Tensor], share: float) -> int:
+    """How many tokens a batch may have so that some batches are that share of all windows."""
+    total = sum(len(window) for window in windows)
+    return max(1, min(_BATCH, int(total * min(share, 1 - share))))
 
 
 def _stages(path: Path, report: Report) -> str:

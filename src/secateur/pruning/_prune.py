@@ -25,7 +25,7 @@ from secateur.calibration import (
 from secateur.layers import check_model, select_layers
 from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS
-from secateur.pruning._one_round import Calibration, Round, prune_round_
+from secateur.pruning._one_round import Calibration, Round, held_out_batches, prune_round_
 from secateur.pruning._reach import observe_all, read_inputs, tell_unreached
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import (
@@ -60,6 +60,8 @@ def prune_(
     remainder: Remainder | None = None,
     rounds: int | None = None,
     rounding: str | None = None,
+    held_out: float | None = None,
+    damping: float | str | None = None,
     between: Between | None = None,
     forward: Forward | None = None,
     padding: PaddingSource | None = None,
@@ -82,8 +84,8 @@ def prune_(
             ``decoder_attention_mask`` or others, ``labels != -100`` for a decoder. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
-        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder: see
-            :class:`Recipe`.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder,
+            held_out, damping: see :class:`Recipe`.
         rounds: see :class:`Recipe`. The report is of the last one. With several rounds and an error to measure, a copy
             of the weights is kept meanwhile, so that the error is that of all rounds together.
         rounding: see :class:`Recipe`. The error in the report is that of pruning and rounding.
@@ -130,6 +132,8 @@ def prune_(
         "remainder": remainder,
         "rounds": rounds,
         "rounding": rounding,
+        "held_out": held_out,
+        "damping": damping,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
     needs: frozenset[Need] = recipe.method.needs
@@ -145,6 +149,11 @@ def prune_(
             "Pass batches, or use allocation='uniform', which needs none."
         )
 
+    if recipe.held_out and batches is None:
+        raise RecipeError(
+            f"held_out={recipe.held_out:g} holds out some of the batches to measure on, and there are none.\n"
+            "Pass batches, or leave held_out out."
+        )
     if between is not None:
         check_between(recipe)
 
@@ -158,7 +167,8 @@ def prune_(
         digest = hash_batches(inputs.batches)
         names = parameter_names(model) if forward is None else ()
         paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
-        calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model)
+        held = held_out_batches(recipe.held_out, len(inputs.batches))
+        calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model, held)
     unrounded = replace(recipe, method=with_rounding(recipe.method, None), rounding=None)
     tell = progress or (lambda description, done, total: None)
     known = {layer.name for layer in layers} | {entry.name for entry in skipped}
