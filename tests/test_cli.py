@@ -128,6 +128,12 @@ def test_prune_measures_on_text_that_it_holds_out(llama, text, tmp_path, argumen
     assert "unknown damping 'some'" in refused.output
 
 
+def test_prune_takes_windows_by_what_they_hold(llama, text, tmp_path):
+    arguments = ("--pattern", "2:4", "--calibration", text, *SMALL, "--select", "diverse", "--json")
+    result = prune(llama, tmp_path / "out", *arguments)
+    assert secateur.Report.from_json(result.stdout).calibration["select"] == "diverse"
+
+
 def test_evaluation_measures_the_weights_that_are_written(llama, text, tmp_path):
     output = tmp_path / "out"
     arguments = ("--sparsity", "0.6", "--method", "magnitude", "--evaluate", text, "--json")

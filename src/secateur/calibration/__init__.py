@@ -26,6 +26,7 @@ from secateur.calibration._sentences import split_sentences as split_sentences
 from secateur.calibration._stages import forward_as as forward_as
 from secateur.calibration._statistics import LayerStatistics as LayerStatistics
 from secateur.calibration._statistics import Need as Need
+from secateur.calibration._text import SELECTIONS as SELECTIONS
 from secateur.calibration._text import Windows as Windows
 from secateur.calibration._text import batched as batched
 from secateur.calibration._text import json_lines as json_lines

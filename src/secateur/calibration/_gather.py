@@ -22,6 +22,7 @@ from secateur.calibration._statistics import LayerStatistics, Need
 from secateur.layers import Layer, Observed
 
 FEWEST_TOKENS = 64  # below, a weight of a stack is calibrated on the inputs of the whole stack
+_CACHED = 2**18  # values
 STATISTICS: dict[Need, type[Accumulator]] = {statistic.name: statistic for statistic in (InputNorm, InputMean, Gram)}
 
 
@@ -78,6 +79,11 @@ def gather(
     return _statistics(layers, watches, strict, pooled)
 
 
+def _tokens_at_once(rows: Tensor) -> int:
+    """How many tokens of some rows fit into the cache of a CPU, so that all sums of them take one read of memory."""
+    return max(1, _CACHED // max(1, rows[:, :1].numel())) if rows.device.type == "cpu" else max(1, rows.shape[1])
+
+
 class RowSums:
     """Gathers the statistics that are computed from the same rows."""
 
@@ -98,16 +104,24 @@ class RowSums:
         Raises:
             StatisticsError: a value that is NaN or infinite.
         """
-        if not rows.isfinite().all():
-            bad = int((~rows.isfinite()).sum())
-            raise StatisticsError(
-                f"{bad} of {rows.numel()} input values are NaN or infinite, so nothing can be learned from them.\n"
-                "Check that the model computes finite outputs on the calibration batches in its current dtype."
-            )
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        new = {name: type(part)() for name, part in self._parts.items() if part.splits}
+        for some in rows.split(_tokens_at_once(rows), dim=1):
+            # A sum of large values may be infinite, but no sum with NaN or an infinite value is finite.
+            if not some.sum().isfinite() and not some.isfinite().all():
+                bad = int((~rows.isfinite()).sum())
+                raise StatisticsError(
+                    f"{bad} of {rows.numel()} input values are NaN or infinite, so nothing can be learned from them.\n"
+                    "Check that the model computes finite outputs on the calibration batches in its current dtype."
+                )
+            for part in new.values():
+                part.add(some)
         self.tokens += rows.shape[1]
-        for part in self._parts.values():
-            part.add(rows)
+        for name, part in self._parts.items():
+            if part.splits:
+                part.merge(new[name])
+            else:
+                part.add(rows)
 
     def merge(self, other: RowSums) -> None:
         """Add what another one with the same needs has gathered."""

@@ -20,6 +20,7 @@ from secateur.cli._options import (
     Overwrite,
     Samples,
     Seed,
+    Select,
     SequenceLength,
 )
 from secateur.pruning import Recipe
@@ -41,6 +42,7 @@ def prune(
     samples: Samples = 128,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
+    select: Select = "random",
     remainder: Annotated[
         str | None,
         typer.Option(help="Sizes that 2:4 or a block does not divide: error, or dense to leave the rest dense."),
@@ -96,7 +98,7 @@ def prune(
             "strict": strict or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
+        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed, select)
         if html is not None:
             check_file(html, output)
             require_page_extra()

@@ -107,7 +107,7 @@ def prune_directory(
     if calibration is not None:
         assert reader is not None
         assert text is not None
-        windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+        windows = reader.sample(text, calibration)
         most = _part_of(windows, recipe.held_out) if recipe.held_out else _BATCH
         batches = [{"input_ids": ids} for ids in batched(reader.tried(windows), most)]
     quality = None
