@@ -68,6 +68,8 @@ class Gram(Accumulator):
         assert self._sum is not None
         _check_overflow(self._sum.diagonal(dim1=1, dim2=2))
         for start, stop in _stripes(self._sum.shape[2]):
+            block = self._sum[:, start:stop, start:stop]  # its two halves were added in different orders
+            block.copy_(block.triu() + block.triu(1).mT)
             self._sum[:, stop:, start:stop] = self._sum[:, start:stop, stop:].mT
         return self._sum
 
@@ -109,7 +111,7 @@ class InputNorm(Accumulator):
         self._squares: Tensor | None = None  # float64
 
     def add(self, rows: Tensor) -> None:
-        squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+        squares = rows.double().square().sum(1)  # several times faster than vector_norm in float64
         self._squares = squares if self._squares is None else self._squares + squares
 
     def merge(self, other: InputNorm) -> None:
