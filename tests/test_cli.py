@@ -126,6 +126,8 @@ def test_prune_measures_on_text_that_it_holds_out(llama, text, tmp_path, argumen
     refused = prune(llama, tmp_path / "other", *fixed, "--damping", "some")
     assert refused.exit_code == 2
     assert "unknown damping 'some'" in refused.output
+    refused = prune(llama, tmp_path / "other", "--pattern", "2:4", "--method", "magnitude", "--held-out", "0.2")
+    assert "0.2 of the calibration text is to be held out, and there is none" in refused.output
 
 
 def test_prune_takes_windows_by_what_they_hold(llama, text, tmp_path):

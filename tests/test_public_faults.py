@@ -193,6 +193,12 @@ def test_every_test_here_belongs_to_a_fault():
 
 # What is tested nowhere else
 
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 all_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 
 
@@ -374,7 +380,6 @@ LAYERS = {  # a layer, its inputs, and its weight with a row for each output
 def test_groups_run_along_the_inputs_however_a_weight_is_stored(kind):
     """A group is what one output reads, next to each other in its row. In memory it may be far apart."""
     make, shape, rows = LAYERS[kind]
-    torch.manual_seed(0)
     layer = make()
     prune_(nn.Sequential(layer), [torch.randn(shape)], pattern="2:4", method="wanda")
     kept = layer.weight.detach() != 0
@@ -384,7 +389,6 @@ def test_groups_run_along_the_inputs_however_a_weight_is_stored(kind):
 
 
 def test_what_is_kept_after_learning_a_mask_is_not_scaled():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 12))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     training = secateur.SparseTraining(model, optimizer, steps=8, method="gate", sparsity=0.5)

@@ -85,6 +85,11 @@ def prune_directory(
         raise RecipeError(
             "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
         )
+    if recipe.held_out and calibration is None:
+        raise RecipeError(
+            f"a share of {recipe.held_out:g} of the calibration text is to be held out, and there is none.\n"
+            "Give some with --calibration TEXT_FILE, or leave --held-out out."
+        )
     text = None if calibration is None else read_text(calibration.path)
     heldout = None if evaluate is None else read_data(evaluate)
 
