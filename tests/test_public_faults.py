@@ -4,6 +4,7 @@ A test stands here if no other file has one; it computes what the faulty code do
 """
 
 import ast
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from secateur import (
     prune_,
 )
 from secateur.calibration._gather import RowSums
-from secateur.solvers import UNIT_IMPORTANCES
+from secateur.solvers import UNIT_IMPORTANCES, parse_method
 
 HERE = "test_public_faults.py"
 
@@ -82,6 +83,24 @@ FAULTS = [
         "RIA",
         "a device is written into the code",
         ("test_oneshot.py::test_the_stored_weights_have_exactly_the_sparsity",),
+    ),
+    Fault("ADMM", "a schedule of sparsity that is not used", ("test_the_sparsity_rises_before_the_mask_is_chosen",)),
+    Fault("ADMM", "2:4 is written into the code", ("test_every_pattern_and_every_count_is_met",)),
+    Fault("ADMM", "one weight too many at an edge of kthvalue", ("test_every_pattern_and_every_count_is_met",)),
+    Fault("ADMM", "torch.inverse of what may be singular", ("test_a_singular_gram_is_solved",)),
+    Fault(
+        "ALPS", "a view of the weights is zeroed in place", ("test_a_problem_is_left_as_it_was_and_shares_no_memory",)
+    ),
+    Fault("ALPS", "the sparsity is the part that is kept", ("test_every_pattern_and_every_count_is_met",)),
+    Fault("ALPS", "one damping in the paper and another in the code", ("test_a_singular_gram_is_solved",)),
+    Fault("OWL", "shares below 0 or above 1", ("test_shares_stay_within_0_and_1_and_meet_the_budget_of_weights",)),
+    Fault(
+        "OWL",
+        "a mean over layers, however many weights they have",
+        ("test_shares_stay_within_0_and_1_and_meet_the_budget_of_weights",),
+    ),
+    Fault(
+        "AlphaPruning", "divides by 0 where all layers are alike", ("test_layers_that_are_all_alike_get_equal_shares",)
     ),
     Fault(
         "DSnoT",
@@ -404,3 +423,83 @@ def test_what_is_kept_after_learning_a_mask_is_not_scaled():
     assert torch.equal(after, torch.where(after != 0, before, 0.0))
     assert int((after == 0).sum()) == 96
     torch.testing.assert_close(model.eval()(x), nn.functional.linear(x, after, model[0].bias))
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_every_pattern_and_every_count_is_met(method, pattern):
+    """Not 2:4 alone, and not one more or less where nothing, one weight or all of them go."""
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for sparsity in [None] if pattern.sparsity is not None else [0.0, 1 / 120, 0.5, 0.9, 1.0]:
+        solution = pruned_by(parse_method(method), weight, pattern, sparsity)
+        used = solution.pattern or pattern
+        used.check(solution.mask)
+        assert int((~solution.mask).sum()) == used.num_pruned(weight.shape, sparsity)
+        assert not solution.weight[~solution.mask].any()
+
+
+def test_the_sparsity_rises_before_the_mask_is_chosen():
+    """With the schedule inactive, the first mask is the last one: that of the weights before any made up for others."""
+    errors = {1: 0.0, 8: 0.0}
+    for seed in range(5):
+        weight = torch.randn(16, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x = inputs(seed=seed)
+        solutions = {
+            gradual: pruned_by(secateur.ADMM(gradual=gradual), weight, Unstructured(), 0.7, x) for gradual in errors
+        }
+        assert not torch.equal(solutions[1].mask, solutions[8].mask)
+        for gradual, solution in solutions.items():
+            errors[gradual] += float(((weight - solution.weight) @ x.T).square().sum())
+    assert errors[8] < errors[1]
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+def test_a_problem_is_left_as_it_was_and_shares_no_memory(method):
+    weight, x = torch.randn(6, 20, dtype=torch.float64), inputs()
+    problem = LayerProblem(weight, statistics_of(x), Unstructured(), 0.5)
+    before = weight.clone(), problem.statistics.gram.clone()
+    first, second = (parse_method(method).solve(problem) for _ in range(2))
+    assert torch.equal(weight, before[0])
+    assert torch.equal(problem.statistics.gram, before[1])
+    assert torch.equal(first.weight, second.weight)
+    first.weight.zero_()
+    assert torch.equal(weight, before[0])
+    assert second.weight.any()
+
+
+@pytest.mark.parametrize("method", ["admm", "alps"])
+def test_a_singular_gram_is_solved(method):
+    weight, x = torch.randn(6, 20, dtype=torch.float64), inputs(tokens=5)
+    x[:, 3] = 0
+    x[:, 5] = x[:, 4]
+    solution = pruned_by(parse_method(method), weight, Unstructured(), 0.5, x)
+    assert solution.weight.isfinite().all()
+    assert float(((weight - solution.weight) @ x.T).norm()) < float((weight @ x.T).norm())
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alpha"])
+@pytest.mark.parametrize("sparsity", [0.02, 0.5, 0.97])
+def test_shares_stay_within_0_and_1_and_meet_the_budget_of_weights(allocation, sparsity):
+    """Layers of very different sizes and inputs: a mean that is not weighted by weights misses the whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[0].weight[:, 0] *= 1000
+        model[2].weight.copy_(torch.randn(16, 1) @ torch.randn(1, 128) + 0.01 * torch.randn(16, 128))
+    settings = {"sparsity": sparsity, "method": "wanda", "pattern": Unstructured("layer")}
+    uniform = prune_(copy.deepcopy(model), [torch.randn(64, 8)], **settings)
+    report = prune_(model, [torch.randn(64, 8)], **settings, allocation=allocation)
+    assert all(0 <= layer.asked <= 1 for layer in report.layers)
+    assert report.num_pruned == uniform.num_pruned
+    assert len({round(layer.asked, 6) for layer in report.layers}) > 1
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alpha"])
+def test_layers_that_are_all_alike_get_equal_shares(allocation):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(model[0].weight)
+    report = prune_(model, [torch.eye(8)], sparsity=0.5, method="magnitude", allocation=allocation)
+    assert {layer.pruned for layer in report.layers} == {32}
