@@ -20,6 +20,7 @@ from secateur.cli._options import (
     Overwrite,
     Samples,
     Seed,
+    Select,
     SequenceLength,
 )
 from secateur.pruning import ALLOCATIONS, Recipe
@@ -50,6 +51,7 @@ def prune(
     samples: Samples = 128,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
+    select: Select = "random",
     remainder: Annotated[
         str | None,
         typer.Option(help="Sizes that 2:4 or a block does not divide: error, or dense to leave the rest dense."),
@@ -63,6 +65,16 @@ def prune(
     rounding: Annotated[
         str | None,
         typer.Option(help=f"Round what is kept as well, for packing: {', '.join(ROUNDINGS)}. Default: it is not."),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Share of the text that nothing is learned from: each layer's error is measured on it too."),
+    ] = None,
+    damping: Annotated[
+        str | None,
+        typer.Option(
+            help="A number for the method's damping, or auto: the best of four for each layer, on --held-out."
+        ),
     ] = None,
     strict: Annotated[
         bool,
@@ -92,10 +104,12 @@ def prune(
             "exclude": exclude,
             "rounds": rounds,
             "rounding": rounding,
+            "held_out": held_out,
+            "damping": _number_or_name(damping),
             "strict": strict or None,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
+        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed, select)
         settled = Recipe.from_dict(given) if recipe is None else Recipe.load(recipe, given)
         if dry_run:
             if html is not None:
@@ -128,3 +142,11 @@ def prune(
         if report.evaluation is not None:
             show(evaluation_table(report.evaluation))
         say(f"{report}\nwritten to {output}")
+
+
+def _number_or_name(text: str | None) -> float | str | None:
+    """What is written as a number is one; whether a name is known is for the recipe to say."""
+    try:
+        return text if text is None else float(text)
+    except ValueError:
+        return text

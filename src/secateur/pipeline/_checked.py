@@ -78,7 +78,7 @@ def calibration(folder: Path, seed: int) -> Callable[[object], tuple[Calibration
     Returns:
         A function of the value, which gives the text and whether a number of samples was asked for.
     """
-    keys: dict[str, Check] = {"file": text, "samples": whole, "sequence_length": whole, "seed": whole}
+    keys: dict[str, Check] = {"file": text, "samples": whole, "sequence_length": whole, "seed": whole, "select": text}
 
     def read(value: object) -> tuple[CalibrationText, bool]:
         found = {"file": value} if isinstance(value, str) else dict(table("calibration", value))

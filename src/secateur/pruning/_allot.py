@@ -114,13 +114,21 @@ def share_out(
         paddings = [found.fresh() for found in calibration.paddings]
         with quiet(model):
             if allocation.needs_output:
-                effect = OutputEffect(model, calibration.batches, calibration.paddings, calibration.forward)
+                learned = calibration.learned
+                batches, padded = ([part[n] for n in learned] for part in (calibration.batches, calibration.paddings))
+                effect = OutputEffect(model, batches, padded, calibration.forward)
                 target = replace(target, effect=effect)
             source = replayed(model, calibration.batches, layers, calibration.forward)
             for index, stage in enumerate(source.stages):
                 progress(f"sharing out: {stage.name}".rstrip(": "), len(measured), len(layers))
                 statistics = gather(
-                    source, index, needs, observed=calibration.observed, strict=False, paddings=paddings
+                    source,
+                    index,
+                    needs,
+                    observed=calibration.observed,
+                    strict=False,
+                    paddings=paddings,
+                    numbers=calibration.learned,
                 )
                 part = [replace(by_name[layer.name], statistics=statistics.get(layer.name)) for layer in stage.layers]
                 with naming(f"allocation {recipe.allocation!r}"):

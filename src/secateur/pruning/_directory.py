@@ -33,6 +33,7 @@ from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Between, check_between
 from secateur.reports import PRUNING_REPORT, AllocationReport, Report, stages_from_json, stages_to_json
 
+_BATCH = 4096  # tokens in a batch, at most
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
 
@@ -93,7 +94,7 @@ def prune_directory(
     buffers = {} if between is None else _stored_buffers(model, directory)
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text else None
-    batches = _batches_of(reader, text, calibration)
+    batches = _batches_of(reader, text, calibration, recipe)
     quality = None
     if heldout is not None:
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
@@ -152,7 +153,7 @@ def allocate_directory(
     _check_reads_text(directory, model, text)
     recipe, _ = _match_checkpoint(model, directory, recipe, missing, everything=False)
     reader = TextReader(model, directory, calibration.sequence_length) if text and calibration else None
-    return allocate(model, _batches_of(reader, text, calibration), recipe, progress=progress)
+    return allocate(model, _batches_of(reader, text, calibration, recipe), recipe, progress=progress)
 
 
 def _text_for(recipe: Recipe, calibration: CalibrationText | None) -> str | None:
@@ -163,6 +164,11 @@ def _text_for(recipe: Recipe, calibration: CalibrationText | None) -> str | None
             if recipe.method.needs
             else f"the allocation {recipe.allocation!r} learns from text: give some with --calibration TEXT_FILE, or "
             "use --allocation uniform."
+        )
+    if recipe.held_out and calibration is None:
+        raise RecipeError(
+            f"a share of {recipe.held_out:g} of the calibration text is to be held out, and there is none.\n"
+            "Give some with --calibration TEXT_FILE, or leave --held-out out."
         )
     return None if calibration is None else read_text(calibration.path)
 
@@ -177,13 +183,20 @@ def _check_reads_text(directory: ModelDirectory, model: nn.Module, text: object)
 
 
 def _batches_of(
-    reader: TextReader | None, text: str | None, calibration: CalibrationText | None
+    reader: TextReader | None, text: str | None, calibration: CalibrationText | None, recipe: Recipe
 ) -> list[dict[str, Tensor]] | None:
     """Windows of the text, as the model takes them."""
     if reader is None or text is None or calibration is None:
         return None
-    windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
-    return [{"input_ids": ids} for ids in batched(reader.tried(windows))]
+    windows = reader.sample(text, calibration)
+    most = _part_of(windows, recipe.held_out) if recipe.held_out else _BATCH
+    return [{"input_ids": ids} for ids in batched(reader.tried(windows), most)]
+
+
+def _part_of(windows: list[Tensor], share: float) -> int:
+    """How many tokens a batch may have so that some batches are that share of all windows."""
+    total = sum(len(window) for window in windows)
+    return max(1, min(_BATCH, int(total * min(share, 1 - share))))
 
 
 def _stages(path: Path, report: Report) -> str:

@@ -14,7 +14,13 @@ from secateur.solvers import LayerProblem, Solution
 from secateur.zeros import parameter_names
 
 
-def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, seconds: float) -> LayerReport:
+def layer_report(
+    layer: Layer,
+    problem: LayerProblem,
+    solution: Solution,
+    seconds: float,
+    held_out: LayerStatistics | None = None,
+) -> LayerReport:
     """Return what was done to a layer whose solution has been written to the model.
 
     Args:
@@ -22,6 +28,7 @@ def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, second
         problem: with the dense weight.
         solution: that was written.
         seconds: that solving and writing took.
+        held_out: of inputs that nothing was learned from, with their Gram matrix; None if there are none.
     """
     dense, statistics = problem.weight, problem.statistics
     stored = layer.matrix()
@@ -44,6 +51,7 @@ def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, second
         thumbnail=thumbnail(solution.mask),
         parameters=parameter_names(layer),
         empty_rows=empty_rows(stored),
+        held_out_error=relative_error(dense, stored.to(dense), held_out),
     )
 
 

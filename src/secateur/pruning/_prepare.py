@@ -21,7 +21,7 @@ from secateur.calibration import (
 from secateur.layers import Layer, select_layers
 from secateur.patterns import SparsityPattern
 from secateur.pruning._allocation import ALLOCATIONS, needs_of
-from secateur.pruning._one_round import Calibration
+from secateur.pruning._one_round import Calibration, held_out_batches
 from secateur.pruning._reach import read_inputs, tell_unreached
 from secateur.pruning._recipe import Recipe
 from secateur.reports import SkippedLayer
@@ -82,6 +82,11 @@ def prepare(
             f"the allocation {recipe.allocation!r} needs calibration inputs ({', '.join(sorted(dense_needs))}).\n"
             "Pass batches, or use allocation='uniform', which needs none."
         )
+    if recipe.held_out and batches is None:
+        raise RecipeError(
+            f"held_out={recipe.held_out:g} holds out some of the batches to measure on, and there are none.\n"
+            "Pass batches, or leave held_out out."
+        )
     inputs = None if batches is None else read_inputs(model, batches, recipe, forward)
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, None if inputs is None else inputs.observed)
     tell_unreached(layers, skipped, recipe.strict)
@@ -92,5 +97,6 @@ def prepare(
     digest = hash_batches(inputs.batches)
     names = parameter_names(model) if forward is None else ()
     paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
-    calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model)
+    held_out = held_out_batches(recipe.held_out, len(inputs.batches))
+    calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model, held_out)
     return Work(layers, skipped, patterns, calibration, digest, inputs.ignored)

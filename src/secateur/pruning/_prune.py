@@ -51,6 +51,8 @@ def prune_(
     remainder: Remainder | None = None,
     rounds: int | None = None,
     rounding: str | None = None,
+    held_out: float | None = None,
+    damping: float | str | None = None,
     sparsity_bounds: tuple[float, float] | None = None,
     between: Between | None = None,
     forward: Forward | None = None,
@@ -75,7 +77,7 @@ def prune_(
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
         pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder,
-            sparsity_bounds: see :class:`Recipe`.
+            held_out, damping, sparsity_bounds: see :class:`Recipe`.
         rounds: see :class:`Recipe`. The report is of the last one. With several rounds and an error to measure, a copy
             of the weights is kept meanwhile, so that the error is that of all rounds together.
         rounding: see :class:`Recipe`. The error in the report is that of pruning and rounding.
@@ -122,6 +124,8 @@ def prune_(
         "remainder": remainder,
         "rounds": rounds,
         "rounding": rounding,
+        "held_out": held_out,
+        "damping": damping,
         "sparsity_bounds": sparsity_bounds,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)

@@ -7,6 +7,7 @@ from secateur.reports._compare_records import WayResult as WayResult
 from secateur.reports._compare_records import WayTiming as WayTiming
 from secateur.reports._compare_records import frontier as frontier
 from secateur.reports._comparing import ComparisonReport as ComparisonReport
+from secateur.reports._coverage import few_tokens_note as few_tokens_note
 from secateur.reports._evaluating import EvaluationReport as EvaluationReport
 from secateur.reports._evaluating import Figure as Figure
 from secateur.reports._evaluating import figures_table as figures_table

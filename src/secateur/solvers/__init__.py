@@ -2,6 +2,9 @@
 
 from secateur.solvers._columns import Refitted as Refitted
 from secateur.solvers._columns import refit_columns as refit_columns
+from secateur.solvers._damping import check_damping as check_damping
+from secateur.solvers._damping import has_damping as has_damping
+from secateur.solvers._damping import with_damping as with_damping
 from secateur.solvers._importance import RIA as RIA
 from secateur.solvers._importance import Importance as Importance
 from secateur.solvers._importance import Magnitude as Magnitude
