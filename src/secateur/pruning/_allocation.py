@@ -134,8 +134,8 @@ def allocate(layers: Sequence[Candidate], allocation: str, target: Target) -> Al
 
     A pattern that fixes its own sparsity leaves a layer one choice: the pattern, or nothing. Then the budget is
     :math:`\sum_l s n_l`, with the weights :math:`n_l` that the pattern covers, and those layers are pruned whose total
-    is nearest to it, and among such choices those that lose least. Where the layers' sizes have no large common divisor,
-    totals are told apart in parts of 1/131,072 of all weights.
+    is nearest to it, and among such choices those that lose least. Where the sizes have no large common divisor, totals
+    are told apart in parts of 1/131,072 of all weights.
 
     Args:
         layers: the layers to prune, with what was measured of them.
