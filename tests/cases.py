@@ -46,6 +46,8 @@ SOLVERS = [
     Refit(SparseGPT(block_size=8)),
 ]
 
+ALLOCATIONS = ["uniform", "global", "erk", "lamp", "owl", "alpha", "sensitivity"]
+
 # By the text that names them: every head, alone and inside every wrapper.
 HEADS = {
     "magnitude": Select(Magnitude()),

@@ -55,6 +55,8 @@ ROOMS = [
 ]
 
 PUBLIC = [
+    "AllocatedLayer",
+    "AllocationReport",
     "Block",
     "Choice",
     "Column",
@@ -110,6 +112,7 @@ PUBLIC = [
     "Unstructured",
     "Verification",
     "Wanda",
+    "allocate",
     "apply_masks_",
     "bucket",
     "compare",
@@ -391,6 +394,8 @@ def test_examples_in_docstrings_run(name, monkeypatch):
 def test_public_callables_have_examples():
     without = {"Importance", "Solver", "LayerKind", "LayerProblem", "LayerStatistics", "Solution", "verify"}
     reports = {
+        "AllocatedLayer",
+        "AllocationReport",
         "Choice",
         "Evaluation",
         "EvaluationReport",

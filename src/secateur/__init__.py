@@ -41,8 +41,11 @@ from secateur.patterns import SparsityPattern as SparsityPattern
 from secateur.patterns import Unstructured as Unstructured
 from secateur.pipeline import Pipeline as Pipeline
 from secateur.pruning import Recipe as Recipe
+from secateur.pruning import allocate as allocate
 from secateur.pruning import prune_ as prune_
 from secateur.recovery import recover_ as recover_
+from secateur.reports import AllocatedLayer as AllocatedLayer
+from secateur.reports import AllocationReport as AllocationReport
 from secateur.reports import Choice as Choice
 from secateur.reports import ComparisonReport as ComparisonReport
 from secateur.reports import Evaluation as Evaluation

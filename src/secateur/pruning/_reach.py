@@ -87,5 +87,5 @@ def tell_unreached(layers: Sequence[Layer], skipped: Sequence[SkippedLayer], str
         )
     warnings.warn(
         f"no calibration input reached {what}, which stays dense. To say that it should: exclude={globs!r}.",
-        stacklevel=3,
+        stacklevel=4,  # who called prune_ or allocate
     )

@@ -260,7 +260,7 @@ class _Inputs:
             reader = TextReader(model, directory, None if calibration is None else calibration.sequence_length)
         batches: list[Mapping[str, Tensor]]
         if reader is not None and text is not None and calibration is not None:
-            windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+            windows = reader.sample(text, calibration)
             batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
             first = windows[0][None, :_LATENCY_TOKENS]
             example = {"input_ids": first.to(next(model.parameters()).device)}

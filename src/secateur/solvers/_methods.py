@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur._checks import known_keys, one_of
 from secateur._errors import RecipeError
+from secateur.patterns import Scope
 from secateur.solvers._importance import IMPORTANCES, Importance
 from secateur.solvers._problem import Solver
 from secateur.solvers._refit import Refit
@@ -79,6 +80,19 @@ def method_from_dict(table: Mapping[str, Any]) -> Solver:
         raise RecipeError(f'method {name!r} needs the method inside it: inner = "wanda", for example.')
     made = _CLASSES[name](**settings)
     return Select(made) if isinstance(made, Importance) else made
+
+
+def head_of(solver: Solver) -> Solver:
+    """Return the solver inside all wrappers: that of ``"wanda"`` for ``"wanda+refit"``."""
+    while isinstance(inner := getattr(solver, "inner", None), Solver):
+        solver = inner
+    return solver
+
+
+def scope_of(solver: Solver) -> Scope:
+    """Return what a solver compares under ``Unstructured()``: what its importance was made for, else the layer."""
+    head = head_of(solver)
+    return head.importance.scope if isinstance(head, Select) else "layer"
 
 
 def rounding_of(solver: Solver) -> str | None:
