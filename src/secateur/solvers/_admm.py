@@ -27,10 +27,10 @@ class ADMM(Solver):
 
     H is the Gram matrix of inputs that are scaled to norm 1, with ``damping`` added to the ones of its diagonal, then
     scaled once more so that the square of a weight is what its loss costs. :math:`P_t` keeps the largest weights that
-    the pattern allows at turn t, when the sparsity is :math:`s - s (1 - (t + 1) / \text{gradual})^3`; N:M passes through
-    n':m. After ``gradual`` turns the mask stays, and conjugate gradients fit the weights on it. The result is compared
-    with the mask of :class:`SparseGPT`, fitted as well, on up to 512 rows; where it does not clearly win, the one with
-    less error on all rows is returned.
+    the pattern allows at turn t, when the sparsity is :math:`s - s (1 - (t + 1) / \text{gradual})^3`; N:M passes
+    through n':m. After ``gradual`` turns the mask stays, and conjugate gradients fit the weights on it. The result is
+    compared with the mask of :class:`SparseGPT`, fitted as well, on up to 512 rows; where it does not clearly win, the
+    one with less error on all rows is returned.
 
     It loses less than SparseGPT with a refit, and more than :class:`ALPS`, which takes more time.
 

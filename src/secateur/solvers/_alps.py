@@ -41,10 +41,11 @@ class ALPS(Solver):
     best of the three, and what has the least error on all rows is returned.
 
     Differs from the paper: it scales inputs to norm 1 only, so that P ranks weights as Wanda does and not as optimal
-    brain surgeon does. Its rho starts at 0.1 and rises faster, which finds worse masks. It gets the matrix for each rho
-    from an eigendecomposition of H, which takes longer than ten turns; here each rho takes a Cholesky factorisation. Its
-    damping is a fraction of the mean of the diagonal, which outliers raise for all other inputs; here it is a fraction
-    of each input's own entry. A failed factorisation raises the damping tenfold, up to 1, and says so.
+    brain surgeon does. Its rho starts at 0.1 and rises faster, which finds worse masks. It gets the matrix for each
+    rho from an eigendecomposition of H, which takes longer than ten turns; here each rho takes a Cholesky
+    factorisation. Its damping is a fraction of the mean of the diagonal, which outliers raise for all other inputs;
+    here it is a fraction of each input's own entry. A failed factorisation raises the damping tenfold, up to 1, and
+    says so.
 
     Cost: mostly 25 to 45 turns, each as much as a product of ``[out, in]`` with ``[in, in]`` and a selection, with a
     Cholesky factorisation, in^3 / 3, for every third; 9 such products for the fit, up to as many for the comparison,
@@ -131,13 +132,15 @@ class ALPS(Solver):
 def _factor(layer: Layer, rho: float) -> Tensor:
     raised = layer.gram.clone()
     raised.diagonal(dim1=1, dim2=2).add_(rho)
-    return torch.linalg.cholesky(raised)
+    factor: Tensor = torch.linalg.cholesky(raised)
+    return factor
 
 
 def _solve(factor: Tensor, right: Tensor) -> Tensor:
     """``right @ inv(L @ L.T)``; from this side it is twice as fast as ``torch.cholesky_solve``."""
     half = torch.linalg.solve_triangular(factor.mT, right, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+    whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+    return whole
 
 
 def _energy_off(near: Tensor, mask: Mask) -> float:

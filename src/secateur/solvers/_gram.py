@@ -84,7 +84,7 @@ def scaled_gram(weight: Weight, statistics: LayerStatistics, damping: float) -> 
     First every input is scaled to norm 1, and the damping is added to the ones of the diagonal, so that each input is
     damped by a fraction of itself; a dead input has a one too. Then inputs are scaled once more so that the inverse has
     the same number everywhere on its diagonal: the square of a weight is then the cost of its loss, if all others make
-    up for it, whatever its input. The mean of the result's diagonal is one.
+    up for it, whatever its input. The mean of the result's diagonal is one, without dead inputs.
 
     The damping is raised as for a factor, and the matrix is kept with the statistics.
 
@@ -103,7 +103,8 @@ def scaled_gram(weight: Weight, statistics: LayerStatistics, damping: float) -> 
         unit = damped(unit, used)
         identity = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
         scale = torch.linalg.solve_triangular(factor, identity, upper=False).norm(dim=1)  # sqrt of inv(unit)_jj
-        scale = scale / (unit.diagonal(dim1=1, dim2=2) * scale**2).mean(1, keepdim=True).sqrt()
+        total = (scale**2 * ~dead).sum(1, keepdim=True) * (1 + used)
+        scale = scale * ((~dead).sum(1, keepdim=True).clamp(min=1) / torch.where(total > 0, total, 1)).sqrt()
         unit *= scale.unsqueeze(1)
         unit *= scale.unsqueeze(2)
         statistics.factors[key] = unit, used

@@ -111,8 +111,8 @@ class Splitting:
              + \tfrac\rho2 \lVert B - D \rVert^2 \\
         D &= P(B + V / \rho), \quad V \leftarrow V + \rho (B - D)
 
-    D is :math:`T = B + V / \rho` where the mask keeps it, and V is :math:`\rho T` where it does not: T, the mask and rho
-    are the whole state.
+    D is :math:`T = B + V / \rho` where the mask keeps it, and V is :math:`\rho T` where it does not: T, the mask and
+    rho are the whole state.
 
     Args:
         layer: W and H.
