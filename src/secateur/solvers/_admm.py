@@ -29,14 +29,15 @@ class ADMM(Solver):
     scaled once more so that the square of a weight is what its loss costs. :math:`P_t` keeps the largest weights that
     the pattern allows at turn t, when the sparsity is :math:`s - s (1 - (t + 1) / \text{gradual})^3`; N:M passes
     through n':m. After ``gradual`` turns the mask stays, and conjugate gradients fit the weights on it. The result is
-    compared with the mask of :class:`SparseGPT`, fitted as well, on up to 512 rows; where it does not clearly win, the
+    compared with the mask of :class:`SparseGPT`, fitted as well, on up to 256 rows; where it does not clearly win, the
     one with less error on all rows is returned.
 
     It loses less than SparseGPT with a refit, and more than :class:`ALPS`, which takes more time.
 
     Differs from the paper: the second scale makes the largest weights those that optimal brain surgeon keeps, where the
     paper has those that Wanda keeps. With the mask fixed, an iteration of conjugate gradients comes nearer to the best
-    weights than a turn does. rho and the damping are lower, 1 and 0.1 in the paper. A failed factorisation raises
+    weights than a turn does. So 10 turns and 4 iterations end with less error than the paper's 15 and 5 turns. rho and the
+    damping are lower, 1 and 0.1 in the paper. A failed factorisation raises
     the damping tenfold, up to 1, and says so.
 
     Cost: two Cholesky factorisations and two triangular inverses, in^3 / 3 each, a product of ``[in, in]``
@@ -65,8 +66,8 @@ class ADMM(Solver):
         Boža, "Fast and Effective Weight Update for Pruned Large Language Models", 2024, arXiv:2401.02938.
     """
 
-    iterations: int = 20
-    gradual: int = 15
+    iterations: int = 14
+    gradual: int = 10
     rho: float = 0.5
     damping: float = 0.01
 
@@ -114,11 +115,15 @@ def rise(layer: Layer, turns: int, rho: float) -> tuple[Tensor, Splitting]:
         share = target - target * (1 - (turn + 1) / turns) ** 3
         return layer.project(total, *at_partial_sparsity(layer.pattern, share))
 
-    pull = _inverse(layer, rho)
+    pull, spare = _inverse(layer, rho), torch.empty_like(layer.weight)
+
+    def multiply(right: Tensor) -> Tensor:
+        return torch.bmm(right, pull, out=spare)
+
     near = layer.weight
     state = Splitting(layer, near, project(0, near), rho)
     for turn in range(1, turns):
-        near = state.turn(rho, lambda right: right @ pull, partial(project, turn))
+        near = state.turn(rho, multiply, partial(project, turn))
     return near, state
 
 

@@ -15,7 +15,7 @@ from secateur.solvers._gram import gram_for, scaled_gram
 from secateur.solvers._problem import LayerProblem, Solution
 from secateur.solvers._sparsegpt import SparseGPT
 
-_CLEARLY, _ROWS = 0.8, 512  # of the other's error, on so many rows of each group
+_CLEARLY, _ROWS = 0.8, 256  # of the other's error, on so many rows of each group
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +73,12 @@ class Layer:
         solved, kept = start[:, rows].clone(), mask[:, rows]
         residual = ((self.weight[:, rows] - solved) @ self.gram).mul_(kept)
         preconditioner = self.gram.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(1)
-        direction = preconditioner * residual
+        direction, product = preconditioner * residual, torch.empty_like(residual)
         energy = torch.linalg.vecdot(residual, direction).unsqueeze(2)
         # A solved row's residual is the noise of rounding, which further steps would amplify: it stands still.
         solved_at = energy * torch.finfo(energy.dtype).eps ** 2
         for _ in range(iterations):
-            product = (direction @ self.gram).mul_(kept)
+            torch.bmm(direction, self.gram, out=product).mul_(kept)
             step = _ratio(energy, torch.linalg.vecdot(direction, product).unsqueeze(2)) * (energy > solved_at)
             solved.addcmul_(step, direction)
             residual.addcmul_(step, product, value=-1)
@@ -126,19 +126,24 @@ class Splitting:
     mask: Mask
     rho: float
 
+    def __post_init__(self) -> None:
+        self.total = self.total.clone()
+        self._spare = torch.empty_like(self.total)
+
     def turn(self, rho: float, solve: Callable[[Tensor], Tensor], project: Callable[[Tensor], Mask]) -> Tensor:
         """Take one, and return B.
 
         Args:
             rho: how much B is drawn to D.
-            solve: ``R (H + rho I)^-1``, given R.
+            solve: ``R (H + rho I)^-1``, given R, which it may overwrite; the result is overwritten in the next turn.
             project: the mask, given T.
         """
-        sparse = self.total * self.mask
-        dual = (self.total - sparse).mul_(self.rho)
-        right = sparse.sub_(self.layer.weight).mul_(rho).sub_(dual)
-        near = solve(right) + self.layer.weight
-        self.total = torch.add(near, dual, alpha=1 / rho)
+        # In place: on large layers new memory would take as long as the solve.
+        right = torch.mul(self.total, self.mask, out=self._spare)
+        self.total -= right
+        right.mul_(rho).add_(self.layer.weight, alpha=-rho).add_(self.total, alpha=-self.rho)
+        near = solve(right).add_(self.layer.weight)
+        torch.add(near, self.total, alpha=self.rho / rho, out=self.total)
         self.mask, self.rho = project(self.total), rho
         return near
 
@@ -158,7 +163,7 @@ def best(layer: Layer, found: list[Found]) -> Found:
 
 
 def rival(layer: Layer, found: Found, iterations: int) -> Found | None:
-    """SparseGPT's mask, fitted; None where a result is clearly better, by up to 512 rows of each group."""
+    """SparseGPT's mask, fitted; None where a result is clearly better, by up to 256 rows of each group."""
     other = SparseGPT().solve(layer.problem)
     start, mask = other.weight.view_as(found.mask) * layer.scale, other.mask.view_as(found.mask)
     some = slice(None, None, -(-mask.shape[1] // _ROWS))
