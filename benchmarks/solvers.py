@@ -174,9 +174,8 @@ def main() -> None:
     methods = options.methods.split(",")
     print(describe())
     check(methods)
-    print(
-        "\n| method | size | target | seconds | published | ratio | error | published |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("\n| method | size | target | seconds | published | ratio | error | published |")
+    print("|---|---|---|---|---|---|---|---|")
     table = []
     for size in options.sizes:
         rows, columns = map(int, size.split("x"))

@@ -271,7 +271,7 @@ def test_groups_that_compete_are_solved_together(solver, pattern):
     ("make", "message"),
     [
         (lambda: ADMM(gradual=0), "gradual must be at least 1, got 0"),
-        (lambda: ADMM(iterations=9), "gradual is 10, but there are 9 iterations"),
+        (lambda: ADMM(iterations=9), "gradual is 12, but there are 9 iterations"),
         (lambda: ADMM(rho=0), "rho is 0, and must be above it"),
         (lambda: ADMM(damping=-1), "damping must be at least 0, got -1"),
         (lambda: ALPS(iterations=0), "iterations must be at least 1, got 0"),

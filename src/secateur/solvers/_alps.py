@@ -16,7 +16,7 @@ from secateur.solvers._splitting import Found, Layer, Splitting, best, by_group,
 
 _RHO = 0.02  # of the first turn: so low that no weight is bound to the first mask
 _SWINGING = 0.3  # of the kept weights: where more of them change in a turn, the mask swings, and rho is far too low
-_FASTER, _SLOWER, _EVERY = 1.3, 1.2, 3  # what rho is multiplied by, at each turn or at every third
+_FASTER, _SLOWER, _EVERY = 1.3, 1.16, 3  # what rho is multiplied by, at each turn or at every third
 _STILL = 1e-3  # of the kept weights change, and as much of the energy of all weights is off the mask: the end
 _FITS = 6  # iterations of conjugate gradients, which come within a percent of the best weights
 _AGAIN = 0.1  # rho of the first turn from a mask that is good already
@@ -33,7 +33,7 @@ class ALPS(Solver):
     H is the Gram matrix of inputs that are scaled to norm 1, with ``damping`` added to the ones of its diagonal, then
     scaled once more so that the square of a weight is what its loss costs. P keeps the largest weights that the pattern
     allows, at the exact count. :math:`\rho` starts at 0.02. It is multiplied by 1.3 after each turn in which the mask
-    swings, and by 1.2 after every third turn as it settles, until it stands still. Conjugate gradients then
+    swings, and by 1.16 after every third turn as it settles, until it stands still. Conjugate gradients then
     fit the weights on it.
 
     The result is compared with the mask of :class:`SparseGPT`, fitted as well, on up to 256 rows. Where it does not
