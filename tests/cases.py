@@ -1,6 +1,8 @@
 """The patterns, importances, solvers, methods, formats and routes that every law is checked on."""
 
 from secateur import (
+    ADMM,
+    ALPS,
     NM,
     RIA,
     Block,
@@ -42,6 +44,8 @@ SOLVERS = [
     Select(Random()),
     SparseGPT(),
     SparseGPT(block_size=8),
+    ADMM(),
+    ALPS(),
     Refit(Select(Wanda())),
     Refit(SparseGPT(block_size=8)),
 ]
@@ -55,6 +59,8 @@ HEADS = {
     "ria": Select(RIA()),
     "random": Select(Random()),
     "sparsegpt": SparseGPT(),
+    "admm": ADMM(),
+    "alps": ALPS(),
 }
 # A format, a pattern that it holds, and a shape that the pattern fits.
 FORMATS = [

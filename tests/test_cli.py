@@ -81,7 +81,7 @@ def weights(path):
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "wanda+refit", "random"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "wanda+refit", "random", "admm", "alps"])
 def test_prune_writes_a_directory_that_loads_unchanged(llama, text, tmp_path, method):
     output = tmp_path / "out"
     result = prune(llama, output, "--pattern", "2:4", "--method", method, "--calibration", text, *SMALL)

@@ -55,6 +55,8 @@ ROOMS = [
 ]
 
 PUBLIC = [
+    "ADMM",
+    "ALPS",
     "AllocatedLayer",
     "AllocationReport",
     "Block",

@@ -65,6 +65,8 @@ from secateur.reports import ShrinkReport as ShrinkReport
 from secateur.reports import SkippedLayer as SkippedLayer
 from secateur.reports import Verification as Verification
 from secateur.shrinking import shrink_ as shrink_
+from secateur.solvers import ADMM as ADMM
+from secateur.solvers import ALPS as ALPS
 from secateur.solvers import RIA as RIA
 from secateur.solvers import Importance as Importance
 from secateur.solvers import LayerProblem as LayerProblem

@@ -1,5 +1,7 @@
 """Which weights of one layer go, and what do the others become?"""
 
+from secateur.solvers._admm import ADMM as ADMM
+from secateur.solvers._alps import ALPS as ALPS
 from secateur.solvers._columns import Refitted as Refitted
 from secateur.solvers._columns import refit_columns as refit_columns
 from secateur.solvers._damping import check_damping as check_damping

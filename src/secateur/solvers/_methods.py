@@ -9,6 +9,8 @@ from typing import Any
 from secateur._checks import known_keys, one_of
 from secateur._errors import RecipeError
 from secateur.patterns import Scope
+from secateur.solvers._admm import ADMM
+from secateur.solvers._alps import ALPS
 from secateur.solvers._importance import IMPORTANCES, Importance
 from secateur.solvers._problem import Solver
 from secateur.solvers._refit import Refit
@@ -16,7 +18,7 @@ from secateur.solvers._select import Select
 from secateur.solvers._sparsegpt import SparseGPT
 
 # Heads are these and the importances. A wrapper is a solver around the one in its field `inner`.
-SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT}
+SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT, "admm": ADMM, "alps": ALPS}
 WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit}
 METHODS = (*IMPORTANCES, *SOLVERS)
 
