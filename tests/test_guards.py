@@ -102,6 +102,7 @@ PUBLIC = [
     "SolverError",
     "SparseConv2d",
     "SparseGPT",
+    "Swaps",
     "SparseLinear",
     "SparseTraining",
     "SparsityError",
