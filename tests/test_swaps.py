@@ -110,13 +110,19 @@ def test_no_single_swap_would_lower_the_error(inner, pattern):
 @pytest.mark.parametrize("pattern", [Unstructured("row"), NM(2, 4), Block(2, 2), Column(2)], ids=str)
 def test_the_swap_that_is_made_is_the_best_and_costs_what_it_says(pattern):
     """One unit is wrong: what the swap leaves is the least of all swaps' recomputed errors."""
-    problem = problem_of(pattern, sparsity=0.25, rows=4, columns=8, seed=3)
-    start = Refit(Select(Magnitude())).solve(problem)
-    found = list(swaps_of(problem, start))
-    best = min(errors(problem, values_after(problem, start.weight, *swap)).sum() for swap in found)
-    after = Swaps(Select(Magnitude()), rounds=1).solve(problem)
-    assert best < errors(problem, start.weight).sum()
-    assert errors(problem, after.weight).sum() <= best * (1 + 1e-9)
+    improved = 0
+    for seed in range(8):
+        problem, inner = problem_of(pattern, 0.25, rows=4, columns=8, seed=seed), Select(Random(seed))
+        start = Refit(inner).solve(problem)
+        now = errors(problem, start.weight).sum()
+        best = min(
+            errors(problem, values_after(problem, start.weight, *swap)).sum() for swap in swaps_of(problem, start)
+        )
+        after = errors(problem, Swaps(inner, rounds=1).solve(problem).weight).sum()
+        assert after <= min(best, now) * (1 + 1e-9)
+        improved += bool(after < now * (1 - 1e-6))
+        assert (after < now * (1 - 1e-6)) == (best < now * (1 - 1e-6))
+    assert improved > 0
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 5])
@@ -131,13 +137,16 @@ def test_few_candidates_lower_the_error_too(pattern, candidates):
 
 @pytest.mark.parametrize("pattern", [Unstructured("row"), NM(2, 4), Block(2, 2), Block(4, 2), Column(), Row()], ids=str)
 def test_groups_have_inputs_of_their_own(pattern):
-    problem = problem_of(pattern, rows=8, groups=4)
-    inner = Select(Magnitude())
-    solution = Swaps(inner).solve(problem)
-    verify(problem, solution)
-    assert solution.notes == ()
-    before, after = errors(problem, Refit(inner).solve(problem).weight), errors(problem, solution.weight)
-    assert after.sum() < before.sum()
+    better = 0
+    for seed in range(6):
+        problem, inner = problem_of(pattern, rows=8, groups=4, seed=seed), Select(Random(seed))
+        solution = Swaps(inner).solve(problem)
+        verify(problem, solution)
+        assert solution.notes == ()
+        before, after = errors(problem, Refit(inner).solve(problem).weight), errors(problem, solution.weight)
+        assert after.sum() <= before.sum() * (1 + 1e-9)
+        better += bool(after.sum() < 0.999 * before.sum())
+    assert better > 0
 
 
 def test_a_unit_in_parts_of_two_groups_is_said_and_left():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,12 @@ def fit(dense: Weight, start: Weight, kept: Mask, gram: Tensor, iterations: int,
     size = max(1, _ROWS // dense.shape[1] // height) * height
     for group, h in enumerate(gram):
         rows = len(dense) // len(gram)
+        shared = math.gcd(height, rows)  # a group may have a part of the rows that share a mask
         scale = h.diagonal().sqrt()
         unit = h / scale / scale.unsqueeze(1)
         for first in range(group * rows, (group + 1) * rows, size):
             part = slice(first, min(first + size, (group + 1) * rows))
             lost = (dense[part] - start[part]) * scale
-            shared = height if (len(lost) % height, first % height) == (0, 0) else 1
             step = _steps(lost, kept[part], unit, iterations, shared) / scale
             # Adding nothing would turn -0.0 into 0.0.
             result[part] = torch.where(step == 0, start[part], start[part] + step)

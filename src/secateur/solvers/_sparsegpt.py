@@ -15,6 +15,7 @@ from secateur.patterns import SparsityPattern, units_to_prune, with_scope
 from secateur.solvers._gram import gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
 from secateur.solvers._round import check_rounding, round_columns, without_none
+from secateur.solvers._removed import whole_columns
 from secateur.solvers._sweep import PANEL, compensate, open_block, to_columns, to_rows
 
 
@@ -34,12 +35,17 @@ class SparseGPT(Solver):
     and a block's compensation for all columns before it follows from one product with R. That saves the inverse, one of
     two factorisations and every write to columns still to come.
 
+    A unit of several weights costs what its removal costs once the columns to come have made up for it,
+    :math:`\\lVert W_P (U_{PP})^{-1} \\rVert^2`, not the sum of what its weights cost alone; that is :math:`w_i H w_i^T`
+    for a row. Columns that go whole, in all rows, go one after the other: each time the one that costs least when all
+    others take over from it, as in :func:`secateur.solvers.remove_columns`, and what stays is the exact fit.
+
     With ``rounding``, the weights that are kept are then rounded in a second sweep, in which the later columns make up
     for each error of rounding as well. The grid of each row, or of each group of columns in it, is that of the pruned
     weights, and it is what packing with that ``value_dtype`` stores: nothing is lost there. At sparsity 0 this is GPTQ.
 
     Differs from the paper: inputs that are never active are pruned first, but their weights are untouched at sparsity
-    0, where the public code zeroes them; a failed factorisation raises the damping tenfold, up to 1, and says so. The
+    0, where the public code zeroes them; units of several weights are as said above, the paper has none; a failed factorisation raises the damping tenfold, up to 1, and says so. The
     paper prunes and rounds in one sweep; with two, the scales are chosen from the weights as pruning left them.
 
     Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications, twice as many with rounding; memory:
@@ -93,7 +99,13 @@ class SparseGPT(Solver):
         groups, rows = len(gram), len(weight)
         factor, damping = upper_factor(weight, problem.statistics, self.damping)
         notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
-        scale = factor.diagonal(dim1=1, dim2=2).masked_fill(gram.diagonal(dim1=1, dim2=2) == 0, 0)  # [groups, in]
+        units = pattern.units(weight.shape)
+        if units.size > 1 and units.height == rows:
+            solved, mask, scores = whole_columns(replace(problem, pattern=pattern), gram, damping)
+            if self.rounding is not None:
+                solved = round_columns(solved, factor, self.rounding)
+            return Solution(solved, mask, scores, pattern, notes)
+        alive = gram.diagonal(dim1=1, dim2=2) != 0  # [groups, in]
 
         dense = to_columns(weight, groups)
         pruned = torch.empty_like(dense)
@@ -110,7 +122,7 @@ class SparseGPT(Solver):
                 end = min(begin + width, stop - start)
                 here = slice(start + begin, start + end)
                 compensate(current, error, inverse, 0, begin, end)
-                torch.mul(current[:, begin:end].abs(), scale[:, here, None], out=scores[:, here])
+                scores[:, here] = _costs(current[:, begin:end], factor[:, here, here], alive[:, here], units.width)
                 part = replace(problem, pruned=None if problem.pruned is None else problem.pruned[:, here])
                 mask = pattern.mask(part.ranked(to_rows(scores[:, here])), sparsity)
                 kept[:, here] = mask.view(groups, rows // groups, end - begin).transpose(1, 2)
@@ -132,6 +144,22 @@ class SparseGPT(Solver):
         if self.rounding is not None:
             solved = round_columns(solved, factor, self.rounding)
         return Solution(solved, mask, to_rows(scores), pattern, notes)
+
+
+def _costs(current: Tensor, factor: Tensor, alive: Tensor, width: int) -> Tensor:
+    """The roots of what each weight adds to the cost of its unit, which is ``||W_P (U_PP)^-1||^2 = ||W_P R_PP||^2``.
+
+    Args:
+        current: ``[groups, columns, rows]``.
+        factor: R of these columns, ``[groups, columns, columns]``.
+        alive: ``[groups, columns]``: what multiplies a dead input costs nothing.
+        width: columns of a unit.
+    """
+    if width == 1:
+        return current.abs() * (factor.diagonal(dim1=1, dim2=2) * alive).unsqueeze(2)
+    unit = torch.arange(factor.shape[1], device=factor.device) // width
+    within = factor * alive.unsqueeze(2) * (unit.unsqueeze(0) == unit.unsqueeze(1))
+    return (within.transpose(1, 2) @ current).abs()
 
 
 def _blocks(

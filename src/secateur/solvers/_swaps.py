@@ -33,9 +33,9 @@ class Swaps(Solver):
         \qquad c = (W - V) H,
 
     which is exact: u becomes zero, and q takes the value that is best while all others stay. A unit is a weight, or
-    what the pattern keeps or prunes whole; swaps stay within a row of units, and within a group of N:M, so that every count
-    stays. Rows are kept whole by their exact cost, which is optimal. The error never rises. Put ``+refit`` after it,
-    so that all weights make up for the last swaps too.
+    what the pattern keeps or prunes whole; swaps stay within a row of units, and within a group of N:M, so that every
+    count stays. Rows are kept whole by their exact cost, which is optimal. The error never rises. Put ``+refit`` after
+    it, so that all weights make up for the last swaps too.
 
     All rows are refined at once. The cheapest units to prune and the best to restore are the candidates of a row; their
     pairs are compared exactly, again after each swap, and many swaps share one update of c. A row is done when no pair
