@@ -379,4 +379,5 @@ class _Search:
 def _taken(values: Tensor, index: Tensor) -> Tensor:
     """The values of some units of each band, ``[parts, bands, rows, count, width]``."""
     parts, bands, rows, _, width = values.shape
-    return values.gather(3, index.view(1, bands, 1, -1, 1).expand(parts, -1, rows, -1, width))
+    taken: Tensor = values.gather(3, index.view(1, bands, 1, -1, 1).expand(parts, -1, rows, -1, width))
+    return taken
