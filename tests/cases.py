@@ -13,6 +13,7 @@ from secateur import (
     Row,
     Select,
     SparseGPT,
+    Swaps,
     Unstructured,
     Wanda,
 )
@@ -48,6 +49,8 @@ SOLVERS = [
     ALPS(),
     Refit(Select(Wanda())),
     Refit(SparseGPT(block_size=8)),
+    Swaps(Select(Wanda())),
+    Refit(Swaps(SparseGPT(), rounds=1)),
 ]
 
 ALLOCATIONS = ["uniform", "global", "erk", "lamp", "owl", "alpha", "sensitivity"]
@@ -91,4 +94,8 @@ FORMATS = [
 PACKED_PATTERNS = ["unstructured", "2:4", "3:8", "block:4x4", "block:16x1", "row", "column"]
 PACKED_WITH_REMAINDER = "block:5x3,remainder=dense"
 
-METHODS = HEADS | {f"{name}+refit": Refit(solver) for name, solver in HEADS.items()}
+METHODS = (
+    HEADS
+    | {f"{name}+refit": Refit(solver) for name, solver in HEADS.items()}
+    | {f"{name}+swaps": Swaps(solver) for name, solver in HEADS.items()}
+)

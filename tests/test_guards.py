@@ -106,6 +106,7 @@ PUBLIC = [
     "SolverError",
     "SparseConv2d",
     "SparseGPT",
+    "Swaps",
     "SparseLinear",
     "SparseTraining",
     "SparsityError",

@@ -130,7 +130,8 @@ def test_solution_is_that_of_the_paper(solver, pattern):
     np.testing.assert_allclose(solution.weight.numpy(), weight, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("row"), NM(2, 4), Block(4, 4), Column()], ids=str)
+# Columns are removed one by one, not in blocks: the brute force of many of them would take hours.
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("row"), NM(2, 4), Block(4, 4)], ids=str)
 def test_sparsegpt_is_that_of_the_paper_over_many_blocks_and_panels(pattern):
     problem = problem_of(pattern, 0.6, rows=8, columns=300, tokens=600)
     weight, mask = truth(SparseGPT(), problem)

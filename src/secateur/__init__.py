@@ -77,6 +77,7 @@ from secateur.solvers import Select as Select
 from secateur.solvers import Solution as Solution
 from secateur.solvers import Solver as Solver
 from secateur.solvers import SparseGPT as SparseGPT
+from secateur.solvers import Swaps as Swaps
 from secateur.solvers import Wanda as Wanda
 from secateur.solvers import verify as verify
 from secateur.training import GroupSparsity as GroupSparsity

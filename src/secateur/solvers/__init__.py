@@ -35,6 +35,7 @@ from secateur.solvers._round import ROUNDINGS as ROUNDINGS
 from secateur.solvers._round import check_rounding as check_rounding
 from secateur.solvers._select import Select as Select
 from secateur.solvers._sparsegpt import SparseGPT as SparseGPT
+from secateur.solvers._swaps import Swaps as Swaps
 from secateur.solvers._units import UNIT_IMPORTANCES as UNIT_IMPORTANCES
 from secateur.solvers._units import UnitFisher as UnitFisher
 from secateur.solvers._units import UnitFLAP as UnitFLAP

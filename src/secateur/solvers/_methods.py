@@ -16,10 +16,11 @@ from secateur.solvers._problem import Solver
 from secateur.solvers._refit import Refit
 from secateur.solvers._select import Select
 from secateur.solvers._sparsegpt import SparseGPT
+from secateur.solvers._swaps import Swaps
 
 # Heads are these and the importances. A wrapper is a solver around the one in its field `inner`.
 SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT, "admm": ADMM, "alps": ALPS}
-WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit}
+WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit, "swaps": Swaps}
 METHODS = (*IMPORTANCES, *SOLVERS)
 
 _CLASSES: dict[str, Any] = {**IMPORTANCES, **SOLVERS, **WRAPPERS}
