@@ -5,12 +5,15 @@ from secateur import (
     RIA,
     Block,
     Column,
+    Fisher,
     Magnitude,
+    Movement,
     Random,
     Refit,
     Row,
     Select,
     SparseGPT,
+    Taylor,
     Unstructured,
     Wanda,
 )
@@ -34,16 +37,27 @@ PATTERNS = [
 ]
 
 IMPORTANCES = [Magnitude(), Wanda(), RIA(), RIA(exponent=1.0), RIA(exponent=0.0), Random(), Random(seed=7)]
+FROM_LOSS = [Taylor(), Fisher(), Movement()]
+
+
+def loss_of(output, batch):
+    """A loss for methods that need one; it is not zero for any output that is not."""
+    return output.double().sin().square().sum()
+
 
 SOLVERS = [
     Select(Magnitude()),
     Select(Wanda()),
     Select(RIA()),
     Select(Random()),
+    Select(Taylor()),
+    Select(Fisher()),
+    Select(Movement()),
     SparseGPT(),
     SparseGPT(block_size=8),
     Refit(Select(Wanda())),
     Refit(SparseGPT(block_size=8)),
+    Refit(Select(Fisher())),
 ]
 
 # By the text that names them: every head, alone and inside every wrapper.
@@ -52,6 +66,9 @@ HEADS = {
     "wanda": Select(Wanda()),
     "ria": Select(RIA()),
     "random": Select(Random()),
+    "taylor": Select(Taylor()),
+    "fisher": Select(Fisher()),
+    "movement": Select(Movement()),
     "sparsegpt": SparseGPT(),
 }
 # A format, a pattern that it holds, and a shape that the pattern fits.

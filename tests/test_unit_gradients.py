@@ -214,7 +214,7 @@ def test_counts_batches():
         (lambda output, batch: 1.0, "must be a scalar tensor, got float"),
         (lambda output, batch: output.sum().detach(), "does not depend on the weights of the layers"),
         (lambda output, batch: output.sum() * math.nan, "loss of batch 0 is nan"),
-        (lambda output, batch: (output * 0).sqrt().sum(), "first: the gradients of batch 0 are NaN or infinite"),
+        (lambda output, batch: (output * 0).sqrt().sum(), "last: the gradients of batch 0 are NaN or infinite"),
     ],
 )
 def test_losses_that_say_nothing_are_refused(loss, message):

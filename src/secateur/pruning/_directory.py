@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
-from secateur.calibration import batched, read_text
+from secateur.calibration import GRADIENTS, batched, read_text
 from secateur.evaluation import DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output, without_claims
 from secateur.huggingface import (
@@ -20,6 +20,7 @@ from secateur.huggingface import (
     StoredWeights,
     TextReader,
     directory_figures,
+    language_loss,
     load_body,
     open_model,
     reading_of,
@@ -31,6 +32,7 @@ from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Between, check_between
 from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
+from secateur.solvers import method_name
 
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -84,6 +86,9 @@ def prune_directory(
         raise RecipeError(
             "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
         )
+    loss = None
+    if (recipe.method.needs | ALLOCATIONS[recipe.allocation].needs) & GRADIENTS:
+        loss = language_loss(directory, method_name(recipe.method), "--method sparsegpt", "secateur.prune_")
     text = None if calibration is None else read_text(calibration.path)
     heldout = None if evaluate is None else read_data(evaluate)
 
@@ -113,7 +118,7 @@ def prune_directory(
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
         quality = DenseQuality.of(whole, heldout, reading, progress)
 
-    report = prune_(model, batches, recipe, between=between, progress=progress)
+    report = prune_(model, batches, recipe, loss=loss, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
     now = dict(model.named_buffers())
     _check_writable(directory, [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])])

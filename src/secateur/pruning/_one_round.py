@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch import nn
 from secateur._errors import SolverError, naming
 from secateur._types import Progress
 from secateur.calibration import (
+    GRADIENTS,
     Forward,
     LayerStatistics,
+    Loss,
     Need,
     Padding,
+    add_gradients,
     gather,
     padding_by_stage,
     quiet,
@@ -42,12 +45,36 @@ class Calibration:
         observed: which layers they reach, and how weights are read.
         paddings: of each batch.
         forward: how to call the model on a batch.
+        loss: for methods that need one.
+        given: the batches for the loss: with what the model does not take, such as labels.
     """
 
     batches: list[Any]
     observed: Observed
     paddings: Sequence[Padding]
     forward: Forward
+    loss: Loss | None = None
+    given: Sequence[Any] | None = None
+
+    def with_gradients(
+        self,
+        gathered: dict[str, LayerStatistics],
+        needs: frozenset[Need],
+        model: nn.Module,
+        layers: Sequence[Layer],
+        on_batch: Callable[[int], None] = lambda done: None,
+        done: int = 0,
+    ) -> dict[str, LayerStatistics]:
+        """Return statistics with those of gradients among the needs, if there are any, and the model as it is now."""
+        if not needs & GRADIENTS:
+            return gathered
+        assert self.loss is not None
+
+        def tell(count: int) -> None:
+            on_batch(done + count)
+
+        wanted = needs & GRADIENTS
+        return add_gradients(gathered, wanted, model, self.batches, layers, self.loss, self.forward, tell, self.given)
 
 
 @dataclass(frozen=True)
@@ -118,18 +145,22 @@ def prune_round_(
         dense = {}
         if dense_needs:
             fresh = [found.fresh() for found in paddings]
-            dense = gather(whole, 0, dense_needs, observed=observed, strict=recipe.strict, paddings=fresh)
+            inputs = dense_needs - GRADIENTS
+            dense = gather(whole, 0, inputs, observed=observed, strict=recipe.strict, paddings=fresh)
+            dense = calibration.with_gradients(dense, dense_needs, model, layers)
         shares = allocate(candidates(dense), recipe.allocation, sparsity)
         del dense  # statistics of all layers at once, which the stages do not need
         source = replayed(model, loaded, layers, run, recipe.sequential)
+        runs = len(loaded) * (2 if needs & GRADIENTS else 1)
         for index, stage in enumerate(source.stages):
             # Half of a stage's share of the work is calibrating it, half is solving its layers.
             start, size = len(done), len(stage.layers)
 
             def on_batch(count: int, name: str = stage.name, start: int = start, size: int = size) -> None:
-                progress(f"calibrating {name}".strip(), start + size / 2 * count / len(loaded), total)
+                progress(f"calibrating {name}".strip(), start + size / 2 * count / runs, total)
 
-            gathered = gather(source, index, needs, on_batch, observed, recipe.strict, paddings)
+            gathered = gather(source, index, needs - GRADIENTS, on_batch, observed, recipe.strict, paddings)
+            gathered = calibration.with_gradients(gathered, needs, model, stage.layers, on_batch, len(loaded))
             for layer in stage.layers:
                 if layer.name in gathered:
                     finish(layer, shares[layer.name], gathered.pop(layer.name))
@@ -166,12 +197,24 @@ def _prune_layer_(
     overflowing = int((~solution.weight.to(layer.parameter.dtype).isfinite()).sum())
     if overflowing:
         raise SolverError(f"{overflowing} new weights are beyond the range of {layer.parameter.dtype}.")
-    if statistics is not None and statistics.own_tokens is not None:
-        note = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
-        solution = replace(solution, notes=(*solution.notes, note))
+    solution = replace(solution, notes=(*solution.notes, *_notes(statistics)))
     layer.write_(solution.weight)
     mask = packed_mask(layer, solution.mask)
     dense = first if before is None else before.dense
     reported = problem if before is None or dense is None else replace(problem, weight=dense.to(weight))
     report = layer_report(layer, reported, solution, seconds=time.perf_counter() - began)
     return Done(report if before is None else after(before.report, report), mask, dense)
+
+
+def _notes(statistics: LayerStatistics | None) -> list[str]:
+    """What a user should know of the statistics of a layer."""
+    if statistics is None:
+        return []
+    gradients = [found for found in (statistics.gradient, statistics.gradient_squares) if found is not None]
+    notes = []
+    if statistics.own_tokens is not None:
+        pooled = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
+        notes.append(f"{pooled}, and its gradient is of those alone" if gradients else pooled)
+    if gradients and not any(found.any() for found in gradients):
+        notes.append("the gradient of the loss is zero for all of its weights, so that their place decides")
+    return notes

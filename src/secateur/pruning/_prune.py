@@ -13,7 +13,9 @@ from secateur._checks import settings
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.calibration import (
+    GRADIENTS,
     Forward,
+    Loss,
     Need,
     Padding,
     PaddingSource,
@@ -39,7 +41,7 @@ from secateur.pruning._rounds import (
     sparsities,
 )
 from secateur.reports import Report, StoredMasks, versions
-from secateur.solvers import Importance, Solver, with_rounding
+from secateur.solvers import Importance, Solver, method_name, with_rounding
 from secateur.zeros import considered_of, weigh_skipped, weights_of
 
 
@@ -62,6 +64,7 @@ def prune_(
     rounding: str | None = None,
     between: Between | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     padding: PaddingSource | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -91,6 +94,9 @@ def prune_(
             rounds are counted from 1. Pruned weights that it moves are set to zero again, with a warning and a note in
             the report.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
+        loss: ``loss(output, batch)`` returns a scalar tensor, for methods that learn from a loss (``"taylor"``,
+            ``"fisher"``, ``"movement"``); others do not look at it. It gets what the model returned, and the batch as
+            it was given, with its labels, on the model's device. Padding in it is the loss's own business.
         padding: which tokens are real, where the batch does not say so itself: a function that returns a bool tensor
             ``[batch, length]``, True = real, of a batch (on the model's device), or None if nothing is padded; or a
             dict of such functions, by glob of layer names. The report says for each stage what was left out.
@@ -100,10 +106,11 @@ def prune_(
         The report: sparsity and error layer by layer, what was skipped and why, and how to repeat the run.
 
     Raises:
-        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches
-            for a method that needs them, or a ``between`` that is never called or adds layers.
+        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches or
+            no loss for a method that needs them, or a ``between`` that is never called or adds layers.
         PatternError: a pattern that does not fit a layer, which is named.
-        StatisticsError: batches that are empty, not finite, or never reach a layer.
+        StatisticsError: batches that are empty, not finite, or never reach a layer; a loss that is no finite scalar, or
+            that does not depend on a layer.
         SolverError: a layer that the method cannot solve.
 
     Example:
@@ -145,6 +152,7 @@ def prune_(
             "Pass batches, or use allocation='uniform', which needs none."
         )
 
+    _check_loss(loss, recipe)
     if between is not None:
         check_between(recipe)
 
@@ -158,7 +166,7 @@ def prune_(
         digest = hash_batches(inputs.batches)
         names = parameter_names(model) if forward is None else ()
         paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
-        calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model)
+        calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model, loss, inputs.given)
     unrounded = replace(recipe, method=with_rounding(recipe.method, None), rounding=None)
     tell = progress or (lambda description, done, total: None)
     known = {layer.name for layer in layers} | {entry.name for entry in skipped}
@@ -200,3 +208,25 @@ def prune_(
         padding=last.padding,
         rounds=tuple(pruned / max(1, weights) for pruned in reached) if recipe.rounds > 1 else (),
     )
+
+
+def _check_loss(loss: object, recipe: Recipe) -> None:
+    """Raise unless there is a loss where one is needed, and it can be called."""
+    if loss is not None and not callable(loss):
+        raise TypeError(
+            f"loss must be a function of the model's output and the batch, got {type(loss).__name__}. For a model that "
+            "computes its own: loss=lambda output, batch: output.loss"
+        )
+    learns = [
+        what
+        for what, needs in (
+            (f"method {method_name(recipe.method)!r}", recipe.method.needs),
+            (f"the allocation {recipe.allocation!r}", ALLOCATIONS[recipe.allocation].needs),
+        )
+        if needs & GRADIENTS
+    ]
+    if learns and loss is None:
+        raise RecipeError(
+            f"{learns[0]} learns from the gradient of a loss, and there is none.\n"
+            "Pass loss=, a function of the model's output and a batch that returns a scalar tensor."
+        )
