@@ -15,6 +15,7 @@ from secateur import (
     Block,
     Column,
     Magnitude,
+    Movement,
     PatternError,
     Recipe,
     RecipeError,
@@ -306,7 +307,7 @@ def test_the_reported_error_is_that_of_the_outputs(method, dtype):
         truth = outputs_without_bias(before, before.weight.detach(), seen)
         change = outputs_without_bias(before, before.weight.detach().double() - after.weight.detach().double(), seen)
         assert layer.relative_error == pytest.approx(float(change.norm() / truth.norm()), rel=1e-3)
-        assert 0 < layer.relative_error < 1
+        assert 0 < layer.relative_error < 1 or method == Select(Movement())  # which looks at the loss alone
         assert layer.tokens == truth.numel() // before.weight.shape[0]
 
 

@@ -41,7 +41,6 @@ def each_gradient(
         loss: of what the model returned for a batch, and of the batch.
         forward: how to call the model on a batch.
         read: called with the index of the batch, the layer, and the gradient as ``[out, in]``, in the weight's dtype.
-            A weight whose gradient arrives in parts, as by re-entrant checkpointing, is read once for each part.
         on_batch: called after each batch with the number of batches done.
         given: the batches for the loss, such as with their labels, where those to call the model with lack them.
 
@@ -56,7 +55,8 @@ def each_gradient(
             value = loss(forward(model, copy.deepcopy(batch)), batch if given is None else given[index])
             if _checked(value, index).requires_grad:
                 try:
-                    # Only these: a loss may have weights of its own, whose gradients are its owner's business.
+                    # Only these: a loss may have weights of its own, whose gradients are its owner's business. And so
+                    # re-entrant checkpointing, in which a gradient arrives in parts, gives no gradient or an error.
                     value.backward(inputs=reader.parameters)
                 except torch.OutOfMemoryError:
                     raise
@@ -79,7 +79,7 @@ def no_gradient(layer: Layer, batches: int) -> StatisticsError:
     """The error for a layer that no gradient reached."""
     return StatisticsError(
         f"{layer.title}: the loss does not depend on its weight in any of {batches} batches.\n"
-        "Give a loss that depends on it, batches that use it, or exclude it."
+        "Give a loss that depends on it, batches that use it, or exclude it. Re-entrant checkpointing hides it, too."
     )
 
 

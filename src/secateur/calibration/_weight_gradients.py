@@ -62,7 +62,6 @@ def add_gradients(
     if not layers:
         return {}
     sums: dict[str, dict[Need, Tensor]] = {}
-    latest: dict[str, int] = {}
 
     def read(index: int, layer: Layer, gradient: Weight) -> None:
         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
@@ -72,13 +71,7 @@ def add_gradients(
         if "gradient" in found:
             found["gradient"] += wide
         if "gradient_squares" in found:
-            if latest.get(layer.name) == index:
-                raise StatisticsError(
-                    f"{layer.title}: its gradient arrives in parts, whose squares do not add up to that of the whole.\n"
-                    "Switch re-entrant checkpointing off (use_reentrant=False)."
-                )
             found["gradient_squares"].addcmul_(wide, wide)
-        latest[layer.name] = index
 
     each_gradient(model, batches, layers, loss, forward, read, on_batch, given)
     for layer in layers:
