@@ -136,6 +136,7 @@ def test_solvers_keep_what_stays_pruned_even_where_scores_speak_against_it(patte
     weight, x = torch.randn(6, 20), torch.randn(50, 20)
     gram = x.T @ x
     statistics = secateur.LayerStatistics(50, gram.diagonal().sqrt(), gram)
+    statistics = statistics.with_gradients(gradient=torch.randn(6, 20), gradient_squares=torch.rand(6, 20))
     early, share = at_partial_sparsity(pattern, first)
     before = solver.solve(LayerProblem(weight, statistics, early, share))
     # Large weights where all were pruned: a solver that looks at the values alone would bring them back.

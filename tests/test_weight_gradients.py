@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import reference
 import torch
 from cases import FROM_LOSS, PATTERNS, loss_of
 from tiny import with_tokenizer
@@ -242,15 +243,11 @@ def random_case(rows=6, columns=20, dtype=torch.float64):
 
 def test_scores_are_those_of_the_formulas():
     weight, gradients = random_case()
-    change, squares = np.zeros(weight.shape), np.zeros(weight.shape)
-    for place in np.ndindex(*weight.shape):
-        found = [float(batch[place]) for batch in gradients]
-        change[place] = -float(weight[place]) * math.fsum(found) / 5
-        squares[place] = float(weight[place]) ** 2 * math.fsum(one * one for one in found) / 5 / 2
+    mean, squares = gradients.mean(0).numpy(), gradients.square().mean(0).numpy()
     for importance, truth in (
-        (Taylor(), abs(change)),
-        (Fisher(), squares**0.5),
-        (Movement(), (change - change.min()) ** 0.5),
+        (Taylor(), reference.taylor(weight.numpy(), mean)),
+        (Fisher(), reference.fisher(weight.numpy(), squares)),
+        (Movement(), reference.movement(weight.numpy(), mean)),
     ):
         np.testing.assert_allclose(importance.scores(weight, statistics_of(gradients)), truth, rtol=1e-12, atol=1e-15)
 

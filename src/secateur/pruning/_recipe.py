@@ -37,8 +37,8 @@ class Recipe:
         pattern: a :class:`SparsityPattern` or its text.
         sparsity: fraction of each layer to prune, in [0, 1]; to be left out for a pattern that fixes its own (N:M).
         method: a :class:`Solver`, an :class:`Importance`, or the name of one: ``"magnitude"``, ``"wanda"``, ``"ria"``,
-            ``"random"``, ``"sparsegpt"``, or with a loss ``"taylor"``, ``"fisher"`` or ``"movement"``, optionally followed
-            by ``"+refit"``.
+            ``"random"``, ``"sparsegpt"``, or with a loss ``"taylor"``, ``"fisher"`` or ``"movement"``, optionally
+            followed by ``"+refit"``.
         allocation: how the target is shared out among layers; ``"uniform"`` gives every layer the same sparsity.
         include: glob patterns on qualified layer names. Given, exactly those layers are pruned; empty, all but
             embeddings, norms, output heads and layers tied to an embedding.
