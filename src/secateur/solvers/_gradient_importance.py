@@ -101,7 +101,9 @@ class Movement(Importance):
     is taken off, and the root taken, because scores are not negative, and the sum of their squares is that of a tile,
     row or column: units of one size are ranked by their sums of S.
 
-    Differs from the paper: it sums S over the steps of a fine-tuning, in which weights change. This is its first step.
+    Differs from the paper: it sums S over the steps of a fine-tuning, in which weights change. This is its first step
+    alone, after which nothing makes up for the large weights that go. It can ruin a model: compare it with
+    :class:`Wanda` before you use it.
 
     Cost: see :class:`Fisher`.
 
