@@ -88,7 +88,8 @@ def alps(weight: Tensor, gram: Tensor, pattern: secateur.SparsityPattern, sparsi
     target = dense @ hessian
 
     def inverse() -> Tensor:
-        return ((vectors / (values + rho)) @ vectors.T).to(weight.dtype)
+        found: Tensor = ((vectors / (values + rho)) @ vectors.T).to(weight.dtype)
+        return found
 
     solve = inverse()
     first = support = keep(dense, pattern, sparsity)

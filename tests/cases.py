@@ -7,13 +7,16 @@ from secateur import (
     RIA,
     Block,
     Column,
+    Fisher,
     Magnitude,
+    Movement,
     Random,
     Refit,
     Row,
     Select,
     SparseGPT,
     Swaps,
+    Taylor,
     Unstructured,
     Wanda,
 )
@@ -37,12 +40,22 @@ PATTERNS = [
 ]
 
 IMPORTANCES = [Magnitude(), Wanda(), RIA(), RIA(exponent=1.0), RIA(exponent=0.0), Random(), Random(seed=7)]
+FROM_LOSS = [Taylor(), Fisher(), Movement()]
+
+
+def loss_of(output, batch):
+    """A loss for methods that need one; it is not zero for any output that is not."""
+    return output.double().sin().square().sum()
+
 
 SOLVERS = [
     Select(Magnitude()),
     Select(Wanda()),
     Select(RIA()),
     Select(Random()),
+    Select(Taylor()),
+    Select(Fisher()),
+    Select(Movement()),
     SparseGPT(),
     SparseGPT(block_size=8),
     ADMM(),
@@ -51,6 +64,7 @@ SOLVERS = [
     Refit(SparseGPT(block_size=8)),
     Swaps(Select(Wanda())),
     Refit(Swaps(SparseGPT(), rounds=1)),
+    Refit(Select(Fisher())),
 ]
 
 ALLOCATIONS = ["uniform", "global", "erk", "lamp", "owl", "alpha", "sensitivity"]
@@ -61,6 +75,9 @@ HEADS = {
     "wanda": Select(Wanda()),
     "ria": Select(RIA()),
     "random": Select(Random()),
+    "taylor": Select(Taylor()),
+    "fisher": Select(Fisher()),
+    "movement": Select(Movement()),
     "sparsegpt": SparseGPT(),
     "admm": ADMM(),
     "alps": ALPS(),

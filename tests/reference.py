@@ -46,6 +46,32 @@ def wanda(weight: np.ndarray, norms: np.ndarray) -> np.ndarray:
     return scores
 
 
+def taylor(weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    return abs(_removal(weight, gradient))
+
+
+def fisher(weight: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """The root of the cost, so that the squares of scores add up to the cost of a unit."""
+    scores = np.zeros(weight.shape)
+    for place in np.ndindex(*weight.shape):
+        scores[place] = math.sqrt(float(weight[place]) ** 2 * float(squares[place]) / 2)
+    return scores
+
+
+def movement(weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The root of how much more the loss gains by the weight than by the worst of the layer."""
+    change = _removal(weight, gradient)
+    return np.vectorize(math.sqrt)(change - change.min())
+
+
+def _removal(weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """How the loss changes when a weight becomes zero, to first order."""
+    change = np.zeros(weight.shape)
+    for place in np.ndindex(*weight.shape):
+        change[place] = (0 - float(weight[place])) * float(gradient[place])
+    return change
+
+
 def ria(weight: np.ndarray, norms: np.ndarray, exponent: float = 0.5) -> np.ndarray:
     scores = np.zeros(weight.shape)
     for i, j in np.ndindex(*weight.shape):

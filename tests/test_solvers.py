@@ -17,9 +17,11 @@ from secateur import (
     RIA,
     Block,
     Column,
+    Fisher,
     LayerProblem,
     LayerStatistics,
     Magnitude,
+    Movement,
     PatternError,
     Random,
     RecipeError,
@@ -30,17 +32,21 @@ from secateur import (
     SolverError,
     SparseGPT,
     StatisticsError,
+    Taylor,
     Unstructured,
     Wanda,
     verify,
 )
+from secateur.calibration import GRADIENTS
 
-FROM_INPUTS = [solver for solver in SOLVERS if solver.needs]
+FROM_INPUTS = [solver for solver in SOLVERS if solver.needs and not solver.needs & GRADIENTS]
 all_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 # Mistakes are found by the same code for every importance and block size.
 one_of_each_class = pytest.mark.parametrize("solver", [Select(Magnitude()), SparseGPT(), Refit(SparseGPT())], ids=repr)
-# These two are not: tests/test_admm_alps.py compares them with the published ones.
-as_published = pytest.mark.parametrize("solver", [s for s in SOLVERS if not isinstance(s, ADMM | ALPS)], ids=repr)
+# ADMM and ALPS are not: tests/test_admm_alps.py compares them with the published ones. tests/test_swaps.py has swaps.
+as_published = pytest.mark.parametrize(
+    "solver", [s for s in SOLVERS if not isinstance(s, ADMM | ALPS) and "Swaps" not in repr(s)], ids=repr
+)
 all_patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 ROWS, COLUMNS, DEAD = 6, 20, 3
@@ -65,7 +71,14 @@ def statistics_of(inputs):
 def problem_of(pattern, sparsity=0.45, rows=ROWS, columns=COLUMNS, tokens=64, seed=0, dtype=torch.float64):
     statistics = statistics_of(inputs_of(tokens, columns, seed))
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    statistics = LayerStatistics(tokens, statistics.input_norm.to(dtype), statistics.gram.to(dtype))
+    gradient = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64)
+    statistics = LayerStatistics(
+        tokens,
+        statistics.input_norm.to(dtype),
+        statistics.gram.to(dtype),
+        gradient=gradient.to(dtype),
+        gradient_squares=gradient.square().to(dtype),
+    )
     return LayerProblem(weight.to(dtype), statistics, pattern, sparsity if pattern.sparsity is None else None)
 
 
@@ -83,6 +96,9 @@ def truth(solver, problem):
                 Magnitude: lambda: reference.magnitude(weight),
                 Wanda: lambda: reference.wanda(weight, norms),
                 RIA: lambda: reference.ria(weight, norms),
+                Taylor: lambda: reference.taylor(weight, problem.statistics.gradient.numpy()),
+                Fisher: lambda: reference.fisher(weight, problem.statistics.gradient_squares.numpy()),
+                Movement: lambda: reference.movement(weight, problem.statistics.gradient.numpy()),
                 Random: lambda: importance.scores(problem.weight, None).double().numpy(),
             }[type(importance)]()
             pattern = problem.pattern

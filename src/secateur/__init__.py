@@ -68,9 +68,11 @@ from secateur.shrinking import shrink_ as shrink_
 from secateur.solvers import ADMM as ADMM
 from secateur.solvers import ALPS as ALPS
 from secateur.solvers import RIA as RIA
+from secateur.solvers import Fisher as Fisher
 from secateur.solvers import Importance as Importance
 from secateur.solvers import LayerProblem as LayerProblem
 from secateur.solvers import Magnitude as Magnitude
+from secateur.solvers import Movement as Movement
 from secateur.solvers import Random as Random
 from secateur.solvers import Refit as Refit
 from secateur.solvers import Select as Select
@@ -78,6 +80,7 @@ from secateur.solvers import Solution as Solution
 from secateur.solvers import Solver as Solver
 from secateur.solvers import SparseGPT as SparseGPT
 from secateur.solvers import Swaps as Swaps
+from secateur.solvers import Taylor as Taylor
 from secateur.solvers import Wanda as Wanda
 from secateur.solvers import verify as verify
 from secateur.training import GroupSparsity as GroupSparsity

@@ -2,6 +2,7 @@
 
 from secateur.calibration._arguments import fit_arguments as fit_arguments
 from secateur.calibration._arguments import is_sentence_transformer as is_sentence_transformer
+from secateur.calibration._backward import Loss as Loss
 from secateur.calibration._batches import Forward as Forward
 from secateur.calibration._batches import call_model as call_model
 from secateur.calibration._batches import evenly as evenly
@@ -33,5 +34,6 @@ from secateur.calibration._text import json_lines as json_lines
 from secateur.calibration._text import longest_window as longest_window
 from secateur.calibration._text import read_file as read_file
 from secateur.calibration._text import read_text as read_text
-from secateur.calibration._unit_gradients import Loss as Loss
 from secateur.calibration._unit_gradients import gather_gradients as gather_gradients
+from secateur.calibration._weight_gradients import GRADIENTS as GRADIENTS
+from secateur.calibration._weight_gradients import add_gradients as add_gradients

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur._checks import settings
 from secateur._types import Progress
-from secateur.calibration import Forward, PaddingSource
+from secateur.calibration import Forward, Loss, PaddingSource
 from secateur.layers import check_model
 from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allot import share_out
@@ -36,6 +36,7 @@ def allocate(
     remainder: Remainder | None = None,
     sparsity_bounds: tuple[float, float] | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     padding: PaddingSource | None = None,
     progress: Progress | None = None,
 ) -> AllocationReport:
@@ -67,7 +68,7 @@ def allocate(
         model, batches, recipe: see :func:`prune_`.
         pattern, sparsity, method, allocation, include, exclude, strict, remainder, sparsity_bounds: see
             :class:`Recipe`.
-        forward, padding: see :func:`prune_`.
+        forward, loss, padding: see :func:`prune_`.
         progress: called with a description, the layers done and the number of layers.
 
     Returns:
@@ -96,7 +97,7 @@ def allocate(
         "sparsity_bounds": sparsity_bounds,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
-    work = prepare(model, batches, recipe, forward, padding)
+    work = prepare(model, batches, recipe, forward, padding, loss)
     tell = progress or (lambda description, done, total: None)
     sharing = share_out(model, recipe, work.layers, work.patterns, work.calibration, tell)
     allotted, patterns = sharing.allotted, sharing.fitted(work.patterns)

@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur._errors import naming
 from secateur._types import Progress
-from secateur.calibration import gather, quiet, replayed
+from secateur.calibration import GRADIENTS, gather, quiet, replayed
 from secateur.layers import Layer
 from secateur.patterns import SparsityPattern, Unstructured, with_scope
 from secateur.pruning._allocation import (
@@ -124,12 +124,13 @@ def share_out(
                 statistics = gather(
                     source,
                     index,
-                    needs,
+                    needs - GRADIENTS,
                     observed=calibration.observed,
                     strict=False,
                     paddings=paddings,
                     numbers=calibration.learned,
                 )
+                statistics = calibration.with_gradients(statistics, needs, model, stage.layers)
                 part = [replace(by_name[layer.name], statistics=statistics.get(layer.name)) for layer in stage.layers]
                 with naming(f"allocation {recipe.allocation!r}"):
                     measure(part)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
-from secateur.calibration import batched, read_text
+from secateur.calibration import GRADIENTS, Loss, batched, read_text
 from secateur.evaluation import DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output, without_claims
 from secateur.huggingface import (
@@ -20,6 +20,7 @@ from secateur.huggingface import (
     StoredWeights,
     TextReader,
     directory_figures,
+    language_loss,
     load_body,
     open_model,
     reading_of,
@@ -27,11 +28,13 @@ from secateur.huggingface import (
 )
 from secateur.layers import select_layers
 from secateur.pruning._allocate import allocate
+from secateur.pruning._allocation import needs_of
 from secateur.pruning._prepare import needs_text
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Between, check_between
 from secateur.reports import PRUNING_REPORT, AllocationReport, Report, stages_from_json, stages_to_json
+from secateur.solvers import method_name
 
 _BATCH = 4096  # tokens in a batch, at most
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
@@ -83,6 +86,7 @@ def prune_directory(
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     text = _text_for(recipe, calibration)
+    loss = _loss_for(recipe, directory)
     heldout = None if evaluate is None else read_data(evaluate)
 
     progress("loading the model", 0, 1)
@@ -100,7 +104,7 @@ def prune_directory(
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
         quality = DenseQuality.of(whole, heldout, reading, progress)
 
-    report = prune_(model, batches, recipe, between=between, progress=progress)
+    report = prune_(model, batches, recipe, loss=loss, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
     now = dict(model.named_buffers())
     _check_writable(directory, [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])])
@@ -148,12 +152,13 @@ def allocate_directory(
     """
     directory = open_model(source)
     text = _text_for(recipe, calibration)
+    loss = _loss_for(recipe, directory)
     progress("loading the model", 0, 1)
     _, model, missing = load_body(directory, device, dtype, False)
     _check_reads_text(directory, model, text)
     recipe, _ = _match_checkpoint(model, directory, recipe, missing, everything=False)
     reader = TextReader(model, directory, calibration.sequence_length) if text and calibration else None
-    return allocate(model, _batches_of(reader, text, calibration, recipe), recipe, progress=progress)
+    return allocate(model, _batches_of(reader, text, calibration, recipe), recipe, loss=loss, progress=progress)
 
 
 def _text_for(recipe: Recipe, calibration: CalibrationText | None) -> str | None:
@@ -171,6 +176,13 @@ def _text_for(recipe: Recipe, calibration: CalibrationText | None) -> str | None
             "Give some with --calibration TEXT_FILE, or leave --held-out out."
         )
     return None if calibration is None else read_text(calibration.path)
+
+
+def _loss_for(recipe: Recipe, directory: ModelDirectory) -> Loss | None:
+    """The loss of the next token, where a method or an allocation learns from a loss."""
+    if not (recipe.method.needs | needs_of(recipe.allocation, recipe.method)) & GRADIENTS:
+        return None
+    return language_loss(directory, method_name(recipe.method), "--method sparsegpt", "secateur.prune_")
 
 
 def _check_reads_text(directory: ModelDirectory, model: nn.Module, text: object) -> None:

@@ -13,10 +13,13 @@ from torch import nn
 from secateur._errors import RecipeError, SolverError, naming
 from secateur._types import Progress
 from secateur.calibration import (
+    GRADIENTS,
     Forward,
     LayerStatistics,
+    Loss,
     Need,
     Padding,
+    add_gradients,
     evenly,
     gather,
     padding_by_stage,
@@ -44,6 +47,8 @@ class Calibration:
         paddings: of each batch.
         forward: how to call the model on a batch.
         held_out: numbers of the batches that nothing is learned from.
+        loss: for methods that need one.
+        given: the batches for the loss: with what the model does not take, such as labels.
     """
 
     batches: list[Any]
@@ -51,11 +56,30 @@ class Calibration:
     paddings: Sequence[Padding]
     forward: Forward
     held_out: tuple[int, ...] = ()
+    loss: Loss | None = None
+    given: Sequence[Any] | None = None
 
     @property
     def learned(self) -> tuple[int, ...]:
         """Numbers of the batches that are learned from."""
         return tuple(number for number in range(len(self.batches)) if number not in set(self.held_out))
+
+    def with_gradients(
+        self,
+        gathered: dict[str, LayerStatistics],
+        needs: frozenset[Need],
+        model: nn.Module,
+        layers: Sequence[Layer],
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> dict[str, LayerStatistics]:
+        """Return statistics with those of gradients among the needs, if there are any, and the model as it is now."""
+        wanted = needs & GRADIENTS
+        if not wanted:
+            return gathered
+        assert self.loss is not None
+        batches = [self.batches[number] for number in self.learned]
+        given = None if self.given is None else [self.given[number] for number in self.learned]
+        return add_gradients(gathered, wanted, model, batches, layers, self.loss, self.forward, on_batch, given)
 
 
 def held_out_batches(share: float, total: int) -> tuple[int, ...]:
@@ -141,22 +165,27 @@ def prune_round_(
     paddings = [found.fresh() for found in calibration.paddings]
     with quiet(model):
         source = replayed(model, loaded, layers, run, recipe.sequential)
+        runs = len(loaded) + (len(learned) if needs & GRADIENTS else 0)
         for index, stage in enumerate(source.stages):
             # Half of a stage's share of the work is calibrating it, half is solving its layers.
             start, size = len(done), len(stage.layers)
 
             def on_batch(count: int, name: str = stage.name, start: int = start, size: int = size) -> None:
-                progress(f"calibrating {name}".strip(), start + size / 2 * count / len(loaded), total)
+                progress(f"calibrating {name}".strip(), start + size / 2 * count / runs, total)
 
             def on_held_out(count: int, on_batch: Callable[[int], None] = on_batch) -> None:
                 on_batch(len(learned) + count)
 
-            gathered = gather(source, index, needs, on_batch, observed, recipe.strict, paddings, learned)
+            def on_gradient(count: int, on_batch: Callable[[int], None] = on_batch) -> None:
+                on_batch(len(loaded) + count)
+
+            gathered = gather(source, index, needs - GRADIENTS, on_batch, observed, recipe.strict, paddings, learned)
             held_out = (
                 gather(source, index, {"gram"}, on_held_out, observed, False, paddings, measured, pooled=False)
                 if measured
                 else {}
             )
+            gathered = calibration.with_gradients(gathered, needs, model, stage.layers, on_gradient)
             for layer in stage.layers:
                 measure = held_out.pop(layer.name, None)
                 if layer.name in gathered:
@@ -200,7 +229,7 @@ def _prune_layer_(
     overflowing = int((~solution.weight.to(layer.parameter.dtype).isfinite()).sum())
     if overflowing:
         raise SolverError(f"{overflowing} new weights are beyond the range of {layer.parameter.dtype}.")
-    solution = replace(solution, notes=(*solution.notes, *_few_inputs(recipe, problem)))
+    solution = replace(solution, notes=(*solution.notes, *_notes(recipe, problem)))
     layer.write_(solution.weight)
     mask = packed_mask(layer, solution.mask)
     reported = replace(problem, weight=goal)
@@ -208,14 +237,18 @@ def _prune_layer_(
     return Done(report if before is None else after(before.report, report), mask, dense)
 
 
-def _few_inputs(recipe: Recipe, problem: LayerProblem) -> tuple[str, ...]:
-    """Notes on what was learned from few inputs."""
+def _notes(recipe: Recipe, problem: LayerProblem) -> tuple[str, ...]:
+    """What a user should know of the statistics of a layer."""
     statistics, inputs = problem.statistics, problem.weight.shape[1]
     if statistics is None:
         return ()
+    gradients = [found for found in (statistics.gradient, statistics.gradient_squares) if found is not None]
     notes = []
     if statistics.own_tokens is not None:
-        notes.append(f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it")
+        pooled = f"calibrated on all inputs of its stack: only {statistics.own_tokens} reached it"
+        notes.append(f"{pooled}, and its gradient is of those alone" if gradients else pooled)
     if "gram" in recipe.method.needs and statistics.tokens < inputs:
         notes.append(few_tokens_note(statistics.tokens, inputs))
+    if gradients and not any(found.any() for found in gradients):
+        notes.append("the gradient of the loss is zero for all of its weights, so that their place decides")
     return tuple(notes)

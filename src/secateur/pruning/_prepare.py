@@ -10,7 +10,9 @@ from torch import nn
 
 from secateur._errors import RecipeError
 from secateur.calibration import (
+    GRADIENTS,
     Forward,
+    Loss,
     Padding,
     PaddingSource,
     call_model,
@@ -25,6 +27,7 @@ from secateur.pruning._one_round import Calibration, held_out_batches
 from secateur.pruning._reach import read_inputs, tell_unreached
 from secateur.pruning._recipe import Recipe
 from secateur.reports import SkippedLayer
+from secateur.solvers import method_name
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ def prepare(
     recipe: Recipe,
     forward: Forward | None,
     padding: PaddingSource | None,
+    loss: Loss | None,
 ) -> Work:
     """Return the layers to prune and what is learned from. The model is not changed.
 
     Args:
-        model, batches, forward, padding: see :func:`secateur.prune_`.
+        model, batches, forward, padding, loss: see :func:`secateur.prune_`.
         recipe: how to prune.
 
     Raises:
@@ -87,6 +91,7 @@ def prepare(
             f"held_out={recipe.held_out:g} holds out some of the batches to measure on, and there are none.\n"
             "Pass batches, or leave held_out out."
         )
+    _check_loss(loss, recipe)
     inputs = None if batches is None else read_inputs(model, batches, recipe, forward)
     layers, skipped = select_layers(model, recipe.include, recipe.exclude, None if inputs is None else inputs.observed)
     tell_unreached(layers, skipped, recipe.strict)
@@ -98,5 +103,28 @@ def prepare(
     names = parameter_names(model) if forward is None else ()
     paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
     held_out = held_out_batches(recipe.held_out, len(inputs.batches))
-    calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model, held_out)
+    run = forward or call_model
+    calibration = Calibration(inputs.batches, inputs.observed, paddings, run, held_out, loss, inputs.given)
     return Work(layers, skipped, patterns, calibration, digest, inputs.ignored)
+
+
+def _check_loss(loss: object, recipe: Recipe) -> None:
+    """Raise unless there is a loss where one is needed, and it can be called."""
+    if loss is not None and not callable(loss):
+        raise TypeError(
+            f"loss must be a function of the model's output and the batch, got {type(loss).__name__}. For a model that "
+            "computes its own: loss=lambda output, batch: output.loss"
+        )
+    learns = [
+        what
+        for what, needs in (
+            (f"method {method_name(recipe.method)!r}", recipe.method.needs),
+            (f"the allocation {recipe.allocation!r}", needs_of(recipe.allocation, recipe.method)),
+        )
+        if needs & GRADIENTS
+    ]
+    if learns and loss is None:
+        raise RecipeError(
+            f"{learns[0]} learns from the gradient of a loss, and there is none.\n"
+            "Pass loss=, a function of the model's output and a batch that returns a scalar tensor."
+        )

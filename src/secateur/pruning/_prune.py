@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur._checks import settings
 from secateur._types import Progress
-from secateur.calibration import Forward, PaddingSource
+from secateur.calibration import Forward, Loss, PaddingSource
 from secateur.layers import check_model, select_layers
 from secateur.patterns import Remainder, SparsityPattern
 from secateur.pruning._allot import share_out
@@ -56,6 +56,7 @@ def prune_(
     sparsity_bounds: tuple[float, float] | None = None,
     between: Between | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     padding: PaddingSource | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -85,6 +86,9 @@ def prune_(
             rounds are counted from 1. Pruned weights that it moves are set to zero again, with a warning and a note in
             the report.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
+        loss: ``loss(output, batch)`` returns a scalar tensor, for methods that learn from a loss (``"taylor"``,
+            ``"fisher"``, ``"movement"``); others do not look at it. It gets what the model returned, and the batch as
+            it was given, with its labels, on the model's device. Padding in it is the loss's own business.
         padding: which tokens are real, where the batch does not say so itself: a function that returns a bool tensor
             ``[batch, length]``, True = real, of a batch (on the model's device), or None if nothing is padded; or a
             dict of such functions, by glob of layer names. The report says for each stage what was left out.
@@ -94,10 +98,11 @@ def prune_(
         The report: sparsity and error layer by layer, what was skipped and why, and how to repeat the run.
 
     Raises:
-        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches
-            for a method that needs them, or a ``between`` that is never called or adds layers.
+        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches or
+            no loss for a method that needs them, or a ``between`` that is never called or adds layers.
         PatternError: a pattern that does not fit a layer, which is named.
-        StatisticsError: batches that are empty, not finite, or never reach a layer.
+        StatisticsError: batches that are empty, not finite, or never reach a layer; a loss that is no finite scalar, or
+            that does not depend on a layer.
         SolverError: a layer that the method cannot solve.
 
     Example:
@@ -131,7 +136,7 @@ def prune_(
     recipe = settings("recipe", recipe, Recipe, keywords)
     if between is not None:
         check_between(recipe)
-    work = prepare(model, batches, recipe, forward, padding)
+    work = prepare(model, batches, recipe, forward, padding, loss)
     layers, skipped, patterns, calibration = work.layers, work.skipped, work.patterns, work.calibration
     unrounded = replace(recipe, method=with_rounding(recipe.method, None), rounding=None)
     tell = progress or (lambda description, done, total: None)

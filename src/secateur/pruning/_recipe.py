@@ -44,7 +44,8 @@ class Recipe:
             With another allocation than ``"uniform"`` it is that of all layers together, and below that of N:M some
             layers get the pattern and the others stay dense.
         method: a :class:`Solver`, an :class:`Importance`, or the name of one: ``"magnitude"``, ``"wanda"``, ``"ria"``,
-            ``"random"`` or ``"sparsegpt"``, optionally followed by ``"+refit"``.
+            ``"random"``, ``"sparsegpt"``, ``"admm"``, ``"alps"``, or with a loss ``"taylor"``, ``"fisher"`` or
+            ``"movement"``, optionally followed by ``"+swaps"`` or ``"+refit"``.
         allocation: how the target is shared out among layers: ``"uniform"`` gives every layer the same sparsity;
             ``"global"``, ``"erk"``, ``"lamp"``, ``"owl"``, ``"alpha"`` and ``"sensitivity"`` each layer its own, see
             :func:`allocate`. The total is the same, to the weight.

@@ -7,6 +7,9 @@ from secateur.solvers._columns import refit_columns as refit_columns
 from secateur.solvers._damping import check_damping as check_damping
 from secateur.solvers._damping import has_damping as has_damping
 from secateur.solvers._damping import with_damping as with_damping
+from secateur.solvers._gradient_importance import Fisher as Fisher
+from secateur.solvers._gradient_importance import Movement as Movement
+from secateur.solvers._gradient_importance import Taylor as Taylor
 from secateur.solvers._importance import RIA as RIA
 from secateur.solvers._importance import Importance as Importance
 from secateur.solvers._importance import Magnitude as Magnitude

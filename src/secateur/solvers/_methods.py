@@ -11,13 +11,17 @@ from secateur._errors import RecipeError
 from secateur.patterns import Scope
 from secateur.solvers._admm import ADMM
 from secateur.solvers._alps import ALPS
-from secateur.solvers._importance import IMPORTANCES, Importance
+from secateur.solvers._gradient_importance import Fisher, Movement, Taylor
+from secateur.solvers._importance import IMPORTANCES as FROM_INPUTS
+from secateur.solvers._importance import Importance
 from secateur.solvers._problem import Solver
 from secateur.solvers._refit import Refit
 from secateur.solvers._select import Select
 from secateur.solvers._sparsegpt import SparseGPT
 from secateur.solvers._swaps import Swaps
 
+FROM_LOSS: dict[str, type[Importance]] = {"taylor": Taylor, "fisher": Fisher, "movement": Movement}
+IMPORTANCES = {**FROM_INPUTS, **FROM_LOSS}
 # Heads are these and the importances. A wrapper is a solver around the one in its field `inner`.
 SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT, "admm": ADMM, "alps": ALPS}
 WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit, "swaps": Swaps}

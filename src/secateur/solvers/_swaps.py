@@ -344,7 +344,8 @@ class _Search:
         return members, members
 
     def _by_unit(self, rows: Tensor) -> Tensor:
-        return rows[..., : self.space.units.core[1]].unflatten(3, (-1, self.space.units.width))
+        found: Tensor = rows[..., : self.space.units.core[1]].unflatten(3, (-1, self.space.units.width))
+        return found
 
     def _apply(self, bands: Tensor, out: Tensor, back: Tensor, change: Tensor, columns: Tensor, places: Tensor) -> None:
         """Write a series of swaps to the state."""
