@@ -145,7 +145,7 @@ def test_two_threads_of_a_program_may_run_one_model(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def changed(layout: str, place: int, value: int, kind: str = "<i8") -> np.ndarray:
+def changed(layout: str, place: int, value: float, kind: str = "<i8") -> np.ndarray:
     data = kernels.to_bytes((LAYOUTS | BYTES)[layout](sparse(40, 320))).copy()
     data[place : place + np.dtype(kind).itemsize] = np.array([value], kind).view(np.uint8)
     return data
@@ -212,6 +212,24 @@ DAMAGES = {
     ),
     "offsets of byte tiles": lambda: changed("int8 tiles 4x4", arrays_of("int8 tiles 4x4")["first_tiles"] + 8, 1 << 40),
     "a bit of bytes": lambda: changed("int8 bitmask", arrays_of("int8 bitmask")["mask"], -1),
+    # A kernel follows the places of a whole vector of tiles, and so some after the last one.
+    "a place after the last byte tile": lambda: changed(
+        "int8 tiles 1x4", len(kernels.to_bytes(BYTES["int8 tiles 1x4"](sparse(40, 320)))) - 2, 80, "<u2"
+    ),
+    "sections without end": lambda: changed("int8 tiles 1x4", 80, 1 << 61),
+    **{
+        f"{name}, {what}": lambda name=name, array=array, value=value, kind=kind: changed(
+            name, arrays_of(name)[array], value, kind
+        )
+        for name in BYTES
+        for what, array, value, kind in (
+            ("an infinite scale", "scale", np.inf, "<f4"),
+            ("a scale that is no number", "scale", np.nan, "<f4"),
+            ("a negative scale", "scale", -1.0, "<f4"),
+            ("another sum", "sums", 1 << 30, "<i4"),
+            ("a byte out of range", "values", -128, "i1"),
+        )
+    },
     "cut off": lambda: changed("panels", 0, 0x5255455441434553)[:-8],
     "empty": lambda: np.zeros(0, np.uint8),
 }
