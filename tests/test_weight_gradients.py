@@ -678,11 +678,11 @@ def test_an_allocation_may_need_gradients(monkeypatch):
 
     seen = []
 
-    def shares(layers, sparsity):
+    def measure(layers, target):
         seen.extend(candidate.statistics.gradient for candidate in layers)
-        return _allocation._uniform(layers, sparsity)
+        return [None] * len(layers)
 
-    entry = _allocation.Allocation(shares, frozenset({"gradient"}))
+    entry = _allocation.Allocation(_allocation.ALLOCATIONS["uniform"].shares, measure, frozenset({"gradient"}))
     monkeypatch.setitem(_allocation.ALLOCATIONS, "by-loss", entry)
     model, batches = chain()
     recipe = Recipe(sparsity=0.5, method=Magnitude(), allocation="by-loss")
