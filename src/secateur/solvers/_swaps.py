@@ -57,14 +57,15 @@ class Swaps(Solver):
 
     Example:
         >>> import torch, secateur
-        >>> x = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.9, 0.0]])
+        >>> x = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.5]])  # the first two are the same
         >>> statistics = secateur.LayerStatistics(tokens=3, input_norm=x.norm(dim=0), gram=x.T @ x)
-        >>> problem = secateur.LayerProblem(torch.tensor([[2.0, 2.0, 1.0]]), statistics, secateur.Unstructured(), 1 / 3)
+        >>> problem = secateur.LayerProblem(torch.tensor([[2.0, 1.9, 2.0]]), statistics, secateur.Unstructured(), 2 / 3)
         >>> wanda = secateur.Select(secateur.Wanda())
-        >>> wanda.solve(problem).mask.tolist()  # the first two inputs are nearly the same
-        [[True, True, False]]
-        >>> secateur.Swaps(wanda).solve(problem).mask.tolist()
-        [[True, False, True]]
+        >>> wanda.solve(problem).mask.tolist()
+        [[False, False, True]]
+        >>> solution = secateur.Swaps(wanda).solve(problem)  # one of them can stand for both
+        >>> solution.mask.tolist(), round(float(solution.weight[0, 0]), 1)
+        ([[True, False, False]], 3.9)
 
     Reference:
         Zimmer et al., "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", 2025, arXiv:2512.10922.
@@ -344,8 +345,8 @@ class _Search:
         return members, members
 
     def _by_unit(self, rows: Tensor) -> Tensor:
-        found: Tensor = rows[..., : self.space.units.core[1]].unflatten(3, (-1, self.space.units.width))
-        return found
+        split: Tensor = rows[..., : self.space.units.core[1]].unflatten(3, (-1, self.space.units.width))
+        return split
 
     def _apply(self, bands: Tensor, out: Tensor, back: Tensor, change: Tensor, columns: Tensor, places: Tensor) -> None:
         """Write a series of swaps to the state."""
