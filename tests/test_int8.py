@@ -235,12 +235,6 @@ def test_rows_and_columns_run_in_eight_bits_as_what_is_kept(dtype):
         kernels.linear(x, packed, plan=str(Int8RowRoute()))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_in_eight_bits_has_no_place_in_the_file_of_an_engine(layout):
-    with pytest.raises(KernelError, match="Layout has no number in the file of an engine"):
-        kernels.to_bytes(LAYOUTS[layout](torch.ones(4, 4)))
-
-
 @pytest.mark.parametrize("route", ["int8-panels", "int8-bitmask"])
 def test_a_packed_layer_runs_in_eight_bits(route):
     torch.manual_seed(0)

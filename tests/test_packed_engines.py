@@ -13,9 +13,18 @@ from export_cases import needs_engine
 import secateur
 from secateur import FormatError, KernelError, RecipeError, engines, kernels
 from secateur.engines import _onnxruntime, _openvino
-from secateur.exporting import OPERATION, export_directory, layout_for, open_exported, pack_nodes
+from secateur.exporting import OPERATION, export_directory, layout_for, layout_in_bytes, open_exported, pack_nodes
 from secateur.exporting._packed_nodes import save_for_openvino
-from secateur.kernels import BitmaskLayout, GroupLayout, Layout, PanelLayout, TileLayout
+from secateur.kernels import (
+    BitmaskLayout,
+    GroupLayout,
+    Int8BitmaskLayout,
+    Int8PanelLayout,
+    Int8TileLayout,
+    Layout,
+    PanelLayout,
+    TileLayout,
+)
 
 onnx = pytest.importorskip("onnx")
 helper, numpy_helper, FLOAT = onnx.helper, onnx.numpy_helper, onnx.TensorProto.FLOAT
@@ -56,6 +65,14 @@ LAYOUTS: dict[str, Callable[..., Layout]] = {
     "tiles": lambda weight, **kw: TileLayout.pack(weight, height=8, width=4, **kw),
 }
 
+BYTES: dict[str, Callable[..., Layout]] = {
+    "int8 panels": Int8PanelLayout.pack,
+    "int8 bitmask": Int8BitmaskLayout.pack,
+    "int8 tiles 1x4": lambda weight: Int8TileLayout.pack(weight, height=1, width=4),
+    "int8 tiles 4x4": lambda weight: Int8TileLayout.pack(weight, height=4, width=4),
+    "int8 tiles 4x1": lambda weight: Int8TileLayout.pack(weight, height=4, width=1),
+}
+
 
 def write(path: Path, data: np.ndarray, bias: np.ndarray | None = None, rank: int = 2) -> Path:
     """A model of one packed layer, for inputs of any size."""
@@ -87,6 +104,19 @@ def test_an_engine_computes_what_the_kernels_do(engine, layout, dtype, tmp_path)
         torch.testing.assert_close(found, kernels.linear(x, packed, bias), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [320, 317, 2100], ids=str)
+@pytest.mark.parametrize("layout", BYTES)
+def test_an_engine_computes_in_8_bits_what_the_kernels_do(engine, layout, columns, tmp_path):
+    """To the bit: sums are whole numbers. More than 2048 columns are stored in sections."""
+    weight, bias = sparse(40, 2120)[:, :columns], torch.randn(40)
+    packed = BYTES[layout](weight)
+    run = LOAD[engine](write(tmp_path / "m.onnx", kernels.to_bytes(packed), bias.numpy()), "float32", 2)
+    for rows in (1, 2, 3, 17, 100, 0):
+        x = torch.randn(rows, columns)
+        found = torch.from_numpy(run({"x": x.numpy()})["y"])
+        torch.testing.assert_close(found, kernels.linear(x, packed, bias), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("shape", [(320,), (2, 3, 320), (1, 1, 2, 320), (2, 0, 320)])
 def test_an_input_may_have_any_leading_sizes(engine, shape, tmp_path):
     packed, x = PanelLayout.pack(sparse(40, 320)), torch.randn(shape)
@@ -115,20 +145,23 @@ def test_two_threads_of_a_program_may_run_one_model(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-def changed(layout: str, place: int, value: int, kind: str = "<i8") -> np.ndarray:
-    data = kernels.to_bytes(LAYOUTS[layout](sparse(40, 320))).copy()
+def changed(layout: str, place: int, value: float, kind: str = "<i8") -> np.ndarray:
+    data = kernels.to_bytes((LAYOUTS | BYTES)[layout](sparse(40, 320))).copy()
     data[place : place + np.dtype(kind).itemsize] = np.array([value], kind).view(np.uint8)
     return data
 
 
 def arrays_of(layout: str) -> dict[str, int]:
     """Where the arrays after the values start."""
-    packed = LAYOUTS[layout](sparse(40, 320))
+    packed = (LAYOUTS | BYTES)[layout](sparse(40, 320))
     names = {
         "bitmask": ("values", "mask", "offsets"),
         "panels": ("values", "index", "counts", "offsets"),
         "groups": ("values", "words"),
         "tiles": ("values", "first_tiles", "tile_columns"),
+        "int8_panels": ("values", "scale", "sums"),
+        "int8_tiles": ("values", "scale", "sums", "first_tiles", "places"),
+        "int8_bitmask": ("values", "scale", "sums", "mask", "offsets"),
     }[packed.kernel]
     at, found = 128, {}
     for name in names:
@@ -164,6 +197,39 @@ DAMAGES = {
     "negative offsets": lambda: changed("tiles", arrays_of("tiles")["first_tiles"] + 8, -5),
     "a bit": lambda: changed("bitmask", arrays_of("bitmask")["mask"], -1),
     "a tile outside": lambda: changed("tiles", arrays_of("tiles")["tile_columns"], 80, "<i4"),
+    "bytes without scales": lambda: changed("int8 panels", 56, 0),
+    "bytes of another type": lambda: changed("int8 panels", 24, 0),
+    "more rows of bytes": lambda: changed("int8 panels", 32, 64),
+    "too many columns of bytes": lambda: changed("int8 bitmask", 40, 65540),
+    "fewer bytes": lambda: changed("int8 panels", 48, 40 * 320 - 64),
+    "fewer bytes of tiles": lambda: changed("int8 tiles 1x4", 48, 256),
+    "the size of a byte tile": lambda: changed("int8 tiles 1x4", 64, 2),
+    "sections": lambda: changed("int8 tiles 4x1", 80, 0),
+    "rows of a panel": lambda: changed("int8 tiles 1x4", 88, 32),
+    "a byte tile outside": lambda: changed("int8 tiles 1x4", arrays_of("int8 tiles 1x4")["places"], 80, "<u2"),
+    "a column of a byte tile outside": lambda: changed(
+        "int8 tiles 4x1", arrays_of("int8 tiles 4x1")["places"], 320, "<u2"
+    ),
+    "offsets of byte tiles": lambda: changed("int8 tiles 4x4", arrays_of("int8 tiles 4x4")["first_tiles"] + 8, 1 << 40),
+    "a bit of bytes": lambda: changed("int8 bitmask", arrays_of("int8 bitmask")["mask"], -1),
+    # A kernel follows the places of a whole vector of tiles, and so some after the last one.
+    "a place after the last byte tile": lambda: changed(
+        "int8 tiles 1x4", len(kernels.to_bytes(BYTES["int8 tiles 1x4"](sparse(40, 320)))) - 2, 80, "<u2"
+    ),
+    "sections without end": lambda: changed("int8 tiles 1x4", 80, 1 << 61),
+    **{
+        f"{name}, {what}": lambda name=name, array=array, value=value, kind=kind: changed(
+            name, arrays_of(name)[array], value, kind
+        )
+        for name in BYTES
+        for what, array, value, kind in (
+            ("an infinite scale", "scale", np.inf, "<f4"),
+            ("a scale that is no number", "scale", np.nan, "<f4"),
+            ("a negative scale", "scale", -1.0, "<f4"),
+            ("another sum", "sums", 1 << 30, "<i4"),
+            ("a byte out of range", "values", -128, "i1"),
+        )
+    },
     "cut off": lambda: changed("panels", 0, 0x5255455441434553)[:-8],
     "empty": lambda: np.zeros(0, np.uint8),
 }
@@ -312,6 +378,30 @@ def test_the_zeros_choose_the_layout(pattern):
     assert kernel == {"2:4": "groups", "block:8x4": "tiles", "unstructured": "panels"}[pattern]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "kernel"),
+    [
+        ("2:4", None, "int8_bitmask"),
+        ("block:8x4", 0.7, "int8_tiles"),
+        ("block:1x8", 0.7, "int8_tiles"),
+        ("block:4x1", 0.7, "int8_tiles"),
+        ("unstructured", 0.7, "int8_bitmask"),
+        ("unstructured", 0.4, "int8_panels"),
+    ],
+)
+def test_the_zeros_choose_the_layout_in_8_bits(pattern, sparsity, kernel):
+    weight = torch.randn(64, 64)
+    weight[~secateur.SparsityPattern.parse(pattern).mask(weight.abs(), sparsity)] = 0
+    assert layout_in_bytes(weight).kernel == kernel
+
+
+def test_in_8_bits_products_of_a_file_are_packed_without_zeros_as_well(tmp_path):
+    found = pack_nodes(products(tmp_path / "dense.onnx"), tmp_path / "packed.onnx", int8=True)
+    kinds = {"first": "int8_bitmask", "second": "int8_bitmask", "again": "int8_bitmask", "dense": "int8_panels"}
+    assert found.packed == kinds
+    assert list(found.left) == ["small"]
+
+
 def test_a_file_without_sparse_products_stays_an_ordinary_one(tmp_path):
     source = products(tmp_path / "dense.onnx")
     found = pack_nodes(source, tmp_path / "packed.onnx", sparsity=0.99)
@@ -352,9 +442,21 @@ def test_what_has_no_zeros_is_not_exported_with_packed_layers(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_packed_does_not_go_with_8_bits_or_without_an_engine(tmp_path):
-    with pytest.raises(RecipeError, match=r"they do not go together\.\nGive packed"):
-        secateur.export(pruned(), torch.randn(3, 160), tmp_path / "out", packed=True, int8=True)
+def test_a_model_is_exported_with_packed_layers_in_8_bits(tmp_path):
+    library_of("onnxruntime")
+    model, x = pruned(), torch.randn(300, 160)
+    report = secateur.export(model, x, tmp_path / "out", packed=True, int8=True, shapes=())
+    assert report.int8
+    assert report.fused["packed layers"] == 2
+    assert 0 < report.error < 0.05
+    assert report.nbytes < 0.25 * report.bytes_before
+    found = open_exported(tmp_path / "out")(x)["output"]
+    assert (found - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_packed_in_8_bits_needs_onnx_runtime_and_packed_needs_an_engine(tmp_path):
+    with pytest.raises(RecipeError, match=r"do not go together there\.\nGive to='onnx'"):
+        secateur.export(pruned(), torch.randn(3, 160), tmp_path / "out", to="openvino", packed=True, int8=True)
     with pytest.raises(RecipeError, match="packed is for an engine"):
         export_directory(tmp_path, tmp_path / "out", packed=True)
 

@@ -1,16 +1,21 @@
 #include "engines/packed.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 namespace secateur {
 namespace {
 
 constexpr char kMagic[] = "SECATEUR";
 constexpr int64_t kVersion = 1, kSpare = 16, kMostSize = 1 << 24, kAlignment = 64;
+// Of layouts in 8 bits: bytes and places after the last one, which kernels load whole vectors of, and the most columns,
+// because sums of products have 32 bits.
+constexpr int64_t kByteSpare = 64, kMostByteColumns = 65536;
 // Products below which one thread is faster than several.
 constexpr int64_t kSmall = 32768;
 
@@ -54,11 +59,10 @@ int64_t check_offsets(const int64_t* offsets, int64_t count) {
 }
 
 // How many values the kernel reads. Each function below reads what its layout has besides the values, and checks it.
-int64_t read(Reader& from, const Header& header, Bitmask& weight) {
+template <class Weight> int64_t read_bits(Reader& from, Weight& weight) {
     const int64_t words = parts(weight.columns, 64);
     weight.mask = from.take<uint64_t>(weight.rows * words);
     weight.offsets = from.take<int64_t>(weight.rows + 1);
-    (void)header;
     const int64_t last = check_offsets(weight.offsets, weight.rows);
     const int64_t over = words * 64 - weight.columns;
     for (int64_t row = 0; row < weight.rows; ++row) {
@@ -69,6 +73,8 @@ int64_t read(Reader& from, const Header& header, Bitmask& weight) {
     }
     return last;
 }
+
+int64_t read(Reader& from, const Header&, Bitmask& weight) { return read_bits(from, weight); }
 
 template <class Index> void check_panels(const Panels& weight, int64_t panels, int64_t sections) {
     const Index* index = static_cast<const Index*>(weight.index);
@@ -126,6 +132,80 @@ int64_t read(Reader& from, const Header& header, Tiles& weight) {
     return tiles * weight.height * weight.width;
 }
 
+// Layouts in 8 bits. Takes the sums of the rows, which are compared when the places of the bytes are known.
+template <class Weight> void read_sums(Reader& from, Weight& weight) {
+    check(weight.value_type == 2 && weight.scale, "its values are no bytes with scales");
+    check(weight.columns <= kMostByteColumns, "its columns are out of range");
+    for (int64_t row = 0; row < weight.rows; ++row)
+        check(std::isfinite(weight.scale[row]) && weight.scale[row] >= 0, "a scale is no size");
+    weight.sums = from.take<int32_t>(weight.rows);
+}
+
+template <class Weight> const int8_t* codes_of(const Weight& weight, const Header& header, int64_t stored) {
+    check(stored <= header.values, "it has too few values");
+    const int8_t* codes = static_cast<const int8_t*>(weight.values);
+    for (int64_t i = 0; i < stored; ++i) check(codes[i] != -128, "a value is out of range");
+    return codes;
+}
+
+template <class Weight> void check_sums(const Weight& weight, const std::vector<int64_t>& sums) {
+    for (int64_t row = 0; row < weight.rows; ++row)
+        check(sums[row] == weight.sums[row], "the sum of a row is not that of its values");
+}
+
+int64_t read(Reader& from, const Header& header, Int8Panels& weight) {
+    read_sums(from, weight);
+    const int64_t panels = parts(weight.rows, 16), each = parts(weight.columns, 4) * 64, stored = panels * each;
+    const int8_t* codes = codes_of(weight, header, stored);
+    std::vector<int64_t> sums(panels * 16);
+    for (int64_t i = 0; i < stored; ++i) sums[i / each * 16 + i / 4 % 16] += codes[i];
+    check_sums(weight, sums);
+    return stored;
+}
+
+int64_t read(Reader& from, const Header& header, Int8Tiles& weight) {
+    read_sums(from, weight);
+    weight.height = header.sizes[0], weight.width = header.sizes[1];
+    weight.sections = header.sizes[2], weight.panel = header.sizes[3];
+    const int64_t height = weight.height, width = weight.width;
+    check((height == 1 && width == 4) || (height == 4 && (width == 4 || width == 1)), "its tiles have a wrong size");
+    check(weight.panel == 16 || weight.panel == 64, "its panels have a wrong size");
+    check(weight.sections >= 1 && weight.sections <= weight.columns, "its sections are out of range");
+    const int64_t panels = parts(weight.rows, weight.panel), each = weight.panel / height;
+    const int64_t count = panels * weight.sections * each;
+    weight.first_tiles = from.take<int64_t>(count + 1);
+    const int64_t tiles = check_offsets(weight.first_tiles, count);
+    check(tiles <= header.values / (height * 4), "it has too few values");
+    const int64_t stored = tiles * height * 4;
+    check(stored <= header.values - kByteSpare, "it has too few values");
+    // A kernel follows the places of a whole vector of tiles, so that those after the last tile count as well.
+    const int64_t places = tiles * (width == 1 ? 4 : 1) + kByteSpare;
+    const int64_t across = width == 1 ? weight.columns : parts(weight.columns, 4);
+    weight.places = from.take<uint16_t>(places);
+    for (int64_t i = 0; i < places; ++i) check(weight.places[i] < across, "a tile is outside of the weight");
+    const int8_t* codes = codes_of(weight, header, stored);
+    std::vector<int64_t> sums(panels * weight.panel);
+    for (int64_t part = 0; part < count; ++part) {
+        const int64_t row = (part / (each * weight.sections) * each + part % each) * height;
+        for (int64_t i = weight.first_tiles[part] * height * 4; i < weight.first_tiles[part + 1] * height * 4; ++i)
+            sums[row + i / 4 % height] += codes[i];
+    }
+    check_sums(weight, sums);
+    return stored;
+}
+
+int64_t read(Reader& from, const Header& header, Int8Bitmask& weight) {
+    read_sums(from, weight);
+    const int64_t stored = read_bits(from, weight);
+    check(stored <= header.values - kByteSpare, "it has too few values");
+    const int8_t* codes = codes_of(weight, header, stored);
+    std::vector<int64_t> sums(weight.rows);
+    for (int64_t row = 0; row < weight.rows; ++row)
+        for (int64_t i = weight.offsets[row]; i < weight.offsets[row + 1]; ++i) sums[row] += codes[i];
+    check_sums(weight, sums);
+    return stored;
+}
+
 const Table& widest() {
     if (const char* name = std::getenv("SECATEUR_ISA"); name && *name) {
         if (const InstructionSet* isa = find_instruction_set(name)) return isa->table;
@@ -141,6 +221,9 @@ void run(const Table& table, const Bitmask& weight) { table.bitmask(weight); }
 void run(const Table& table, const Panels& weight) { table.panels(weight); }
 void run(const Table& table, const Groups& weight) { table.groups(weight); }
 void run(const Table& table, const Tiles& weight) { table.tiles(weight); }
+void run(const Table& table, const Int8Panels& weight) { table.int8_panels(weight); }
+void run(const Table& table, const Int8Tiles& weight) { table.int8_tiles(weight); }
+void run(const Table& table, const Int8Bitmask& weight) { table.int8_bitmask(weight); }
 
 }  // namespace
 
@@ -162,6 +245,9 @@ PackedWeight::PackedWeight(const void* data, size_t size) : table_(&widest()) {
         case 1: weight_ = Panels{}; break;
         case 2: weight_ = Groups{}; break;
         case 3: weight_ = Tiles{}; break;
+        case 4: weight_ = Int8Panels{}; break;
+        case 5: weight_ = Int8Tiles{}; break;
+        case 6: weight_ = Int8Bitmask{}; break;
         default: refuse("its layout is unknown");
     }
     std::visit([&](auto& weight) {
@@ -173,7 +259,8 @@ PackedWeight::PackedWeight(const void* data, size_t size) : table_(&widest()) {
         }
         if (header.has_scale) weight.scale = from.take<float>(header.rows);
         stored_ = read(from, header, weight);
-        check(stored_ <= header.values - kSpare, "it has too few values");
+        // Panels of bytes are whole, and the other layouts in 8 bits have compared their own spare bytes.
+        if (header.layout < 4) check(stored_ <= header.values - kSpare, "it has too few values");
     }, weight_);
 }
 

@@ -24,7 +24,7 @@ public:
 private:
     const Linear& linear() const;
 
-    std::variant<Bitmask, Panels, Groups, Tiles> weight_;
+    std::variant<Bitmask, Panels, Groups, Tiles, Int8Panels, Int8Tiles, Int8Bitmask> weight_;
     int64_t stored_;  // values that a product reads
     const Table* table_;
 };

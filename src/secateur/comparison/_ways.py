@@ -81,6 +81,12 @@ WAYS: Mapping[str, Way] = {
         Way("onnx", "ONNX Runtime", _exported("onnx"), engine="onnxruntime"),
         Way("onnx-int8", "ONNX Runtime int8", _exported("onnx", int8=True), engine="onnxruntime"),
         Way("onnx-packed", "ONNX Runtime packed", _exported("onnx", packed=True), engine="onnxruntime"),
+        Way(
+            "onnx-packed-int8",
+            "ONNX Runtime packed int8",
+            _exported("onnx", int8=True, packed=True),
+            engine="onnxruntime",
+        ),
         Way("openvino", "OpenVINO", _exported("openvino"), engine="openvino", precision="float32"),
         Way("openvino-bfloat16", "OpenVINO bfloat16", _exported("openvino"), engine="openvino", precision="bfloat16"),
         Way("openvino-int8", "OpenVINO int8", _exported("openvino", int8=True), engine="openvino"),

@@ -9,5 +9,6 @@ from secateur.exporting._opened import read_report as read_report
 from secateur.exporting._packed_nodes import OPERATION as OPERATION
 from secateur.exporting._packed_nodes import PackedNodes as PackedNodes
 from secateur.exporting._packed_nodes import layout_for as layout_for
+from secateur.exporting._packed_nodes import layout_in_bytes as layout_in_bytes
 from secateur.exporting._packed_nodes import pack_nodes as pack_nodes
 from secateur.exporting._settings import ExportSettings as ExportSettings

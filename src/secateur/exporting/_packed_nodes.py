@@ -1,8 +1,8 @@
-"""Put packed layers into an ONNX file: products by a weight with many zeros become the operation of our kernels."""
+"""Put packed layers into an ONNX file: products by a constant weight become the operation of our kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,25 @@ from typing import Any
 import torch
 
 from secateur import kernels
+from secateur._errors import SparsityError
 from secateur._types import Weight
 from secateur.engines import DOMAIN, import_openvino, library
 from secateur.exporting._onnx_graph import OnnxGraph, attributes, standard
-from secateur.kernels import GroupLayout, Layout, PanelLayout, TileLayout
+from secateur.kernels import (
+    GroupLayout,
+    Int8BitmaskLayout,
+    Int8PanelLayout,
+    Int8TileLayout,
+    Layout,
+    PanelLayout,
+    TileLayout,
+)
 from secateur.patterns import NM, Block, satisfied
 
 OPERATION, _VERSION = "PackedLinear", 1
 SPARSITY = 0.7  # zeros of a weight from which on the kernels are faster than dense products in the engines
 _FEWEST = 128 * 128  # weights; a smaller product takes less time than what surrounds it
+HALF = 0.5  # in 8 bits, zeros from which on only the weights that are kept are stored
 _MOST_STORED = 1.3  # values that groups store for each weight that is kept, before panels are better
 _FLOAT = 1  # the number of float32 in ONNX
 
@@ -40,7 +50,7 @@ class PackedNodes:
     bytes_after: int
 
 
-def pack_nodes(source: Path, output: Path, *, sparsity: float = SPARSITY) -> PackedNodes:
+def pack_nodes(source: Path, output: Path, *, sparsity: float = SPARSITY, int8: bool = False) -> PackedNodes:
     """Write an ONNX file whose products by sparse constant weights are packed layers.
 
     ``MatMul`` and ``Gemm`` by a float32 constant become ``secateur.PackedLinear``, with a bias that is added right
@@ -50,11 +60,13 @@ def pack_nodes(source: Path, output: Path, *, sparsity: float = SPARSITY) -> Pac
         source: an ONNX file.
         output: another one.
         sparsity: the fewest zeros that a weight must have, as a fraction.
+        int8: compute in 8 bits, as ``pack_(precision="int8")`` does. Then weights without zeros are packed, too, because
+            the kernels for those are as fast as the engine's.
 
     Raises:
         FormatError: the source cannot be read, or the output cannot be written.
     """
-    packer = _Packer(OnnxGraph(source), sparsity)
+    packer = _Packer(OnnxGraph(source), 0.0 if int8 else sparsity, layout_in_bytes if int8 else layout_for)
     packer.run()
     packer.graph.save(output)
     return PackedNodes(packer.packed, packer.left, packer.before, packer.after)
@@ -85,8 +97,8 @@ class _Stored:
 class _Packer:
     """One pass over the products of a graph."""
 
-    def __init__(self, graph: OnnxGraph, sparsity: float) -> None:
-        self.graph, self._sparsity = graph, sparsity
+    def __init__(self, graph: OnnxGraph, sparsity: float, lay_out: Callable[[Weight], Layout]) -> None:
+        self.graph, self._sparsity, self._lay_out = graph, sparsity, lay_out
         self._stored: dict[tuple[str, bool], _Stored | str] = {}  # a weight that several products use is stored once
         self.packed: dict[str, str] = {}
         self.left: dict[str, str] = {}
@@ -122,7 +134,10 @@ class _Packer:
             return f"its weight has {weight.numel()} numbers; packed layers are faster from {_FEWEST} on"
         if zeros < self._sparsity:
             return f"{zeros:.0%} of its weight are zeros; packed layers are faster from {self._sparsity:.0%} on"
-        layout = layout_for(weight)
+        try:
+            layout = self._lay_out(weight)
+        except SparsityError as error:
+            return str(error)
         data = kernels.to_bytes(layout)
         self.before += weight.nbytes
         self.after += data.nbytes
@@ -167,3 +182,19 @@ def layout_for(weight: Weight) -> Layout:
             case Block(height, width):
                 return TileLayout.pack(weight, height=height, width=width)
     return PanelLayout.pack(weight)
+
+
+def layout_in_bytes(weight: Weight) -> Layout:
+    """Return the layout of a weight ``[out, in]`` for products in 8 bits, in the file of an engine.
+
+    Raises:
+        KernelError, FormatError: the weight cannot be rounded to 8 bits.
+    """
+    zero = weight == 0
+    if float(zero.float().mean()) < HALF:
+        return Int8PanelLayout.pack(weight)
+    blocks = [pattern for pattern in satisfied(zero) if isinstance(pattern, Block)]
+    for height, width in ((4, 4), (4, 1), (1, 4)):
+        if any(not (block.height % height or block.width % width) for block in blocks):
+            return Int8TileLayout.pack(weight, height=height, width=width)
+    return Int8BitmaskLayout.pack(weight)

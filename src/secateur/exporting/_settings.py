@@ -50,10 +50,10 @@ class ExportSettings:
                 f"ONNX Runtime computes nothing in bfloat16 on CPUs, so that bfloat16 does not go with to={self.to!r}."
                 "\nGive to='openvino' (--to openvino), or int8."
             )
-        if flag("packed", self.packed) and self.int8:
+        if flag("packed", self.packed) and self.int8 and self.to == "openvino":
             raise RecipeError(
-                "packed layers compute with float32 weights, and int8 rounds all weights, so that they do not go "
-                "together.\nGive packed (--packed) for a model with many zeros, or int8 (--int8)."
+                "in the files of OpenVINO packed layers compute in float32, and int8 rounds all weights, so that they do "
+                "not go together there.\nGive to='onnx' (--to onnx), or one of packed (--packed) and int8 (--int8)."
             )
         number("tolerance", self.tolerance, above=0.0, finite=True)
         for rows, length in self.shapes or ():

@@ -84,8 +84,8 @@ def write_exported(
         rewritten = _folder(work, "rewritten") / "model.onnx"
         report = replace(report, fused=dict(fuse(graph, rewritten).counts))
         graph = rewritten
-    if settings.packed:
-        graph, report = _packed(graph, work, report)
+    if settings.packed and not settings.int8:
+        graph, report = _packed(graph, work, report, int8=False)
     progress("checking the graph", 2, _STEPS)
     engine = open_file(graph, report, precision=None, threads=None)
     checks = compare(function, engine, settings.tolerance, "the graph in float32")
@@ -132,6 +132,8 @@ def _placed(
         )
         return replace(report, file=OPENVINO, notes=(*report.notes, *converted.notes))
     if settings.int8:
+        if settings.packed:  # the graph in float32 was checked
+            graph, report = _packed(graph, graph.parent.parent, report, int8=True)
         rounded = _folder(graph.parent.parent, "int8") / "model.onnx"
         quantized = quantize(graph, rounded)
         graph, report = rounded, replace(report, left=dict(quantized.left))
@@ -139,10 +141,10 @@ def _placed(
     return report
 
 
-def _packed(graph: Path, work: Path, report: ExportReport) -> tuple[Path, ExportReport]:
+def _packed(graph: Path, work: Path, report: ExportReport, int8: bool) -> tuple[Path, ExportReport]:
     """Write the graph with packed layers, and say in the report which products stay dense."""
     packed = _folder(work, "packed") / "model.onnx"
-    found = pack_nodes(graph, packed)
+    found = pack_nodes(graph, packed, int8=int8)
     if not found.packed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.left.items())[:3])
         raise RecipeError(

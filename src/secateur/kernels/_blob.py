@@ -13,6 +13,9 @@ from secateur._errors import KernelError
 from secateur.formats import VALUE_TYPES
 from secateur.kernels._bitmask import BitmaskLayout
 from secateur.kernels._groups import GroupLayout
+from secateur.kernels._int8_bitmask import Int8BitmaskLayout
+from secateur.kernels._int8_panels import Int8PanelLayout
+from secateur.kernels._int8_tiles import Int8TileLayout
 from secateur.kernels._layout import Layout
 from secateur.kernels._panels import PanelLayout
 from secateur.kernels._tiles import TileLayout
@@ -73,10 +76,17 @@ def _parts(layout: Layout) -> tuple[int, tuple[int, ...], tuple[Tensor, ...]]:
             return 2, (layout.n, layout.m), (layout.words,)
         case TileLayout():
             return 3, (layout.height, layout.width), (layout.first_tiles, layout.tile_columns)
+        case Int8PanelLayout():
+            return 4, (), (layout.sums,)
+        case Int8TileLayout():
+            sizes = (layout.height, layout.width, layout.sections, layout.panel)
+            return 5, sizes, (layout.sums, layout.first_tiles, layout.places)
+        case Int8BitmaskLayout():
+            return 6, (), (layout.sums, layout.mask, layout.offsets)
         case _:
             raise KernelError(
                 f"{type(layout).__name__} has no number in the file of an engine; those that have are BitmaskLayout, "
-                "PanelLayout, GroupLayout and TileLayout. Use one of these."
+                "PanelLayout, GroupLayout, TileLayout and those of 8 bits. Use one of these."
             )
 
 
