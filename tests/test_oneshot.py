@@ -28,6 +28,7 @@ from secateur import (
     SolverError,
     SparseGPT,
     StatisticsError,
+    Swaps,
     Unstructured,
     Wanda,
     prune_,
@@ -159,7 +160,7 @@ def test_the_stored_weights_have_exactly_the_sparsity(method, pattern, dtype):
 
 def compares_rows(method):
     """Whether an unstructured pattern is compared row by row, as the papers of Wanda and RIA do."""
-    while isinstance(method, Refit):
+    while isinstance(method, Refit | Swaps):
         method = method.inner
     return isinstance(method, Select) and isinstance(method.importance, Wanda | RIA)
 
