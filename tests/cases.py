@@ -17,6 +17,7 @@ from secateur import (
     SparseGPT,
     Swaps,
     Taylor,
+    TransposableNM,
     Unstructured,
     Wanda,
 )
@@ -31,6 +32,8 @@ PATTERNS = [
     NM(1, 4),
     NM(3, 10),
     NM(3, 7, remainder="dense"),
+    TransposableNM(1, 2),
+    TransposableNM(2, 4, remainder="dense"),
     Block(1, 1),
     Block(2, 4),
     Block(4, 3, remainder="dense"),

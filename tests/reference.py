@@ -140,6 +140,24 @@ def nm_mask(scores: np.ndarray, n: int, m: int) -> np.ndarray:
     return kept
 
 
+def transposable_mask(scores: np.ndarray, n: int, m: int) -> np.ndarray:
+    """The best total score among all masks of each m x m tile with n in each row and column; the first such mask."""
+    kept = np.zeros(scores.shape, dtype=bool)
+    rows = list(itertools.combinations(range(m), n))
+    legal = [
+        choice
+        for choice in itertools.product(rows, repeat=m)
+        if all(sum(column in row for row in choice) == n for column in range(m))
+    ]
+    for top, left in itertools.product(range(0, scores.shape[0], m), range(0, scores.shape[1], m)):
+        tile = scores[top : top + m, left : left + m]
+        best = max(legal, key=lambda choice: math.fsum(tile[i, j] for i, row in enumerate(choice) for j in row))
+        for i, row in enumerate(best):
+            for j in row:
+                kept[top + i, left + j] = True
+    return kept
+
+
 # Group lasso
 
 

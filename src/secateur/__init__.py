@@ -38,7 +38,10 @@ from secateur.patterns import Block as Block
 from secateur.patterns import Column as Column
 from secateur.patterns import Row as Row
 from secateur.patterns import SparsityPattern as SparsityPattern
+from secateur.patterns import TransposableNM as TransposableNM
 from secateur.patterns import Unstructured as Unstructured
+from secateur.permuting import PermutationReport as PermutationReport
+from secateur.permuting import permute_ as permute_
 from secateur.pipeline import Pipeline as Pipeline
 from secateur.pruning import Recipe as Recipe
 from secateur.pruning import allocate as allocate

@@ -76,6 +76,10 @@ def prune(
             help="A number for the method's damping, or auto: the best of four for each layer, on --held-out."
         ),
     ] = None,
+    permute: Annotated[
+        bool,
+        typer.Option("--permute", help="Reorder channels first, so that N:M keeps more. The model stays the same."),
+    ] = False,
     strict: Annotated[
         bool,
         typer.Option("--strict", help="Refuse layers that no text reaches, and experts that fewer than 64 tokens do."),
@@ -90,6 +94,7 @@ def prune(
     with user_errors():
         from secateur.files import check_file
         from secateur.huggingface import CalibrationText
+        from secateur.permuting import permute_for
         from secateur.pruning import allocate_directory, prune_directory
         from secateur.reports import evaluation_table, pruned_table, require_page_extra, skipped_table
 
@@ -134,6 +139,7 @@ def prune(
                 evaluate=evaluate,
                 device=device,
                 overwrite=overwrite,
+                prepare=(lambda *found: str(permute_for(*found, progress))) if permute else None,
                 progress=progress,
             )
         if written_or_printed(report, html, as_json):
@@ -141,6 +147,8 @@ def prune(
         show(pruned_table(report.layers), skipped_table(worth_saying(report.skipped)))
         if report.evaluation is not None:
             show(evaluation_table(report.evaluation))
+        if prepared := report.calibration.get("prepared"):
+            say(prepared)
         say(f"{report}\nwritten to {output}")
 
 

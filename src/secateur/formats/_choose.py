@@ -13,7 +13,7 @@ from secateur.formats._format import Format
 from secateur.formats._nm import NMPacked
 from secateur.formats._table import FORMATS
 from secateur.formats._values import dense_nbytes
-from secateur.patterns import NM, SparsityPattern, Unstructured, satisfied
+from secateur.patterns import NM, SparsityPattern, Unstructured, along_rows, satisfied
 
 
 def choose(pattern: SparsityPattern, mask: Mask, value_dtype: torch.dtype = torch.float32) -> type[Format] | None:
@@ -91,9 +91,9 @@ def smallest(
     Raises:
         PatternError: the mask keeps more than an N:M pattern allows.
     """
-    if patterns is None:
-        patterns = satisfied(~mask)
-    elif patterns and isinstance(patterns[0], NM) and NMPacked.predicted_nbytes(mask, patterns[0]) is None:
+    given = satisfied(~mask) if patterns is None else patterns
+    is_given, patterns = patterns is not None, [along_rows(pattern, len(mask)) for pattern in given]
+    if is_given and patterns and isinstance(patterns[0], NM) and NMPacked.predicted_nbytes(mask, patterns[0]) is None:
         NMPacked.from_dense(mask.float(), mask, patterns[0])  # raises: the message names the group
     best: tuple[int, type[Format], SparsityPattern] | None = None
     stored = int(mask.count_nonzero())

@@ -16,7 +16,7 @@ from secateur.formats._arrays import NO_VALUES, check_mask, check_shape, check_w
 from secateur.formats._grid import GRIDS
 from secateur.formats._sparse import Entries, check_blocksize, layout_of, to_scipy_sparse, to_torch_sparse
 from secateur.formats._values import INT4, VALUE_DTYPES, as_value_dtype, encode, is_scaled, value_name
-from secateur.patterns import NM, Block, SparsityPattern
+from secateur.patterns import NM, Block, SparsityPattern, along_rows
 
 _IN_CACHE = 1 << 14  # weights that are compared at a time
 
@@ -448,7 +448,7 @@ class Format(ABC):
     @final
     def _accept(cls, pattern: SparsityPattern | None) -> SparsityPattern:
         """The pattern, or the default one for None. Raise PatternError if the format cannot hold it."""
-        pattern = cls._default if pattern is None else pattern
+        pattern = cls._default if pattern is None else along_rows(pattern, 0)
         if pattern is None or not isinstance(pattern, cls._patterns):
             wanted = " or ".join(known.__name__ for known in cls._patterns)
             raise PatternError(f"{cls.__name__} holds weights pruned to the pattern {wanted}, got {pattern!r}.")

@@ -26,7 +26,7 @@ from secateur.layers import (
 from secateur.nn._gate import gated, hard_mask, solve_threshold
 from secateur.nn._mask_settings import MaskSettings, check_temperature
 from secateur.nn._sparse_state import FROZEN, SOFT, STRAIGHT_THROUGH, Masked, as_now, marks, without_parameters
-from secateur.patterns import Units, Unstructured, check_sparsity, with_channel_width
+from secateur.patterns import Units, Unstructured, check_independent, check_sparsity, with_channel_width
 
 _ELEMENTWISE = Unstructured("row")
 
@@ -67,6 +67,7 @@ class SparseLayer(nn.Module, ABC):
         if pattern is not None:
             pattern = with_channel_width(pattern, self.channel_width)
             pattern.validate(self._matrix().shape)
+            check_independent(pattern, "a gate")
         self.pattern, self.target, self.structured = pattern, settings.sparsity, settings.structured
         self.hard = settings.hard
         real = torch.promote_types(weight.dtype, torch.float32)

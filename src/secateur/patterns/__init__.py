@@ -4,9 +4,12 @@ from secateur.patterns._classes import NM as NM
 from secateur.patterns._classes import Block as Block
 from secateur.patterns._classes import Column as Column
 from secateur.patterns._classes import Row as Row
+from secateur.patterns._classes import TransposableNM as TransposableNM
 from secateur.patterns._classes import Unstructured as Unstructured
+from secateur.patterns._classes import along_rows as along_rows
 from secateur.patterns._classes import as_pattern as as_pattern
 from secateur.patterns._classes import at_partial_sparsity as at_partial_sparsity
+from secateur.patterns._classes import check_independent as check_independent
 from secateur.patterns._classes import with_channel_width as with_channel_width
 from secateur.patterns._classes import with_dense_remainder as with_dense_remainder
 from secateur.patterns._classes import with_scope as with_scope

@@ -1,4 +1,4 @@
-"""The five patterns, and what is derived from one of them."""
+"""The patterns, and what is derived from one of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from secateur._checks import instance, integer
 from secateur._errors import PatternError
 from secateur._types import Mask
 from secateur.patterns._pattern import Remainder, Scope, SparsityPattern
+from secateur.patterns._regular import keep_regular
 from secateur.patterns._select import units_to_prune
+from secateur.patterns._units import Units
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,6 +138,60 @@ class NM(SparsityPattern):
         return (
             f"row {row}, {columns} keep {int(kept[row, group])} weights, but {self.n}:{self.m} keeps exactly {self.n}."
         )
+
+
+@dataclass(frozen=True, repr=False)
+class TransposableNM(NM):
+    """N:M along rows and along columns: each m x m tile keeps n weights in each of its rows and columns.
+
+    So the transpose of the weight is N:M, too, as the backward pass of training on N:M hardware needs. The mask has the
+    largest sum of scores that this allows, exactly; it keeps less than that of N:M alone. Of negative scores, which
+    are those of weights that an earlier round pruned, as few as possible are kept.
+
+    Args:
+        n: weights kept in each row and column of a tile, 0 to m.
+        m: rows and columns of a tile, at least 1.
+        remainder: for a size that is not a multiple of m, ``"error"`` raises and ``"dense"`` leaves the incomplete
+            tiles dense.
+
+    Raises:
+        PatternError: n or m is out of range, or another remainder.
+        TypeError: n or m is not an int.
+
+    Example:
+        >>> import torch, secateur
+        >>> pattern = secateur.TransposableNM(1, 2)
+        >>> scores = torch.tensor([[5.0, 4.0], [4.0, 0.0]])
+        >>> str(pattern), pattern.mask(scores).tolist()  # 4 + 4 is more than 5 + 0
+        ('transposable:1:2', [[False, True], [True, False]])
+
+    Reference:
+        Hubara et al., "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable
+        Masks", 2021, arXiv:2102.08124.
+    """
+
+    def __str__(self) -> str:
+        return f"transposable:{super().__str__()}"
+
+    def _tile(self) -> tuple[int, int]:
+        return self.m, self.m
+
+    def _keep(self, units: Units, scores: Tensor, num_keep: int) -> Tensor:
+        core = scores.view(units.core)
+        tiles = core.unflatten(0, (-1, self.m)).unflatten(2, (-1, self.m)).transpose(1, 2)
+        kept = keep_regular(tiles.flatten(0, 1), num_keep).view(tiles.shape)
+        return kept.transpose(1, 2).reshape(scores.shape)
+
+    def _violation(self, mask: Mask) -> str | None:
+        if (found := super()._violation(mask)) is not None:
+            return found
+        kept = mask.unflatten(0, (-1, self.m)).sum(1)
+        wrong = _first(kept != self.n)
+        if wrong is None:
+            return None
+        group, column = wrong
+        rows = f"rows {group * self.m} to {(group + 1) * self.m - 1}"
+        return f"column {column}, {rows} keep {int(kept[wrong])} weights, but {self} keeps exactly {self.n}."
 
 
 @dataclass(frozen=True, repr=False)
@@ -285,6 +341,7 @@ class Column(SparsityPattern):
 # Set here and not in the class, which must exist before the classes that derive from it.
 SparsityPattern.Unstructured = Unstructured
 SparsityPattern.NM = NM
+SparsityPattern.TransposableNM = TransposableNM
 SparsityPattern.Block = Block
 SparsityPattern.Row = Row
 SparsityPattern.Column = Column
@@ -293,6 +350,7 @@ SparsityPattern.Column = Column
 SparsityPattern._grammar = (
     (r"unstructured", Unstructured),
     (r"(\d{1,9}):(\d{1,9})", NM),
+    (r"transposable:(\d{1,9}):(\d{1,9})", TransposableNM),
     (r"block:(\d{1,9})x(\d{1,9})", Block),
     (r"row", Row),
     (r"column(?::(\d{1,9}))?", Column),
@@ -341,6 +399,40 @@ def at_partial_sparsity(pattern: SparsityPattern, sparsity: float) -> tuple[Spar
         pattern = replace(pattern, n=max(pattern.n, pattern.m - units_to_prune(pattern.m, sparsity)))
         return pattern, pattern.resolve(None)
     return pattern, sparsity
+
+
+def along_rows(pattern: SparsityPattern, rows: int) -> SparsityPattern:
+    """Return the pattern as it is along rows, in which weights are stored: N:M for a transposable one.
+
+    Args:
+        pattern: any.
+        rows: of the matrix. Where some of them are left dense, no pattern holds in all rows.
+
+    Example:
+        >>> import secateur
+        >>> secateur.patterns.along_rows(secateur.TransposableNM(2, 4), 8)
+        NM(2, 4)
+    """
+    if not isinstance(pattern, TransposableNM):
+        return pattern
+    return Unstructured() if rows % pattern.m else NM(pattern.n, pattern.m, pattern.remainder)
+
+
+def check_independent(pattern: SparsityPattern, what: str) -> None:
+    """Raise if competitions of a pattern depend on one another, for what decides each of them alone.
+
+    Args:
+        pattern: any.
+        what: decides so, for the message.
+
+    Raises:
+        PatternError: they do.
+    """
+    if isinstance(pattern, TransposableNM):
+        raise PatternError(
+            f"{what} decides each group of a row alone, but {pattern} ties rows and columns together.\n"
+            f"Train with {pattern.n}:{pattern.m}, or prune with secateur.prune_ and keep the zeros while training."
+        )
 
 
 def _check_sizes(pattern: SparsityPattern) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur._errors import PatternError
-from secateur.patterns._classes import NM, Block, Column, Row
+from secateur.patterns._classes import NM, Block, Column, Row, TransposableNM
 from secateur.patterns._pattern import SparsityPattern
 
 # The sizes that hardware and kernels use. Any other size would cost time, and random zeros would match more of them.
@@ -42,7 +42,8 @@ def _held(zero: Tensor, tried: Iterable[_Tried]) -> dict[_Tried, SparsityPattern
             case int(m) if columns % m == 0:
                 n = m - int(_counts(counts, m).min()) if zero.numel() else m
                 if n < m:
-                    held[one] = NM(n, m)
+                    is_both = n > 0 and rows % m == 0 and _in_columns(zero, m) >= m - n
+                    held[one] = TransposableNM(n, m) if is_both else NM(n, m)
             case (height, width) if rows % height == 0 and columns % width == 0:
                 tiles = (_counts(counts, width) == width).unflatten(0, (-1, height)).all(1)
                 if int(tiles.count_nonzero()) * height * width == zeros:
@@ -62,11 +63,16 @@ def _counts(known: dict[int, Tensor], width: int) -> Tensor:
     return known[width]
 
 
+def _in_columns(zero: Tensor, m: int) -> int:
+    """The fewest zeros in a group of m rows of a column."""
+    return int(zero.unflatten(0, (-1, m)).sum(1).min())
+
+
 def _implies(one: SparsityPattern, other: SparsityPattern) -> bool:
     """Whether zeros that satisfy one pattern satisfy the other: 2:4 implies 4:8, and tiles imply smaller ones."""
     match one, other:
         case NM(n, m), NM():
-            return other.m % m == 0 and n * (other.m // m) <= other.n
+            return type(other) in (NM, type(one)) and other.m % m == 0 and n * (other.m // m) <= other.n
         case Block(height, width), Block():
             return height % other.height == 0 and width % other.width == 0
     return False
@@ -88,4 +94,6 @@ def may_come_from(zero: Tensor, pattern: SparsityPattern) -> bool:
         return False
     if not isinstance(pattern, NM) or not core.numel():
         return True
+    if isinstance(pattern, TransposableNM) and _in_columns(core, pattern.m) < pattern.m - pattern.n:
+        return False
     return int(core.unflatten(1, (-1, pattern.m)).sum(2).min()) >= pattern.m - pattern.n

@@ -34,8 +34,10 @@ class SparsityPattern(ABC):
     of its score. For ``|w_ij| * ||x_j||`` this is the exact cost of pruning the unit under a diagonal Hessian. The sum
     of absolute values is not.
 
-    The five patterns are :class:`Unstructured`, :class:`NM`, :class:`Block`, :class:`Row` and :class:`Column`. They are
-    also attributes of this class, such as ``SparsityPattern.NM``.
+    The patterns are :class:`Unstructured`, :class:`NM`, :class:`TransposableNM`, :class:`Block`, :class:`Row` and
+    :class:`Column`. They are also attributes of this class, such as ``SparsityPattern.NM``. In a
+    :class:`TransposableNM`, the competitions of rows and columns depend on one another, and what is kept has the
+    largest sum.
 
     Example:
         >>> import torch, secateur
@@ -50,6 +52,7 @@ class SparsityPattern(ABC):
     # The patterns themselves, which this module does not know: they are set where they are defined.
     Unstructured: ClassVar[Any]
     NM: ClassVar[Any]
+    TransposableNM: ClassVar[Any]
     Block: ClassVar[Any]
     Row: ClassVar[Any]
     Column: ClassVar[Any]
@@ -81,6 +84,13 @@ class SparsityPattern(ABC):
     def _competitions(self, rows: int, columns: int, units: int) -> tuple[int, int]:
         """Number of competitions in a matrix of this size that has no remainder, and of units in each."""
 
+    def _keep(self, units: Units, scores: Tensor, num_keep: int) -> Tensor:
+        """Return which units are kept, ``[competitions, count]`` bool, ``num_keep`` in each competition.
+
+        Where competitions depend on one another, it is not enough that each keeps its highest scores.
+        """
+        return keep_top(scores, num_keep)
+
     @abstractmethod
     def _violation(self, mask: Mask) -> str | None:
         """Say which group is the first that breaks the pattern, for a mask without remainder; None where none does."""
@@ -90,8 +100,9 @@ class SparsityPattern(ABC):
         """Return the pattern that ``text`` names. This is the inverse of ``str(pattern)``.
 
         Args:
-            text: ``"unstructured"``, ``"2:4"``, ``"block:16x16"``, ``"row"`` or ``"column"``. Options follow a comma:
-                ``"unstructured,scope=row"``, ``"2:4,remainder=dense"``, ``"column:9"`` (9 adjacent columns a channel).
+            text: ``"unstructured"``, ``"2:4"``, ``"transposable:2:4"``, ``"block:16x16"``, ``"row"`` or ``"column"``.
+                Options follow a comma: ``"unstructured,scope=row"``, ``"2:4,remainder=dense"``, ``"column:9"`` (9
+                adjacent columns a channel).
 
         Raises:
             PatternError: the text names no pattern, or sizes that are out of range.
@@ -263,7 +274,7 @@ class SparsityPattern(ABC):
         if scores.dtype in (torch.float16, torch.bfloat16):
             scores = scores.float()  # exact; selection in half precision takes ten times as long on a CPU
         units = self.units(scores.shape)
-        return units.mask(keep_top(units.scores(scores), units.count - units_to_prune(units.count, sparsity)))
+        return units.mask(self._keep(units, units.scores(scores), units.count - units_to_prune(units.count, sparsity)))
 
     def check(self, mask: Mask) -> None:
         """Raise unless ``mask`` (``[out, in]``, bool, True = kept) is legal under this pattern.
@@ -307,7 +318,7 @@ def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
 
 def _unknown_pattern(text: str) -> str:
     return (
-        f"{text!r} names no pattern. Patterns are 'unstructured', 'N:M' such as '2:4', 'block:HxW' such as "
-        "'block:16x16', 'row' and 'column'. Options follow a comma: ',scope=row' or ',scope=layer' for unstructured, "
-        "',remainder=dense' for N:M and block."
+        f"{text!r} names no pattern. Patterns are 'unstructured', 'N:M' such as '2:4', 'transposable:N:M', 'block:HxW' "
+        "such as 'block:16x16', 'row' and 'column'. Options follow a comma: ',scope=row' or ',scope=layer' for "
+        "unstructured, ',remainder=dense' for N:M and block."
     )

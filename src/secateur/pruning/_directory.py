@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ from secateur.pruning._rounds import Between, check_between
 from secateur.reports import PRUNING_REPORT, AllocationReport, Report, stages_from_json, stages_to_json
 from secateur.solvers import method_name
 
+Prepare: TypeAlias = Callable[[nn.Module, Sequence[Any], Recipe], str]
+
 _BATCH = 4096  # tokens in a batch, at most
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
@@ -52,6 +55,7 @@ def prune_directory(
     overwrite: bool = False,
     rounds: int | None = None,
     between: Between | None = None,
+    prepare: Prepare | None = None,
     progress: Progress = lambda description, done, total: None,
 ) -> Report:
     """Prune a Hugging Face model directory into another one that ``from_pretrained`` loads unchanged.
@@ -73,6 +77,9 @@ def prune_directory(
         overwrite: replace an existing output directory.
         rounds: in place of the recipe's.
         between: called between two rounds, as by :func:`secateur.prune_`. All parameters that it changes are written.
+        prepare: ``prepare(model, batches, recipe)`` changes the model before it is pruned, without changing what it
+            computes, and says in a line what it did, which becomes a part of the report. All parameters that it changes
+            are written. It needs the text.
         progress: called with a description, and how much of how much is done.
 
     Raises:
@@ -83,6 +90,9 @@ def prune_directory(
     recipe = recipe if rounds is None else replace(recipe, rounds=rounds)
     if between is not None:
         check_between(recipe)
+    if prepare is not None and calibration is None:
+        raise RecipeError("to reorder a model it must run: give some text with --calibration TEXT_FILE.")
+    changes_all = between is not None or prepare is not None
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
     text = _text_for(recipe, calibration)
@@ -94,8 +104,8 @@ def prune_directory(
     _check_reads_text(directory, model, text or heldout)
     if heldout is not None:
         directory_figures(directory, heldout, has_dense=True)
-    recipe, stored = _match_checkpoint(model, directory, recipe, missing, everything=between is not None)
-    buffers = {} if between is None else _stored_buffers(model, directory)
+    recipe, stored = _match_checkpoint(model, directory, recipe, missing, everything=changes_all)
+    buffers = _stored_buffers(model, directory) if changes_all else {}
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text else None
     batches = _batches_of(reader, text, calibration, recipe)
@@ -104,6 +114,7 @@ def prune_directory(
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
         quality = DenseQuality.of(whole, heldout, reading, progress)
 
+    prepared = {} if prepare is None else {"prepared": prepare(model, batches or [], recipe)}
     report = prune_(model, batches, recipe, loss=loss, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
     now = dict(model.named_buffers())
@@ -114,7 +125,9 @@ def prune_directory(
     report = replace(
         report,
         evaluation=None if quality is None else quality.compare(whole, progress)[0],
-        calibration={} if calibration is None or reader is None else calibration.provenance(reader.length),
+        calibration={}
+        if calibration is None or reader is None
+        else {**calibration.provenance(reader.length), **prepared},
         versions={**report.versions, "transformers": transformers_library().__version__},
         skipped=tuple(replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in report.skipped),
     )

@@ -2,6 +2,7 @@
 
 from secateur.graph import Removal as Removal
 from secateur.shrinking._analysis import describe as describe
+from secateur.shrinking._consumers import find_consumers as find_consumers
 from secateur.shrinking._directory import METHOD as METHOD
 from secateur.shrinking._directory import analyze_directory as analyze_directory
 from secateur.shrinking._directory import chosen_method as chosen_method

@@ -99,6 +99,13 @@ class _Whole(nn.Module):
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
     """Give a module float32 copies of its half-precision parameters and buffers for a while."""
+    with _computing_in(module, torch.float32, HALF):
+        yield
+
+
+@contextmanager
+def _computing_in(module: nn.Module, dtype: torch.dtype, narrower: tuple[torch.dtype, ...]) -> Iterator[None]:
+    """Give a module wider copies of its narrower parameters and buffers for a while."""
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     wide: dict[int, Tensor] = {}
     try:
@@ -106,9 +113,9 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             tables: list[dict[str, Any]] = [inner._parameters, inner._buffers]
             for table in tables:
                 for name, tensor in table.items():
-                    if tensor is not None and tensor.dtype in HALF:
+                    if tensor is not None and tensor.dtype in narrower:
                         if id(tensor) not in wide:
-                            data = tensor.detach().float()
+                            data = tensor.detach().to(dtype)
                             wide[id(tensor)] = nn.Parameter(data, False) if isinstance(tensor, nn.Parameter) else data
                         swapped.append((table, name, tensor))
         for table, name, tensor in swapped:
@@ -121,6 +128,39 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 def _widened(leaf: Any) -> Any:
     return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
+
+
+def wide_outputs(model: nn.Module, batch: Any, forward: Forward) -> tuple[object, torch.dtype]:
+    """Return what a model gives for a batch, computed in float64, or in float32 if its code allows no float64.
+
+    In float64, sums in another order differ by so little that two models which are equal but for that can be told from
+    others, however deep they are. Random numbers are the same in each call.
+
+    Args:
+        model: that runs; it has float64 copies of its parameters and buffers meanwhile.
+        batch: of its inputs.
+        forward: how to call the model on it.
+    """
+    for dtype, narrower in ((torch.float64, (*HALF, torch.float32)), (torch.float32, HALF)):
+
+        def widened(leaf: Any, dtype: torch.dtype = dtype, narrower: tuple[torch.dtype, ...] = narrower) -> Any:
+            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.dtype in narrower else leaf
+
+        try:
+            with _computing_in(model, dtype, narrower), quiet(model), same_chance():
+                return forward(model, tree_map(widened, copy.deepcopy(batch))), dtype
+        except Exception:
+            if dtype == torch.float32:
+                raise
+    raise AssertionError
+
+
+@contextmanager
+def same_chance() -> Iterator[None]:
+    """Let a model that draws random numbers, such as one that masks patches, draw the same ones each time."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
 
 
 def outputs_of(output: object) -> list[tuple[str, Tensor]]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from secateur._errors import SolverError, SparsityError
 from secateur.calibration import Forward, call_model, quiet
 from secateur.graph import Dimension, Removal
-from secateur.surgery._calls import HALF, Call, Difference, difference, tolerance_for, whole_call
+from secateur.surgery._calls import HALF, Call, Difference, difference, same_chance, tolerance_for, whole_call
 from secateur.surgery._remove import Undo, remove_
 
 # How far the output of a whole model may be from its reference when all of its parts are proved to be right.
@@ -149,10 +148,10 @@ def _whole(
     undo: Undo, reference: Callable[[], AbstractContextManager[None]], batch: Any, forward: Forward
 ) -> Difference:
     """Compare the output of the whole model with that of a reference."""
-    with reference(), quiet(undo.model), _same_chance():
+    with reference(), quiet(undo.model), same_chance():
         expected = forward(undo.model, copy.deepcopy(batch))
     try:
-        with quiet(undo.model), _same_chance():
+        with quiet(undo.model), same_chance():
             found = forward(undo.model, copy.deepcopy(batch))
     except Exception as error:  # code that needs the units fails in any way
         return _not_run(error)
@@ -161,14 +160,6 @@ def _whole(
 
 def _not_run(error: Exception) -> Difference:
     return Difference(math.inf, f"it fails with {type(error).__name__}: {error}".splitlines()[0][:300])
-
-
-@contextmanager
-def _same_chance() -> Iterator[None]:
-    """Let a model that draws random numbers, such as one that masks patches, draw the same ones each time."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        yield
 
 
 def _parts(undo: Undo, batch: Any, forward: Forward) -> _Found:

@@ -8,7 +8,7 @@ import torch
 
 from secateur._errors import PatternError
 from secateur._types import Mask, Scores, Weight
-from secateur.patterns import SparsityPattern, keep_top, kth_smallest
+from secateur.patterns import SparsityPattern, check_independent, keep_top, kth_smallest
 from secateur.training._weights import magnitudes
 
 
@@ -32,8 +32,9 @@ def exchange(
             others.
 
     Raises:
-        PatternError: weights that are NaN.
+        PatternError: weights that are NaN, or a pattern whose competitions depend on one another.
     """
+    check_independent(pattern, "an exchange of weights")
     if weight.isnan().any():
         raise PatternError(f"{int(weight.isnan().sum())} of its {weight.numel()} weights are NaN.")
     units = pattern.units(mask.shape)
