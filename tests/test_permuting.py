@@ -268,7 +268,7 @@ def test_the_command_needs_text_to_reorder(tmp_path):
     with_tokenizer(llama(vocab_size=2048).save_pretrained(tmp_path / "in") or tmp_path / "in")
     arguments = ["prune", str(tmp_path / "in"), "--pattern", "2:4", "--method", "magnitude", "--permute"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--calibration" in result.output
 
 

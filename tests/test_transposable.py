@@ -205,8 +205,8 @@ def test_it_is_stored_as_what_it_is_along_rows(rows):
     pattern = TransposableNM(2, 4, "dense")
     weight = random(rows, 32, dtype=torch.float32) + 0.1
     weight = weight * pattern.mask(weight)
-    for given in (None, [pattern]):
-        packed = pack(weight, patterns=given)
+    for patterns in (None, [pattern]):
+        packed = pack(weight, patterns=patterns)
         assert "transposable" not in str(packed.pattern)
         assert torch.equal(packed.to_dense(), weight)
     assert isinstance(pack(weight), NMPacked) == (rows == 16)

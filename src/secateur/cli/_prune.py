@@ -139,7 +139,7 @@ def prune(
                 evaluate=evaluate,
                 device=device,
                 overwrite=overwrite,
-                prepare=(lambda *found: str(permute_for(*found, progress))) if permute else None,
+                prepare=(lambda *given: str(permute_for(*given, progress=progress))) if permute else None,
                 progress=progress,
             )
         if written_or_printed(report, html, as_json):
