@@ -139,7 +139,7 @@ def prune(
                 evaluate=evaluate,
                 device=device,
                 overwrite=overwrite,
-                prepare=(lambda *given: str(permute_for(*given, progress=progress))) if permute else None,
+                prepare=(lambda *what: str(permute_for(what[0], what[1], what[2], progress))) if permute else None,
                 progress=progress,
             )
         if written_or_printed(report, html, as_json):
