@@ -60,6 +60,12 @@ class PermutationReport:
         tolerance: that was allowed.
         dtype: in which the outputs were computed, ``"float64"`` or ``"float32"``.
         seconds: that it took.
+
+    Example:
+        >>> import secateur
+        >>> gain = secateur.permuting.LayerGain("down", before=0.75, after=0.8)
+        >>> secateur.PermutationReport("2:4", "wanda", (), (gain,), 1e-15, 1e-5, "float64", 0.5).after
+        0.8
     """
 
     pattern: str
