@@ -1,16 +1,22 @@
 """The patterns, importances, solvers, methods, formats and routes that every law is checked on."""
 
 from secateur import (
+    ADMM,
+    ALPS,
     NM,
     RIA,
     Block,
     Column,
+    Fisher,
     Magnitude,
+    Movement,
     Random,
     Refit,
     Row,
     Select,
     SparseGPT,
+    Swaps,
+    Taylor,
     TransposableNM,
     Unstructured,
     Wanda,
@@ -37,17 +43,34 @@ PATTERNS = [
 ]
 
 IMPORTANCES = [Magnitude(), Wanda(), RIA(), RIA(exponent=1.0), RIA(exponent=0.0), Random(), Random(seed=7)]
+FROM_LOSS = [Taylor(), Fisher(), Movement()]
+
+
+def loss_of(output, batch):
+    """A loss for methods that need one; it is not zero for any output that is not."""
+    return output.double().sin().square().sum()
+
 
 SOLVERS = [
     Select(Magnitude()),
     Select(Wanda()),
     Select(RIA()),
     Select(Random()),
+    Select(Taylor()),
+    Select(Fisher()),
+    Select(Movement()),
     SparseGPT(),
     SparseGPT(block_size=8),
+    ADMM(),
+    ALPS(),
     Refit(Select(Wanda())),
     Refit(SparseGPT(block_size=8)),
+    Swaps(Select(Wanda())),
+    Refit(Swaps(SparseGPT(), rounds=1)),
+    Refit(Select(Fisher())),
 ]
+
+ALLOCATIONS = ["uniform", "global", "erk", "lamp", "owl", "alpha", "sensitivity"]
 
 # By the text that names them: every head, alone and inside every wrapper.
 HEADS = {
@@ -55,7 +78,12 @@ HEADS = {
     "wanda": Select(Wanda()),
     "ria": Select(RIA()),
     "random": Select(Random()),
+    "taylor": Select(Taylor()),
+    "fisher": Select(Fisher()),
+    "movement": Select(Movement()),
     "sparsegpt": SparseGPT(),
+    "admm": ADMM(),
+    "alps": ALPS(),
 }
 # A format, a pattern that it holds, and a shape that the pattern fits.
 FORMATS = [
@@ -86,4 +114,8 @@ FORMATS = [
 PACKED_PATTERNS = ["unstructured", "2:4", "3:8", "block:4x4", "block:16x1", "row", "column"]
 PACKED_WITH_REMAINDER = "block:5x3,remainder=dense"
 
-METHODS = HEADS | {f"{name}+refit": Refit(solver) for name, solver in HEADS.items()}
+METHODS = (
+    HEADS
+    | {f"{name}+refit": Refit(solver) for name, solver in HEADS.items()}
+    | {f"{name}+swaps": Swaps(solver) for name, solver in HEADS.items()}
+)

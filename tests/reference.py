@@ -46,6 +46,32 @@ def wanda(weight: np.ndarray, norms: np.ndarray) -> np.ndarray:
     return scores
 
 
+def taylor(weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    return abs(_removal(weight, gradient))
+
+
+def fisher(weight: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """The root of the cost, so that the squares of scores add up to the cost of a unit."""
+    scores = np.zeros(weight.shape)
+    for place in np.ndindex(*weight.shape):
+        scores[place] = math.sqrt(float(weight[place]) ** 2 * float(squares[place]) / 2)
+    return scores
+
+
+def movement(weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The root of how much more the loss gains by the weight than by the worst of the layer."""
+    change = _removal(weight, gradient)
+    return np.vectorize(math.sqrt)(change - change.min())
+
+
+def _removal(weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """How the loss changes when a weight becomes zero, to first order."""
+    change = np.zeros(weight.shape)
+    for place in np.ndindex(*weight.shape):
+        change[place] = (0 - float(weight[place])) * float(gradient[place])
+    return change
+
+
 def ria(weight: np.ndarray, norms: np.ndarray, exponent: float = 0.5) -> np.ndarray:
     scores = np.zeros(weight.shape)
     for i, j in np.ndindex(*weight.shape):
@@ -259,14 +285,45 @@ def sparsegpt(
     Upper Cholesky factor of the inverse Hessian, one column after the other, each error spread over all later columns
     at once. A block is decided when the sweep reaches it; the numbers pruned in the first b columns are, at every block
     boundary b, those that pruning an ``[out, b]`` layer at this sparsity would give.
+
+    A unit of several weights costs the squared error of its removal when all later columns are free. Units that
+    have all rows go greedily, with a new fit of all that is left each time.
     """
+    units = competitions(pattern, *weight.shape)
+    if len(units) == 1 and units[0] and len(units[0][0]) > 1 and {i for i, _ in units[0][0]} == set(range(len(weight))):
+        hessian = damped(gram, damping)
+        of_units = [sorted({j for _, j in unit}) for unit in units[0]]
+        keep = len(of_units) - round(sparsity * len(of_units))
+        order, _ = greedy_removal(weight * (np.diag(gram) != 0), hessian, of_units, keep)
+        kept = np.ones(weight.shape, dtype=bool)
+        kept[:, [j for number in order for j in of_units[number]]] = False
+        return masked_least_squares(weight, hessian, kept), kept
     current = weight.astype(np.float64).copy()
     rows, columns = current.shape
     upper = np.linalg.cholesky(np.linalg.inv(damped(gram, damping))).T
     alive = np.diag(gram) != 0
     kept = np.ones(current.shape, dtype=bool)
+    first = None  # a mask that says how many units of several weights each block loses
+    if len(units) == 1 and units[0] and len(units[0][0]) > 1 and not isinstance(pattern, Row):
+        hessian = damped(gram, damping)
+        costs = []
+        for unit in units[0]:
+            here = sorted({j for _, j in unit})
+            parts = [weight[i, here] * alive[here] for i in sorted({i for i, _ in unit})]
+            swept = math.fsum(float(((w @ np.linalg.inv(upper[np.ix_(here, here)])) ** 2).sum()) for w in parts)
+            alone = math.fsum(float(w @ hessian[np.ix_(here, here)] @ w) for w in parts)
+            costs.append(math.sqrt(swept * alone))
+        survivors = best(costs, len(costs) - round(sparsity * len(costs)))
+        first = [(unit, index in survivors) for index, unit in enumerate(units[0])]
     for start, stop in _column_blocks(pattern, columns, block_size):
-        scores = np.abs(current[:, start:stop]) / np.diag(upper)[start:stop] * alive[start:stop]
+        scores = np.zeros((rows, stop - start))
+        for unit in itertools.chain.from_iterable(competitions(pattern, rows, stop - start)):
+            for i in {i for i, _ in unit}:
+                columns_of = [j for k, j in unit if k == i]
+                here = [start + j for j in columns_of]
+                scores[i, columns_of] = np.abs(
+                    (current[i, here] * alive[here]) @ np.linalg.inv(upper[np.ix_(here, here)])
+                )
         before = competitions(pattern, rows, start)
         after = competitions(pattern, rows, stop)
         for number, units in enumerate(competitions(pattern, rows, stop - start)):
@@ -275,6 +332,8 @@ def sparsegpt(
             else:
                 already = round(sparsity * len(before[number])) if start else 0
                 prune = round(sparsity * len(after[number])) - already
+            if first is not None:
+                prune = sum(not stays and start <= unit[0][1] < stop for unit, stays in first)
             survivors = best([unit_score(scores, unit) for unit in units], len(units) - prune)
             for index, unit in enumerate(units):
                 for i, j in unit:

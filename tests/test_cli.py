@@ -81,7 +81,7 @@ def weights(path):
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "wanda+refit", "random"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "wanda+refit", "random", "admm", "alps"])
 def test_prune_writes_a_directory_that_loads_unchanged(llama, text, tmp_path, method):
     output = tmp_path / "out"
     result = prune(llama, output, "--pattern", "2:4", "--method", method, "--calibration", text, *SMALL)
@@ -108,6 +108,32 @@ def test_prune_writes_a_directory_that_loads_unchanged(llama, text, tmp_path, me
     report = secateur.Report.from_json((output / "secateur.json").read_text())
     assert report.sparsity == 0.5
     assert report.calibration == {"file": "text.txt", "samples": 4, "sequence_length": 32, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "held_out", "noted"),
+    [(["--held-out", "0.25"], 0.25, ""), (["--damping", "auto"], 0.2, "chosen by"), (["--damping", "0.5"], 0, "")],
+)
+def test_prune_measures_on_text_that_it_holds_out(llama, text, tmp_path, arguments, held_out, noted):
+    fixed = ("--sparsity", "0.5", "--method", "sparsegpt", "--calibration", text, *SMALL)
+    result = prune(llama, tmp_path / "out", *fixed, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = secateur.Report.from_json(result.stdout)
+    assert report.recipe.get("held_out", 0) == held_out
+    assert all((layer.held_out_error is not None) == bool(held_out) for layer in report.layers)
+    assert all(any(noted in note for note in layer.notes) for layer in report.layers if noted)
+    assert report.recipe["method"]["damping"] == (0.5 if "0.5" in arguments else 0.01)
+    refused = prune(llama, tmp_path / "other", *fixed, "--damping", "some")
+    assert refused.exit_code == 2
+    assert "unknown damping 'some'" in refused.output
+    refused = prune(llama, tmp_path / "other", "--pattern", "2:4", "--method", "magnitude", "--held-out", "0.2")
+    assert "0.2 of the calibration text is to be held out, and there is none" in refused.output
+
+
+def test_prune_takes_windows_by_what_they_hold(llama, text, tmp_path):
+    arguments = ("--pattern", "2:4", "--calibration", text, *SMALL, "--select", "diverse", "--json")
+    result = prune(llama, tmp_path / "out", *arguments)
+    assert secateur.Report.from_json(result.stdout).calibration["select"] == "diverse"
 
 
 def test_evaluation_measures_the_weights_that_are_written(llama, text, tmp_path):

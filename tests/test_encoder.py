@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not TEXT.exists(), reason="WikiText-2 is not bes
 
 
 @pytest.mark.parametrize("target", [("--pattern", "2:4"), ("--sparsity", "0.6")], ids=" ".join)
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "sparsegpt+refit"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "sparsegpt+refit", "alps"])
 def test_an_encoder_is_pruned_exactly_and_loads(method, target, tmp_path):
     output = tmp_path / "out"
     arguments = ["prune", str(encoder.MODEL_DIR), "--output", str(output), "--method", method, *target]

@@ -56,6 +56,10 @@ ROOMS = [
 ]
 
 PUBLIC = [
+    "ADMM",
+    "ALPS",
+    "AllocatedLayer",
+    "AllocationReport",
     "Block",
     "Choice",
     "Column",
@@ -64,6 +68,7 @@ PUBLIC = [
     "EvaluationReport",
     "ExportReport",
     "Figure",
+    "Fisher",
     "FoldReport",
     "FormatError",
     "GroupSparsity",
@@ -78,6 +83,7 @@ PUBLIC = [
     "Magnitude",
     "ModelTime",
     "ModelWeights",
+    "Movement",
     "NM",
     "PackReport",
     "PackSettings",
@@ -104,15 +110,18 @@ PUBLIC = [
     "SolverError",
     "SparseConv2d",
     "SparseGPT",
+    "Swaps",
     "SparseLinear",
     "SparseTraining",
     "SparsityError",
     "SparsityPattern",
     "StatisticsError",
+    "Taylor",
     "TransposableNM",
     "Unstructured",
     "Verification",
     "Wanda",
+    "allocate",
     "apply_masks_",
     "bucket",
     "compare",
@@ -395,6 +404,8 @@ def test_examples_in_docstrings_run(name, monkeypatch):
 def test_public_callables_have_examples():
     without = {"Importance", "Solver", "LayerKind", "LayerProblem", "LayerStatistics", "Solution", "verify"}
     reports = {
+        "AllocatedLayer",
+        "AllocationReport",
         "Choice",
         "Evaluation",
         "EvaluationReport",

@@ -8,13 +8,28 @@ from cases import METHODS as CASES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur import RIA, Importance, Magnitude, Random, RecipeError, Refit, Select, Solver, SparseGPT, Wanda
+from secateur import (
+    ADMM,
+    ALPS,
+    RIA,
+    Importance,
+    Magnitude,
+    Random,
+    RecipeError,
+    Refit,
+    Select,
+    Solver,
+    SparseGPT,
+    Wanda,
+)
 from secateur.solvers import METHODS, WRAPPERS, method_from_dict, method_name, method_to_dict, parse_method
 
 TUNED = [
     Select(RIA(exponent=0.25)),
     Select(Random(seed=7)),
     SparseGPT(block_size=64, damping=0.1),
+    ADMM(iterations=20, gradual=15, rho=1.0, damping=0.1),
+    ALPS(damping=0.1),
     Refit(Select(Magnitude()), iterations=3, damping=0.5),
     Refit(SparseGPT(block_size=32)),
     Refit(Refit(Select(RIA(2.0)))),

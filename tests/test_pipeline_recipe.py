@@ -43,6 +43,14 @@ def test_a_stage_may_have_a_text_of_its_own():
     assert (second.calibration.seed, first.settings["seed"]) == (7, 7)
 
 
+def test_a_stage_may_choose_windows_and_hold_some_out():
+    chosen = 'calibration = { file = "own.txt", select = "diverse" }'
+    text = recipe("[[stage]]", 'run = "prune"', "sparsity = 0.5", 'method = "sparsegpt"', 'damping = "auto"', chosen)
+    (stage,) = PipelineRecipe.from_toml(text, Path()).stages
+    assert stage.calibration.select == "diverse"
+    assert stage.settings["damping"] == "auto"
+
+
 WRONG = {
     "schema": ("[[stage]]\nrun = 'prune'", "it has no schema; this version of secateur reads schema 1"),
     "another schema": ("schema = 2\n[[stage]]\nrun = 'prune'", "its schema is 2"),

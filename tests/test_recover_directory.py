@@ -281,6 +281,16 @@ def test_samples_of_the_text_are_taken_where_they_are_asked_for(home, text, tmp_
         }
 
 
+def test_windows_may_be_taken_by_what_they_hold_and_sentences_may_not(home, text, tmp_path):
+    some = CalibrationText(text, samples=20, sequence_length=32, select="diverse")
+    report = recover_directory(
+        home / "llama-zeros", tmp_path / "out", dense=home / "llama", calibration=some, steps=2, batch_size=4
+    )
+    assert report.calibration["select"] == "diverse"
+    with pytest.raises(SparsityError, match=r"select='diverse' takes windows of tokens.*sentences are read"):
+        recover_directory(home / "bert-zeros", tmp_path / "bert", dense=home / "bert", calibration=some, steps=2)
+
+
 def test_more_sentences_than_there_are_is_an_error(home, text, tmp_path):
     some = CalibrationText(text, samples=100_000)
     with pytest.raises(SparsityError, match="different sentences, and 100,000 samples were asked for"):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import PATTERNS, SOLVERS
+from cases import PATTERNS, SOLVERS, loss_of
 from safetensors.torch import load_file
 from tiny import with_tokenizer
 from torch import nn
@@ -93,6 +93,7 @@ def test_masks_only_grow_and_every_round_has_its_exact_count(pattern, solver, ro
         pattern=pattern,
         sparsity=asked(pattern),
         method=solver,
+        loss=loss_of,
         rounds=rounds,
         between=lambda changed, number: found.append(kept(changed)),
     )
@@ -120,7 +121,7 @@ def test_masks_only_grow_and_every_round_has_its_exact_count(pattern, solver, ro
 def test_one_round_is_one_shot_bit_for_bit(pattern, solver):
     models = [model_of(), model_of()]
     for model, extra in zip(models, [{}, {"rounds": 1}], strict=True):
-        report = prune_(model, inputs(), pattern=pattern, sparsity=asked(pattern), method=solver, **extra)
+        report = prune_(model, inputs(), pattern=pattern, sparsity=asked(pattern), method=solver, loss=loss_of, **extra)
         assert report.rounds == ()
         assert "rounds" not in report.recipe
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -135,6 +136,7 @@ def test_solvers_keep_what_stays_pruned_even_where_scores_speak_against_it(patte
     weight, x = torch.randn(6, 20), torch.randn(50, 20)
     gram = x.T @ x
     statistics = secateur.LayerStatistics(50, gram.diagonal().sqrt(), gram)
+    statistics = statistics.with_gradients(gradient=torch.randn(6, 20), gradient_squares=torch.rand(6, 20))
     early, share = at_partial_sparsity(pattern, first)
     before = solver.solve(LayerProblem(weight, statistics, early, share))
     # Large weights where all were pruned: a solver that looks at the values alone would bring them back.

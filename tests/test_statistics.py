@@ -147,13 +147,60 @@ def test_statistics_of_nothing_are_refused(batches):
         gather(*batches)
 
 
-def test_inputs_are_neither_changed_nor_differentiated():
-    rows = inputs().requires_grad_()
+@pytest.mark.parametrize("needs", NEEDS, ids=sorted)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_inputs_are_neither_changed_nor_differentiated(needs, dtype):
+    rows = inputs(dtype=dtype).requires_grad_()
     before = rows.detach().clone()
-    statistics = gather(rows, rows)
+    statistics = gather(rows, rows, needs=needs)
     assert torch.equal(rows, before)
-    assert not statistics.gram.requires_grad
-    assert not statistics.input_norm.requires_grad
+    assert not any(statistics.require(need).requires_grad for need in needs)
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=sorted)
+def test_what_happens_to_inputs_afterwards_does_not_matter(needs):
+    """Few rows wait for others before they are multiplied, and a model may write to its tensors meanwhile."""
+    rows = inputs(tokens=2)
+    expected = gather(rows.clone(), rows.clone(), needs=needs)
+    sums = RowSums(needs)
+    for _ in range(2):
+        lent = rows.clone()
+        sums.add(lent)
+        lent.zero_()
+    for need in needs:
+        torch.testing.assert_close(statistics_of(sums).require(need), expected.require(need))
+
+
+@pytest.mark.parametrize("size", [1, 7, 127, 128, 129, 300, 1100])
+@pytest.mark.parametrize("tokens", [[3], [3, 2000, 1], [1200, 1300], [600, 600, 600]], ids=str)
+def test_a_gram_in_stripes_is_whole_and_symmetric(size, tokens):
+    rows = inputs(groups=2, tokens=sum(tokens), size=size)
+    sums = RowSums({"gram"})
+    for some in rows.split(tokens, dim=1):
+        part = RowSums({"gram"})
+        part.add(some)
+        sums.merge(part)
+    for _ in range(2):  # asking changes nothing
+        gram = sums.results()["gram"]
+        assert torch.equal(gram, gram.mT)
+        torch.testing.assert_close(gram, rows.mT @ rows)
+    sums.merge(part)
+    torch.testing.assert_close(sums.results()["gram"], rows.mT @ rows + some.mT @ some)
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_long_inputs_are_read_in_parts_and_refused_as_a_whole(where):
+    rows = inputs(tokens=3000, size=400, dtype=torch.float32)
+    whole = gather(rows, needs=ALL)
+    torch.testing.assert_close(whole.input_norm, rows.double().norm(dim=1).float())
+    torch.testing.assert_close(whole.input_mean, rows.double().mean(1))
+    sums = RowSums(ALL)
+    sums.add(rows)
+    rows[0, where, where] = math.nan
+    with pytest.raises(StatisticsError, match="1 of 1200000 input values"):
+        sums.add(rows)
+    assert statistics_of(sums).tokens == 3000
+    assert torch.equal(statistics_of(sums).input_mean, whole.input_mean)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -1,11 +1,15 @@
 import json
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
-from secateur import StatisticsError
+from secateur import RecipeError, StatisticsError
 from secateur.calibration import Windows, batched, read_text
+from secateur.calibration._diverse import most_diverse
+from secateur.huggingface import CalibrationText
 
 
 class Letters:
@@ -162,3 +166,101 @@ def test_a_long_text_of_very_long_tokens_is_tokenised_whole():
 def test_too_short_a_long_text_is_still_said():
     with pytest.raises(StatisticsError, match="2 tokens make 0 windows"):
         Windows(Words(), "x" * 3_000_000 + " " + "y" * 3_000_000, 64).sample(1, seed=0)
+
+
+# Windows by what they hold
+
+
+def slow_most_diverse(windows, count):
+    """Greedy covering with exact fractions, every gain computed anew for every window that is taken."""
+    windows = [window.tolist() for window in windows]
+    often = Counter(token for window in windows for token in window)
+    chosen = []
+    while len(chosen) < count:
+        covered, begun = set(), False
+        while len(chosen) < count:
+            gains = {
+                place: sum(Fraction(1, often[token]) for token in set(window) - covered)
+                for place, window in enumerate(windows)
+                if place not in chosen
+            }
+            if begun and not any(gains.values()):
+                break
+            best = max(gains, key=lambda place: (gains[place], -place))
+            chosen.append(best)
+            covered |= set(windows[best])
+            begun = True
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 40, 4000], ids=lambda size: f"{size} tokens")
+@pytest.mark.parametrize("count", [1, 7, 30])
+def test_the_most_diverse_windows_are_those_of_slow_greedy_covering(vocabulary, count):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        rank = torch.rand(30, 12, generator=generator, dtype=torch.float64)
+        windows = list((vocabulary**rank).long() + 1000)  # few are frequent, and ids have gaps
+        chosen = most_diverse(windows, count)
+        assert chosen == slow_most_diverse(windows, count)
+        assert len(set(chosen)) == count
+
+
+def test_a_window_that_holds_what_another_one_held_already_is_not_taken():
+    """Scored each by itself, the first two would win: both hold nothing but rare tokens, and the same ones."""
+    windows = [torch.tensor(ids) for ids in ([1, 2, 3], [1, 2, 3], [7, 7, 8], [9, 9, 9], [9, 9, 9])]
+    assert most_diverse(windows, 1) == [0]
+    assert most_diverse(windows, 2) == [0, 2]
+    assert most_diverse(windows, 3) == [0, 2, 3]
+    assert most_diverse(windows, 4) == [0, 1, 2, 3]  # covering begins anew
+    assert most_diverse(windows, 5) == list(range(5))
+
+
+def varied(words=4000):
+    """A text of numbers in words, most of them frequent."""
+    generator = torch.Generator().manual_seed(0)
+    return " ".join(map(str, (3000 ** torch.rand(words, generator=generator)).long().tolist()))
+
+
+class Numbers(Letters):
+    """A tokenizer to which each number is a token."""
+
+    def __call__(self, text, add_special_tokens=True, return_attention_mask=True, verbose=True):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def test_diverse_samples_hold_more_different_tokens_and_are_full_windows_of_the_text():
+    windows = Windows(Numbers(), varied(), 16)
+    whole = [tuple(window.tolist()) for window in windows.all()]
+    for seed in range(3):
+        random, diverse = (windows.sample(12, seed, select) for select in ("random", "diverse"))
+        assert len(torch.cat(diverse).unique()) > 1.1 * len(torch.cat(random).unique())
+        places = [whole.index(tuple(window.tolist())) for window in diverse]
+        assert places == sorted(set(places))
+        assert len(places) == 12
+        assert [w.tolist() for w in diverse] == [w.tolist() for w in windows.sample(12, seed, "diverse")]
+    assert [w.tolist() for w in windows.sample(12, 0, "diverse")] != [w.tolist() for w in diverse]
+
+
+def test_of_all_windows_the_seed_draws_nothing():
+    windows = Windows(Numbers(), varied(), 16)
+    ids = [[window.tolist() for window in windows.sample(40, seed, "diverse")] for seed in range(2)]
+    assert ids[0] == ids[1]  # 250 windows are fewer than eight for each
+
+
+def test_diverse_samples_of_a_long_text_come_from_pieces_of_it():
+    tokenizer = Counting()
+    long = " ".join(map(str, range(800_000)))
+    drawn = letters(Windows(tokenizer, long, 64).sample(4, 0, "diverse"))
+    assert tokenizer.given < 8 * 20_000
+    assert len(set(drawn)) == 4
+    assert all(len(window) == 64 and window in long for window in drawn)
+
+
+def test_too_few_windows_and_unknown_ways_are_errors():
+    windows = Windows(Letters(), TEXT, 4)
+    assert len(windows.sample(6, 0, "diverse")) == 6
+    with pytest.raises(StatisticsError, match="26 tokens make 6 windows of 4, but 7 were asked"):
+        windows.sample(7, 0, "diverse")
+    for make in (lambda: windows.sample(2, 0, "divers"), lambda: CalibrationText(Path("a.txt"), select="divers")):
+        with pytest.raises(RecipeError, match="unknown selection of windows 'divers'; did you mean 'diverse'"):
+            make()

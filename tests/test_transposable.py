@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import HEADS
+from cases import HEADS, loss_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -127,7 +127,7 @@ def test_every_method_prunes_to_it(method):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
     pattern = TransposableNM(2, 4)
-    report = secateur.prune_(model, [torch.randn(64, 16)], pattern="transposable:2:4", method=method)
+    report = secateur.prune_(model, [torch.randn(64, 16)], pattern="transposable:2:4", method=method, loss=loss_of)
     assert report.sparsity == 0.5
     assert [layer.pattern for layer in report.layers] == ["transposable:2:4"] * 2
     for layer in (model[0], model[2]):
@@ -205,8 +205,8 @@ def test_it_is_stored_as_what_it_is_along_rows(rows):
     pattern = TransposableNM(2, 4, "dense")
     weight = random(rows, 32, dtype=torch.float32) + 0.1
     weight = weight * pattern.mask(weight)
-    for given in (None, [pattern]):
-        packed = pack(weight, patterns=given)
+    for patterns in (None, [pattern]):
+        packed = pack(weight, patterns=patterns)
         assert "transposable" not in str(packed.pattern)
         assert torch.equal(packed.to_dense(), weight)
     assert isinstance(pack(weight), NMPacked) == (rows == 16)

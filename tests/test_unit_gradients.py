@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from secateur import LayerStatistics, PatternError, StatisticsError
+from secateur import LayerStatistics, PatternError, StatisticsError, shrink_
 from secateur.calibration import gather_gradients, load_batches, observe, quiet
 from secateur.layers import select_layers
 from secateur.solvers import UnitFisher, UnitTaylor, influence
@@ -214,13 +214,32 @@ def test_counts_batches():
         (lambda output, batch: 1.0, "must be a scalar tensor, got float"),
         (lambda output, batch: output.sum().detach(), "does not depend on the weights of the layers"),
         (lambda output, batch: output.sum() * math.nan, "loss of batch 0 is nan"),
-        (lambda output, batch: (output * 0).sqrt().sum(), "first: the gradients of batch 0 are NaN or infinite"),
+        (lambda output, batch: (output * 0).sqrt().sum(), "last: the gradients of batch 0 are NaN or infinite"),
     ],
 )
 def test_losses_that_say_nothing_are_refused(loss, message):
     model, batches, layers = case("linear_twice")
     with pytest.raises(StatisticsError, match=message):
         gather_gradients(model, batches, layers, loss)
+
+
+@pytest.mark.parametrize("method", ["taylor", "fisher"])
+def test_a_loss_gets_the_label_that_the_model_does_not_take(method):
+    def made():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+
+    batches, labels = [torch.randn(40, 6) for _ in range(2)], [torch.randint(3, (40,)) for _ in range(2)]
+    given = zip(batches, labels, strict=True)
+    seen = []
+
+    def loss(output, batch):
+        seen.append(batch[1])
+        return functional.cross_entropy(output, batch[1])
+
+    report = shrink_(made(), given, keep={"channels": 0.5}, method=method, loss=loss)
+    assert report.after.parameters < report.before.parameters
+    assert all(torch.equal(one, other) for one, other in zip(seen, labels, strict=True))
 
 
 def test_a_layer_that_the_loss_does_not_depend_on_is_named():

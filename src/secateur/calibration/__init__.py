@@ -2,8 +2,10 @@
 
 from secateur.calibration._arguments import fit_arguments as fit_arguments
 from secateur.calibration._arguments import is_sentence_transformer as is_sentence_transformer
+from secateur.calibration._backward import Loss as Loss
 from secateur.calibration._batches import Forward as Forward
 from secateur.calibration._batches import call_model as call_model
+from secateur.calibration._batches import evenly as evenly
 from secateur.calibration._batches import hash_batches as hash_batches
 from secateur.calibration._batches import load_batches as load_batches
 from secateur.calibration._batches import quiet as quiet
@@ -25,11 +27,13 @@ from secateur.calibration._sentences import split_sentences as split_sentences
 from secateur.calibration._stages import forward_as as forward_as
 from secateur.calibration._statistics import LayerStatistics as LayerStatistics
 from secateur.calibration._statistics import Need as Need
+from secateur.calibration._text import SELECTIONS as SELECTIONS
 from secateur.calibration._text import Windows as Windows
 from secateur.calibration._text import batched as batched
 from secateur.calibration._text import json_lines as json_lines
 from secateur.calibration._text import longest_window as longest_window
 from secateur.calibration._text import read_file as read_file
 from secateur.calibration._text import read_text as read_text
-from secateur.calibration._unit_gradients import Loss as Loss
 from secateur.calibration._unit_gradients import gather_gradients as gather_gradients
+from secateur.calibration._weight_gradients import GRADIENTS as GRADIENTS
+from secateur.calibration._weight_gradients import add_gradients as add_gradients

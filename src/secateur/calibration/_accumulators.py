@@ -40,6 +40,8 @@ class Accumulator(ABC):
     hook: ClassVar[Hook]
     # Another statistic, and how this one is computed from it when both are needed. None: it is always gathered itself.
     follows: ClassVar[tuple[Need, Callable[[Tensor], Tensor]] | None]
+    # Whether it costs no more to add few rows at a time than to add them all at once.
+    splits: ClassVar[bool] = True
 
     @abstractmethod
     def add(self, rows: Tensor) -> None:

@@ -51,6 +51,16 @@ def load_batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
     return loaded
 
 
+def evenly(count: int, total: int) -> tuple[int, ...]:
+    """Return which of some batches to take so that they are spread evenly: they may be sorted by length, or by subject.
+
+    Args:
+        count: how many to take, from 1 to all.
+        total: how many there are.
+    """
+    return tuple(int((number + 0.5) * total / count) for number in range(count))
+
+
 def hash_batches(batches: Iterable[Any]) -> str:
     """SHA-256 over the containers and keys, and the dtype, shape and content of every tensor, in order."""
     leaves, structure = tree_flatten(list(batches))

@@ -22,6 +22,7 @@ from secateur.calibration._statistics import LayerStatistics, Need
 from secateur.layers import Layer, Observed
 
 FEWEST_TOKENS = 64  # below, a weight of a stack is calibrated on the inputs of the whole stack
+_CACHED = 2**18  # values
 STATISTICS: dict[Need, type[Accumulator]] = {statistic.name: statistic for statistic in (InputNorm, InputMean, Gram)}
 
 
@@ -33,8 +34,10 @@ def gather(
     observed: Observed | None = None,
     strict: bool = True,
     paddings: Sequence[Padding] | None = None,
+    numbers: Sequence[int] | None = None,
+    pooled: bool = True,
 ) -> dict[str, LayerStatistics]:
-    """Run a stage on all batches and return the statistics of each of its layers, by layer name.
+    """Run a stage on batches and return the statistics of each of its layers, by layer name.
 
     A weight that is one of a stack, such as an expert, and that fewer than 64 inputs reach, gets the statistics of all
     inputs of its stack.
@@ -47,6 +50,8 @@ def gather(
         observed: what forward passes showed, where weights may be multiplied without a call of their layer.
         strict: refuse a layer that too few inputs reach. If False, one that none reached is left out of the result.
         paddings: what is padding in each batch, the same objects for all stages. None looks for it in the batches.
+        numbers: of the batches to run; None for all. A batch that later stages run must be run in each before them.
+        pooled: give a weight of a stack that few inputs reach those of its stack.
 
     Raises:
         StatisticsError: naming the layer whose inputs are missing, not finite, or not alignable with the mask; or a
@@ -60,7 +65,8 @@ def gather(
     read = frozenset[int]() if observed is None else frozenset(observed.read)
     watches = [_Watch(hook, layers, [need for need in needs if STATISTICS[need].hook is hook], read) for hook in hooks]
     paddings = [Padding.of(batch) for batch in source.batches] if paddings is None else paddings
-    for index, padding in enumerate(paddings):
+    for done, index in enumerate(range(len(paddings)) if numbers is None else numbers, 1):
+        padding = paddings[index]
         finished = False
         while not finished:
             with suppress(RouteChanged), ExitStack() as stack:
@@ -69,8 +75,13 @@ def gather(
                     stack.enter_context(watch.watching(padding))
                 source.run(stage_index, index)
                 finished = True
-        on_batch(index + 1)
-    return _statistics(layers, watches, strict)
+        on_batch(done)
+    return _statistics(layers, watches, strict, pooled)
+
+
+def _tokens_at_once(rows: Tensor) -> int:
+    """How many tokens of some rows fit into the cache of a CPU, so that all sums of them take one read of memory."""
+    return max(1, _CACHED // max(1, rows[:, :1].numel())) if rows.device.type == "cpu" else max(1, rows.shape[1])
 
 
 class RowSums:
@@ -93,16 +104,24 @@ class RowSums:
         Raises:
             StatisticsError: a value that is NaN or infinite.
         """
-        if not rows.isfinite().all():
-            bad = int((~rows.isfinite()).sum())
-            raise StatisticsError(
-                f"{bad} of {rows.numel()} input values are NaN or infinite, so nothing can be learned from them.\n"
-                "Check that the model computes finite outputs on the calibration batches in its current dtype."
-            )
         rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        new = {name: type(part)() for name, part in self._parts.items() if part.splits}
+        for some in rows.split(_tokens_at_once(rows), dim=1):
+            # A sum of large values may be infinite, but no sum with NaN or an infinite value is finite.
+            if not some.sum().isfinite() and not some.isfinite().all():
+                bad = int((~rows.isfinite()).sum())
+                raise StatisticsError(
+                    f"{bad} of {rows.numel()} input values are NaN or infinite, so nothing can be learned from them.\n"
+                    "Check that the model computes finite outputs on the calibration batches in its current dtype."
+                )
+            for part in new.values():
+                part.add(some)
         self.tokens += rows.shape[1]
-        for part in self._parts.values():
-            part.add(rows)
+        for name, part in self._parts.items():
+            if part.splits:
+                part.merge(new[name])
+            else:
+                part.add(rows)
 
     def merge(self, other: RowSums) -> None:
         """Add what another one with the same needs has gathered."""
@@ -237,7 +256,9 @@ def _counted(module: nn.Module, running: Counter[int], key: int) -> Iterator[Non
             handle.remove()
 
 
-def _statistics(layers: Iterable[Layer], watches: list[_Watch], strict: bool) -> dict[str, LayerStatistics]:
+def _statistics(
+    layers: Iterable[Layer], watches: list[_Watch], strict: bool, pools: bool
+) -> dict[str, LayerStatistics]:
     """What was gathered, by layer name; one object for all layers that share everything.
 
     Raises:
@@ -247,13 +268,13 @@ def _statistics(layers: Iterable[Layer], watches: list[_Watch], strict: bool) ->
     found = {}
     stacks: dict[int, list[Layer]] = {}
     for layer in layers:
-        if isinstance(layer.kind.part, int):
+        if pools and isinstance(layer.kind.part, int):
             stacks.setdefault(id(layer.parameter), []).append(layer)
     pooled = {key: [_pooled(watch, members) for watch in watches] for key, members in stacks.items()}
     for layer in layers:
         own = [watch.sums[layer.name] for watch in watches]
         sums = own
-        if isinstance(layer.kind.part, int) and own[0].tokens < FEWEST_TOKENS:
+        if pools and isinstance(layer.kind.part, int) and own[0].tokens < FEWEST_TOKENS:
             sums = pooled[id(layer.parameter)]
             if strict and sums[0].tokens > own[0].tokens:
                 raise StatisticsError(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from secateur._errors import StatisticsError
 
-# The last one needs a loss: `gather_gradients` gathers it, not `gather`.
-Need: TypeAlias = Literal["input_norm", "input_mean", "gram", "input_gradients"]
+# Those of gradients need a loss: `gather_gradients` and `add_gradients` gather them, not `gather`.
+Need: TypeAlias = Literal["input_norm", "input_mean", "gram", "input_gradients", "gradient", "gradient_squares"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class LayerStatistics:
         own_tokens: input rows of the layer itself, where they were too few and those of its whole stack count.
         input_mean: ``[in]`` or ``[groups, in]``: the mean of each input feature over all tokens, in float64.
         input_gradients: ``[batches, in]``: the derivative of each batch's loss by a factor on each feature.
+        gradient: ``[out, in]``: the mean over batches of the gradient of each batch's loss by the weight.
+        gradient_squares: ``[out, in]``: the mean over batches of the squares of that gradient.
     """
 
     tokens: int
@@ -36,6 +38,8 @@ class LayerStatistics:
     own_tokens: int | None = None
     input_mean: Tensor | None = field(default=None, metadata={"dimensions": 1})
     input_gradients: Tensor | None = field(default=None, metadata={"dimensions": 2})
+    gradient: Tensor | None = field(default=None, metadata={"dimensions": 2})
+    gradient_squares: Tensor | None = field(default=None, metadata={"dimensions": 2})
     # Factorisations of the gram, by what they depend on: layers that read the same inputs share them.
     factors: dict[Hashable, tuple[Tensor, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -49,6 +53,12 @@ class LayerStatistics:
         if value is None:
             raise StatisticsError(f"the statistic {need!r} was not gathered; list it in `needs`.")
         return value if value.ndim == 1 + _DIMENSIONS[need] else value.unsqueeze(0)
+
+    def with_gradients(self, **gradients: Tensor) -> LayerStatistics:
+        """Return these statistics and gradients of the weight, by field. Factorisations of the gram stay shared."""
+        found = replace(self, **gradients)  # type: ignore[arg-type]
+        object.__setattr__(found, "factors", self.factors)
+        return found
 
 
 _DIMENSIONS: dict[str, int] = {f.name: f.metadata["dimensions"] for f in fields(LayerStatistics) if f.metadata}

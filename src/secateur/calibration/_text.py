@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur._checks import one_of
 from secateur._errors import FormatError, StatisticsError
+from secateur.calibration._diverse import most_diverse
 
 _LONGEST = 2048  # tokens in a window, where nobody asks for more
 
@@ -81,6 +83,8 @@ def _text_fields(path: Path, content: str) -> Iterator[str]:
         yield entry["text"]
 
 
+SELECTIONS = ("random", "diverse")
+_POOL = 8  # windows drawn for each that is taken
 _WHOLE = 4_000_000  # characters; a text up to this length is always tokenised whole, in seconds
 _PIECE = 32  # characters for each token that is needed; usual texts have 3 to 5
 
@@ -134,19 +138,30 @@ class Windows:
             if len(part) > 1:
                 yield torch.cat([self._prefix, part, self._suffix])
 
-    def sample(self, count: int, seed: int) -> list[Tensor]:
-        """Return ``count`` different full windows, drawn at random.
+    def sample(self, count: int, seed: int, select: str = "random") -> list[Tensor]:
+        """Return ``count`` different full windows, in the order of the text.
+
+        ``"random"`` draws them. ``"diverse"`` draws eight times as many, or all where there are fewer, and takes those
+        of them that hold most of their vocabulary, see :func:`most_diverse`.
 
         A long text of which only a small part is needed is not tokenised whole. It is cut into pieces of 32 characters
         for each token of a window, pieces are drawn, and each gives the window at its beginning.
 
         Raises:
+            RecipeError: no such way to select.
             StatisticsError: the text has too few, with what would fit.
         """
+        if one_of("selection of windows", select, SELECTIONS) == "random":
+            return self._drawn(count, count, seed)
+        drawn = self._drawn(count, _POOL * count, seed)
+        return [drawn[place] for place in most_diverse(drawn, count)]
+
+    def _drawn(self, count: int, most: int, seed: int) -> list[Tensor]:
+        """Windows drawn at random: ``most`` of them, or all there are, if these are at least ``count``."""
         piece = _PIECE * self._room
-        if len(self._text) > max(_WHOLE, 4 * count * piece):
-            drawn = self._sample_pieces(count, seed, piece)
-            if len(drawn) == count:
+        if len(self._text) > max(_WHOLE, 4 * most * piece):
+            drawn = self._sample_pieces(most, seed, piece)
+            if len(drawn) == most:
                 return drawn  # else tokens are longer than that, and the whole text is tokenised
         available = len(self._ids) // self._room
         if available < count:
@@ -156,7 +171,7 @@ class Windows:
                 f"{self._source} is too short: its {self.num_tokens:,} tokens make {available} windows of {self.length}"
                 f", but {count} were asked.\nUse {' or '.join([*fits, 'a longer text'])}."
             )
-        starts = sorted(random.Random(seed).sample(range(available), count))
+        starts = sorted(random.Random(seed).sample(range(available), min(most, available)))
         return [
             torch.cat([self._prefix, self._ids[start * self._room : (start + 1) * self._room], self._suffix])
             for start in starts

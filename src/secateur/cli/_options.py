@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from secateur.calibration import SELECTIONS
+
 DEFAULT_BATCHES = (1, 8, 32, 128)
 
 Output = Annotated[Path, typer.Option(help="Directory to write the model to.")]
@@ -24,5 +26,8 @@ SequenceLength = Annotated[
     int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 2048.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the draw of calibration windows.")]
+Select = Annotated[
+    str, typer.Option(help=f"Which windows are taken: {', '.join(SELECTIONS)} (those with most different tokens).")
+]
 Evaluate = Annotated[Path | None, typer.Option(help="File to measure on, before and after: text, pairs or labels.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]

@@ -19,6 +19,7 @@ from secateur.cli._options import (
     Overwrite,
     Samples,
     Seed,
+    Select,
     Threads,
 )
 
@@ -46,6 +47,7 @@ def pack(
         int | None, typer.Option(min=16, help="Tokens in a window. Default: what the model takes, at most 128.")
     ] = None,
     seed: Seed = 0,
+    select: Select = "random",
     batch: Batch = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -84,7 +86,9 @@ def pack(
                     tolerance=tolerance,
                 ),
                 calibration=(
-                    None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
+                    None
+                    if calibration is None
+                    else CalibrationText(calibration, samples, sequence_length, seed, select)
                 ),
                 cache=cache,
                 overwrite=overwrite,

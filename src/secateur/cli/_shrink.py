@@ -22,6 +22,7 @@ from secateur.cli._options import (
     Overwrite,
     Samples,
     Seed,
+    Select,
     SequenceLength,
 )
 
@@ -60,6 +61,7 @@ def shrink(
     samples: Samples = 128,
     sequence_length: SequenceLength = None,
     seed: Seed = 0,
+    select: Select = "random",
     include: Include = None,
     exclude: Exclude = None,
     evaluate: Evaluate = None,
@@ -103,7 +105,7 @@ def shrink(
         listed = Removal.load(removal) if removal is not None and not given else None
         if removal is not None and given:
             _check_new(removal, output, overwrite)
-        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed)
+        text = None if calibration is None else CalibrationText(calibration, samples, sequence_length, seed, select)
         with show_progress() as progress:
             report = shrink_directory(
                 model,

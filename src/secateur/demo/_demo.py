@@ -54,9 +54,9 @@ class DemoModel:
             heldout = Windows(tokenizer, read_text(path / "heldout.txt"), LENGTH)
         self.heldout = list(batched(list(heldout.all())[:HELDOUT_WINDOWS]))
 
-    def batches(self, seed: int = 0) -> list[dict[str, Tensor]]:
+    def batches(self, seed: int = 0, samples: int = SAMPLES, select: str = "random") -> list[dict[str, Tensor]]:
         """Return the calibration batches that a seed draws."""
-        return [{"input_ids": ids} for ids in batched(self._calibration.sample(SAMPLES, seed))]
+        return [{"input_ids": ids} for ids in batched(self._calibration.sample(samples, seed, select))]
 
     def perplexity(self, model: nn.Module) -> float:
         """Return the perplexity of a version of the model on held-out text."""

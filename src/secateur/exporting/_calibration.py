@@ -60,6 +60,7 @@ def sentences_of(model: nn.Module, path: Path, text: CalibrationText) -> list[di
         StatisticsError: the text cannot be read, or has no sentence.
         RecipeError: the model takes no sentences of that length.
     """
+    text.check_random()
     found = split_sentences(read_text(text.path))
     if not found:
         raise StatisticsError(f"{text.path} has no sentence. Give a text like those that the model will read.")

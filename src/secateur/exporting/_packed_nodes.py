@@ -60,7 +60,7 @@ def pack_nodes(source: Path, output: Path, *, sparsity: float = SPARSITY, int8: 
         source: an ONNX file.
         output: another one.
         sparsity: the fewest zeros that a weight must have, as a fraction.
-        int8: compute in 8 bits, as ``pack_(precision="int8")`` does. Then weights without zeros are packed, too, because
+        int8: compute in 8 bits, as ``pack_(precision="int8")`` does. Then weights without zeros are packed, too:
             the kernels for those are as fast as the engine's.
 
     Raises:

@@ -52,8 +52,8 @@ class ExportSettings:
             )
         if flag("packed", self.packed) and self.int8 and self.to == "openvino":
             raise RecipeError(
-                "in the files of OpenVINO packed layers compute in float32, and int8 rounds all weights, so that they do "
-                "not go together there.\nGive to='onnx' (--to onnx), or one of packed (--packed) and int8 (--int8)."
+                "in the files of OpenVINO packed layers compute in float32, and int8 rounds all weights, so that they "
+                "do not go together there.\nGive to='onnx' (--to onnx), or one of packed (--packed) and int8 (--int8)."
             )
         number("tolerance", self.tolerance, above=0.0, finite=True)
         for rows, length in self.shapes or ():

@@ -17,6 +17,7 @@ from secateur.huggingface._loading import model_without_weights as model_without
 from secateur.huggingface._loading import open_model as open_model
 from secateur.huggingface._loading import skeleton as skeleton
 from secateur.huggingface._loading import transformers_library as transformers_library
+from secateur.huggingface._loss import language_loss as language_loss
 from secateur.huggingface._plausible import check_counts as check_counts
 from secateur.huggingface._plausible import check_size as check_size
 from secateur.huggingface._pooling import pooling_of as pooling_of

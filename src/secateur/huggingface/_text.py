@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from secateur._checks import one_of
 from secateur._errors import RecipeError, StatisticsError
-from secateur.calibration import Windows, longest_window, padded, quiet
+from secateur.calibration import SELECTIONS, Windows, longest_window, padded, quiet
 from secateur.evaluation import device_of
 from secateur.files import ModelDirectory
 from secateur.huggingface._loading import is_causal, load_tokenizer
@@ -22,19 +23,41 @@ class CalibrationText:
 
     Args:
         path: plain text, or JSON lines with a ``text`` field.
-        samples: windows drawn at random from the text.
+        samples: windows taken from the text.
         sequence_length: tokens in a window; None for the longest that the model takes, at most 2048.
         seed: of the draw.
+        select: ``"random"`` draws the windows; ``"diverse"`` draws eight times as many, and takes those of them that
+            hold most different tokens, rare ones above all.
+
+    Raises:
+        RecipeError: no such way to select.
     """
 
     path: Path
     samples: int = 128
     sequence_length: int | None = None
     seed: int = 0
+    select: str = "random"
+
+    def __post_init__(self) -> None:
+        one_of("selection of windows", self.select, SELECTIONS)
 
     def provenance(self, length: int) -> dict[str, Any]:
         """Return what the report says of the text, given the length of windows that was used."""
-        return {"file": self.path.name, "samples": self.samples, "sequence_length": length, "seed": self.seed}
+        table = {"file": self.path.name, "samples": self.samples, "sequence_length": length, "seed": self.seed}
+        return table if self.select == "random" else {**table, "select": self.select}
+
+    def check_random(self) -> None:
+        """Check that nothing but chance is to select, for what reads sentences in place of windows.
+
+        Raises:
+            RecipeError: something else is.
+        """
+        if self.select != "random":
+            raise RecipeError(
+                f"select={self.select!r} takes windows of tokens by what they hold, but here sentences are read, which "
+                "are drawn at random.\nLeave select out."
+            )
 
 
 class TextReader:
@@ -62,6 +85,15 @@ class TextReader:
     def windows(self, text: str, source: Path) -> Windows:
         """Return a text as windows."""
         return Windows(self._tokenizer, text, self.length, self._special_tokens, source=str(source))
+
+    def sample(self, text: str, calibration: CalibrationText) -> list[Tensor]:
+        """Return as many windows of a text as are to be calibrated on.
+
+        Raises:
+            StatisticsError: the text has too few.
+        """
+        windows = self.windows(text, calibration.path)
+        return windows.sample(calibration.samples, calibration.seed, calibration.select)
 
     def padded(self, texts: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
         """Return texts as padded batches of neighbours in length, from short to long. What is too long is cut."""

@@ -70,8 +70,8 @@ def _parts(layout: Layout) -> tuple[int, tuple[int, ...], tuple[Tensor, ...]]:
         case BitmaskLayout():
             return 0, (), (layout.mask, layout.offsets)
         case PanelLayout():
-            sizes = (layout.height, layout.width, layout.index.element_size())
-            return 1, sizes, (layout.index, layout.counts, layout.offsets)
+            panel = (layout.height, layout.width, layout.index.element_size())
+            return 1, panel, (layout.index, layout.counts, layout.offsets)
         case GroupLayout():
             return 2, (layout.n, layout.m), (layout.words,)
         case TileLayout():
@@ -79,8 +79,8 @@ def _parts(layout: Layout) -> tuple[int, tuple[int, ...], tuple[Tensor, ...]]:
         case Int8PanelLayout():
             return 4, (), (layout.sums,)
         case Int8TileLayout():
-            sizes = (layout.height, layout.width, layout.sections, layout.panel)
-            return 5, sizes, (layout.sums, layout.first_tiles, layout.places)
+            tile = (layout.height, layout.width, layout.sections, layout.panel)
+            return 5, tile, (layout.sums, layout.first_tiles, layout.places)
         case Int8BitmaskLayout():
             return 6, (), (layout.sums, layout.mask, layout.offsets)
         case _:

@@ -130,7 +130,7 @@ def _windows(
             "Pack it in Python: secateur.pack_(model, batches=...), then secateur.save."
         )
     reader = TextReader(model, directory, calibration.sequence_length, _LONGEST)
-    windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+    windows = reader.sample(text, calibration)
     return [{"input_ids": ids} for ids in batched(reader.tried(windows))]
 
 

@@ -16,6 +16,7 @@ from secateur._checks import globs, integer
 from secateur._errors import RecipeError, SolverError, naming
 from secateur._types import Progress, dtype_name
 from secateur.calibration import (
+    GRADIENTS,
     Forward,
     LayerStatistics,
     Padding,
@@ -38,7 +39,7 @@ from secateur.permuting._report import LayerGain, PermutationReport, Permuted
 from secateur.permuting._search import search
 from secateur.permuting._shared import Shared, find_shared
 from secateur.pruning import Recipe
-from secateur.solvers import Importance, Refit, Select, Wanda, method_name, parse_method
+from secateur.solvers import Importance, Select, Wanda, head_of, method_name, parse_method
 from secateur.surgery import Difference, Looks, difference, tolerance_for, wide_outputs
 
 _PROVED = 2  # batches on which outputs are compared
@@ -181,7 +182,7 @@ def permute_(
 def permute_for(model: nn.Module, batches: Iterable[Any], recipe: Recipe, progress: Progress) -> PermutationReport:
     """Reorder the inputs of the layers that a recipe prunes, for its pattern and the scores of its method.
 
-    A method that has no importance of its own, such as SparseGPT, has those of Wanda.
+    A method that has no importance of its own, such as SparseGPT, or one that needs a loss, has those of Wanda.
 
     Args:
         model, batches, progress: see :func:`permute_`.
@@ -190,10 +191,9 @@ def permute_for(model: nn.Module, batches: Iterable[Any], recipe: Recipe, progre
     Raises:
         SparsityError: as :func:`permute_`.
     """
-    method = recipe.method
-    while isinstance(method, Refit):
-        method = method.inner
-    importance = method.importance if isinstance(method, Select) else Wanda()
+    method = head_of(recipe.method)
+    scored = isinstance(method, Select) and not method.needs & GRADIENTS
+    importance = method.importance if scored and isinstance(method, Select) else Wanda()
     return permute_(
         model,
         batches,

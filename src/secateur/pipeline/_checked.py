@@ -53,6 +53,14 @@ def of(kind: type, what: str) -> Check:
 whole, number, flag = of(int, "a whole number"), of(float, "a number"), of(bool, "true or false")
 
 
+def numbers(name: str, value: object) -> list[float]:
+    """Return the value if it is a list of numbers."""
+    found = instance(name, value, list, "a list of numbers")
+    for entry in found:
+        number(f"an entry of {name}", entry)
+    return found
+
+
 def text_or_table(name: str, value: object) -> object:
     """Return the value if it is a text or a table."""
     if not isinstance(value, str | dict):
@@ -70,7 +78,7 @@ def calibration(folder: Path, seed: int) -> Callable[[object], tuple[Calibration
     Returns:
         A function of the value, which gives the text and whether a number of samples was asked for.
     """
-    keys: dict[str, Check] = {"file": text, "samples": whole, "sequence_length": whole, "seed": whole}
+    keys: dict[str, Check] = {"file": text, "samples": whole, "sequence_length": whole, "seed": whole, "select": text}
 
     def read(value: object) -> tuple[CalibrationText, bool]:
         found = {"file": value} if isinstance(value, str) else dict(table("calibration", value))

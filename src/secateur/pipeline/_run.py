@@ -167,6 +167,8 @@ class _Runner:
         if text is not None:
             facts["text"] = self._hash(text.path)
             facts["sampling"] = f"{text.samples} {text.sequence_length} {text.seed} {stage.is_sampled}"
+            if text.select != "random":
+                facts["sampling"] += f" {text.select}"
         if stage.kind.needs_dense(stage.settings):
             facts["dense model"] = self._hash(self.source)
         return facts

@@ -15,7 +15,7 @@ from secateur.huggingface import CalibrationText
 from secateur.packing import PackSettings, pack_directory
 from secateur.pipeline import _checked as check
 from secateur.pipeline._between import between_rounds
-from secateur.pruning import ALLOCATIONS, Recipe, prune_directory
+from secateur.pruning import Recipe, needs_text, prune_directory
 from secateur.recovery import RecoverySettings, recover_directory
 from secateur.shrinking import check_request, chosen_method, shrink_directory
 
@@ -89,7 +89,12 @@ class StageKind:
 
 # Pruning
 
-_TYPES: Mapping[str, check.Check] = {"method": check.text_or_table, "include": check.texts, "exclude": check.texts}
+_TYPES: Mapping[str, check.Check] = {
+    "method": check.text_or_table,
+    "include": check.texts,
+    "exclude": check.texts,
+    "sparsity_bounds": check.numbers,
+}
 _BY_ANNOTATION: Mapping[str, check.Check] = {"bool": check.flag, "int": check.whole, "float | None": check.number}
 _PRUNE_KEYS: Mapping[str, check.Check] = {
     **{f.name: _TYPES.get(f.name, _BY_ANNOTATION.get(str(f.type), check.text)) for f in fields(Recipe)},
@@ -104,7 +109,7 @@ def recipe_of(settings: Settings) -> Recipe:
 
 def _check_prune(settings: Settings, calibration: CalibrationText | None) -> None:
     recipe = recipe_of(settings)
-    if (recipe.method.needs or ALLOCATIONS[recipe.allocation].needs) and calibration is None:
+    if needs_text(recipe) and calibration is None:
         raise RecipeError(
             "this method learns from text: give some with calibration = FILE, or use method = 'magnitude'."
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur._errors import FormatError, RecipeError
 from secateur._types import Progress
-from secateur.calibration import batched, read_text
+from secateur.calibration import GRADIENTS, Loss, batched, read_text
 from secateur.evaluation import DenseQuality, read_data
 from secateur.files import ModelDirectory, check_output, without_claims
 from secateur.huggingface import (
@@ -21,20 +21,25 @@ from secateur.huggingface import (
     StoredWeights,
     TextReader,
     directory_figures,
+    language_loss,
     load_body,
     open_model,
     reading_of,
     transformers_library,
 )
 from secateur.layers import select_layers
-from secateur.pruning._allocation import ALLOCATIONS
+from secateur.pruning._allocate import allocate
+from secateur.pruning._allocation import needs_of
+from secateur.pruning._prepare import needs_text
 from secateur.pruning._prune import prune_
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import Between, check_between
-from secateur.reports import PRUNING_REPORT, Report, stages_from_json, stages_to_json
+from secateur.reports import PRUNING_REPORT, AllocationReport, Report, stages_from_json, stages_to_json
+from secateur.solvers import method_name
 
 Prepare: TypeAlias = Callable[[nn.Module, Sequence[Any], Recipe], str]
 
+_BATCH = 4096  # tokens in a batch, at most
 _NOT_STORED = "not in the checkpoint, so its values are not trained"
 
 
@@ -90,41 +95,27 @@ def prune_directory(
     changes_all = between is not None or prepare is not None
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
-    if (recipe.method.needs or ALLOCATIONS[recipe.allocation].needs) and calibration is None:
-        raise RecipeError(
-            "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
-        )
-    text = None if calibration is None else read_text(calibration.path)
+    text = _text_for(recipe, calibration)
+    loss = _loss_for(recipe, directory)
     heldout = None if evaluate is None else read_data(evaluate)
 
     progress("loading the model", 0, 1)
     whole, model, missing = load_body(directory, device, dtype, heldout is not None and heldout.kind == "labels")
-    if (text or heldout) and getattr(model.config, "is_encoder_decoder", False):
-        raise RecipeError(
-            f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
-            "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
-            "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
-        )
+    _check_reads_text(directory, model, text or heldout)
     if heldout is not None:
         directory_figures(directory, heldout, has_dense=True)
     recipe, stored = _match_checkpoint(model, directory, recipe, missing, everything=changes_all)
     buffers = _stored_buffers(model, directory) if changes_all else {}
     asked = None if calibration is None else calibration.sequence_length
     reader = TextReader(model, directory, asked) if text else None
-
-    batches = None
-    if calibration is not None:
-        assert reader is not None
-        assert text is not None
-        windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
-        batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
+    batches = _batches_of(reader, text, calibration, recipe)
     quality = None
     if heldout is not None:
         reading = reading_of(directory, asked, pools=heldout.kind == "pairs")
         quality = DenseQuality.of(whole, heldout, reading, progress)
 
     prepared = {} if prepare is None else {"prepared": prepare(model, batches or [], recipe)}
-    report = prune_(model, batches, recipe, between=between, progress=progress)
+    report = prune_(model, batches, recipe, loss=loss, between=between, progress=progress)
     _check_writable(directory, stored.unwritable)
     now = dict(model.named_buffers())
     _check_writable(directory, [name for name, buffer in buffers.items() if not torch.equal(buffer, now[name])])
@@ -151,6 +142,86 @@ def prune_directory(
         overwrite,
     )
     return report
+
+
+def allocate_directory(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: CalibrationText | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda description, done, total: None,
+) -> AllocationReport:
+    """Return how :func:`prune_directory` would share out zeros among the layers. Nothing is written.
+
+    Args:
+        source, recipe, calibration, device, dtype: see :func:`prune_directory`.
+        progress: called with a description, and how much of how much is done.
+
+    Raises:
+        SparsityError: what :func:`prune_directory` raises before it changes weights.
+        ImportError: transformers is missing.
+    """
+    directory = open_model(source)
+    text = _text_for(recipe, calibration)
+    loss = _loss_for(recipe, directory)
+    progress("loading the model", 0, 1)
+    _, model, missing = load_body(directory, device, dtype, False)
+    _check_reads_text(directory, model, text)
+    recipe, _ = _match_checkpoint(model, directory, recipe, missing, everything=False)
+    reader = TextReader(model, directory, calibration.sequence_length) if text and calibration else None
+    return allocate(model, _batches_of(reader, text, calibration, recipe), recipe, loss=loss, progress=progress)
+
+
+def _text_for(recipe: Recipe, calibration: CalibrationText | None) -> str | None:
+    """The text to learn from; None where there is none, and none is needed."""
+    if needs_text(recipe) and calibration is None:
+        raise RecipeError(
+            "this method learns from text: give some with --calibration TEXT_FILE, or use --method magnitude."
+            if recipe.method.needs
+            else f"the allocation {recipe.allocation!r} learns from text: give some with --calibration TEXT_FILE, or "
+            "use --allocation uniform."
+        )
+    if recipe.held_out and calibration is None:
+        raise RecipeError(
+            f"a share of {recipe.held_out:g} of the calibration text is to be held out, and there is none.\n"
+            "Give some with --calibration TEXT_FILE, or leave --held-out out."
+        )
+    return None if calibration is None else read_text(calibration.path)
+
+
+def _loss_for(recipe: Recipe, directory: ModelDirectory) -> Loss | None:
+    """The loss of the next token, where a method or an allocation learns from a loss."""
+    if not (recipe.method.needs | needs_of(recipe.allocation, recipe.method)) & GRADIENTS:
+        return None
+    return language_loss(directory, method_name(recipe.method), "--method sparsegpt", "secateur.prune_")
+
+
+def _check_reads_text(directory: ModelDirectory, model: nn.Module, text: object) -> None:
+    if text and getattr(model.config, "is_encoder_decoder", False):
+        raise RecipeError(
+            f"{directory.path} is an encoder-decoder model, which reads pairs of texts, and a text file has no pairs.\n"
+            "Prune it without text (--method magnitude), or in Python: secateur.prune_(model, batches), batches such "
+            "as {'input_ids': ..., 'attention_mask': ..., 'labels': ...}, then model.save_pretrained."
+        )
+
+
+def _batches_of(
+    reader: TextReader | None, text: str | None, calibration: CalibrationText | None, recipe: Recipe
+) -> list[dict[str, Tensor]] | None:
+    """Windows of the text, as the model takes them."""
+    if reader is None or text is None or calibration is None:
+        return None
+    windows = reader.sample(text, calibration)
+    most = _part_of(windows, recipe.held_out) if recipe.held_out else _BATCH
+    return [{"input_ids": ids} for ids in batched(reader.tried(windows), most)]
+
+
+def _part_of(windows: list[Tensor], share: float) -> int:
+    """How many tokens a batch may have so that some batches are that share of all windows."""
+    total = sum(len(window) for window in windows)
+    return max(1, min(_BATCH, int(total * min(share, 1 - share))))
 
 
 def _stages(path: Path, report: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur._errors import StatisticsError
 from secateur._types import Weight
 from secateur.calibration import LayerStatistics
 from secateur.layers import Layer
@@ -13,7 +14,13 @@ from secateur.solvers import LayerProblem, Solution
 from secateur.zeros import parameter_names
 
 
-def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, seconds: float) -> LayerReport:
+def layer_report(
+    layer: Layer,
+    problem: LayerProblem,
+    solution: Solution,
+    seconds: float,
+    held_out: LayerStatistics | None = None,
+) -> LayerReport:
     """Return what was done to a layer whose solution has been written to the model.
 
     Args:
@@ -21,6 +28,7 @@ def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, second
         problem: with the dense weight.
         solution: that was written.
         seconds: that solving and writing took.
+        held_out: of inputs that nothing was learned from, with their Gram matrix; None if there are none.
     """
     dense, statistics = problem.weight, problem.statistics
     stored = layer.matrix()
@@ -43,6 +51,7 @@ def layer_report(layer: Layer, problem: LayerProblem, solution: Solution, second
         thumbnail=thumbnail(solution.mask),
         parameters=parameter_names(layer),
         empty_rows=empty_rows(stored),
+        held_out_error=relative_error(dense, stored.to(dense), held_out),
     )
 
 
@@ -64,12 +73,21 @@ def relative_error(dense: Weight, stored: Weight, statistics: LayerStatistics | 
     """``norm((W - V) X) / norm(W X)`` from the Gram matrix; None where it was not gathered or W X is zero."""
     if statistics is None or statistics.gram is None:
         return None
+    output = squared_error(dense, torch.zeros_like(dense), statistics)
+    return (squared_error(dense, stored, statistics) / output) ** 0.5 if output > 0 else None
+
+
+def squared_error(dense: Weight, stored: Weight, statistics: LayerStatistics | None) -> float:
+    """``norm((W - V) X) ** 2`` from the Gram matrix.
+
+    Raises:
+        StatisticsError: it was not gathered.
+    """
+    if statistics is None:
+        raise StatisticsError("it needs calibration inputs: pass batches.")
     gram = statistics.require("gram").to(dense)
-    shape = (len(gram), -1, dense.shape[1])
-    dense, change = dense.reshape(shape), (dense - stored).reshape(shape)
-    output = float(((dense @ gram) * dense).sum(dtype=torch.float64))
-    error = float(((change @ gram) * change).sum(dtype=torch.float64))
-    return (max(error, 0.0) / output) ** 0.5 if output > 0 else None
+    change = (dense - stored).reshape(len(gram), -1, dense.shape[1])
+    return max(float(((change @ gram) * change).sum(dtype=torch.float64)), 0.0)
 
 
 def dead_inputs(statistics: LayerStatistics | None) -> int | None:

@@ -10,23 +10,14 @@ from typing import Any
 from torch import nn
 
 from secateur._checks import settings
-from secateur._errors import RecipeError
 from secateur._types import Progress
-from secateur.calibration import (
-    Forward,
-    Need,
-    Padding,
-    PaddingSource,
-    call_model,
-    check_padding,
-    hash_batches,
-    parameter_names,
-)
+from secateur.calibration import Forward, Loss, PaddingSource
 from secateur.layers import check_model, select_layers
 from secateur.patterns import Remainder, SparsityPattern
-from secateur.pruning._allocation import ALLOCATIONS
-from secateur.pruning._one_round import Calibration, Round, prune_round_
-from secateur.pruning._reach import observe_all, read_inputs, tell_unreached
+from secateur.pruning._allot import share_out
+from secateur.pruning._one_round import Round, prune_round_
+from secateur.pruning._prepare import prepare
+from secateur.pruning._reach import observe_all
 from secateur.pruning._recipe import Recipe
 from secateur.pruning._rounds import (
     Between,
@@ -60,8 +51,12 @@ def prune_(
     remainder: Remainder | None = None,
     rounds: int | None = None,
     rounding: str | None = None,
+    held_out: float | None = None,
+    damping: float | str | None = None,
+    sparsity_bounds: tuple[float, float] | None = None,
     between: Between | None = None,
     forward: Forward | None = None,
+    loss: Loss | None = None,
     padding: PaddingSource | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -82,8 +77,8 @@ def prune_(
             ``decoder_attention_mask`` or others, ``labels != -100`` for a decoder. A few thousand
             to a few hundred thousand tokens are usual. None for methods that need none (magnitude, random).
         recipe: all of the following settings as one value, in their place.
-        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder: see
-            :class:`Recipe`.
+        pattern, sparsity, method, allocation, include, exclude, sequential, measure_error, strict, remainder,
+            held_out, damping, sparsity_bounds: see :class:`Recipe`.
         rounds: see :class:`Recipe`. The report is of the last one. With several rounds and an error to measure, a copy
             of the weights is kept meanwhile, so that the error is that of all rounds together.
         rounding: see :class:`Recipe`. The error in the report is that of pruning and rounding.
@@ -91,6 +86,9 @@ def prune_(
             rounds are counted from 1. Pruned weights that it moves are set to zero again, with a warning and a note in
             the report.
         forward: ``forward(model, batch)`` runs the model, if its batches are none of the above.
+        loss: ``loss(output, batch)`` returns a scalar tensor, for methods that learn from a loss (``"taylor"``,
+            ``"fisher"``, ``"movement"``); others do not look at it. It gets what the model returned, and the batch as
+            it was given, with its labels, on the model's device. Padding in it is the loss's own business.
         padding: which tokens are real, where the batch does not say so itself: a function that returns a bool tensor
             ``[batch, length]``, True = real, of a batch (on the model's device), or None if nothing is padded; or a
             dict of such functions, by glob of layer names. The report says for each stage what was left out.
@@ -100,10 +98,11 @@ def prune_(
         The report: sparsity and error layer by layer, what was skipped and why, and how to repeat the run.
 
     Raises:
-        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches
-            for a method that needs them, or a ``between`` that is never called or adds layers.
+        RecipeError: settings that contradict each other, a glob that matches nothing, no layer to prune, no batches or
+            no loss for a method that needs them, or a ``between`` that is never called or adds layers.
         PatternError: a pattern that does not fit a layer, which is named.
-        StatisticsError: batches that are empty, not finite, or never reach a layer.
+        StatisticsError: batches that are empty, not finite, or never reach a layer; a loss that is no finite scalar, or
+            that does not depend on a layer.
         SolverError: a layer that the method cannot solve.
 
     Example:
@@ -130,46 +129,28 @@ def prune_(
         "remainder": remainder,
         "rounds": rounds,
         "rounding": rounding,
+        "held_out": held_out,
+        "damping": damping,
+        "sparsity_bounds": sparsity_bounds,
     }
     recipe = settings("recipe", recipe, Recipe, keywords)
-    needs: frozenset[Need] = recipe.method.needs
-    if needs and batches is None:
-        raise RecipeError(
-            f"{recipe.method} needs calibration inputs ({', '.join(sorted(needs))}).\n"
-            "Pass batches, or use method='magnitude', which needs none."
-        )
-    dense_needs = ALLOCATIONS[recipe.allocation].needs
-    if dense_needs and batches is None:
-        raise RecipeError(
-            f"the allocation {recipe.allocation!r} needs calibration inputs ({', '.join(sorted(dense_needs))}).\n"
-            "Pass batches, or use allocation='uniform', which needs none."
-        )
-
     if between is not None:
         check_between(recipe)
-
-    inputs = None if batches is None else read_inputs(model, batches, recipe, forward)
-    layers, skipped = select_layers(model, recipe.include, recipe.exclude, None if inputs is None else inputs.observed)
-    tell_unreached(layers, skipped, recipe.strict)
-    check_padding(padding, [layer.name for layer in layers])
-    patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
-    calibration = digest = None
-    if inputs is not None:
-        digest = hash_batches(inputs.batches)
-        names = parameter_names(model) if forward is None else ()
-        paddings = [Padding.of(batch, names, padding) for batch in inputs.batches]
-        calibration = Calibration(inputs.batches, inputs.observed, paddings, forward or call_model)
+    work = prepare(model, batches, recipe, forward, padding, loss)
+    layers, skipped, patterns, calibration = work.layers, work.skipped, work.patterns, work.calibration
     unrounded = replace(recipe, method=with_rounding(recipe.method, None), rounding=None)
     tell = progress or (lambda description, done, total: None)
+    sharing = share_out(model, recipe, layers, patterns, calibration, tell)
     known = {layer.name for layer in layers} | {entry.name for entry in skipped}
     last, reached, moved = Round({}), list[int](), dict[str, tuple[str, ...]]()
-    for number, target in enumerate(sparsities(recipe), 1):
-        current = patterns_at(patterns, target)
-        if number == recipe.rounds or gains(layers, current, last.done):
-            free = recipe.pattern.sparsity is None
+    targets = sparsities(recipe)
+    for number, target in enumerate(targets, 1):
+        current = patterns_at(sharing.fitted(patterns), target)
+        if number == recipe.rounds or gains(layers, current, last.done, recipe.pattern.sparsity is not None):
             told = in_round(tell, number, recipe.rounds)
             now = recipe if number == recipe.rounds else unrounded
-            last = prune_round_(model, now, layers, current, target if free else None, calibration, last.done, told)
+            shares = sharing.at(current, target, targets[-1])
+            last = prune_round_(model, now, layers, current, shares, calibration, last.done, told)
         reached.append(sum(entry.report.pruned for entry in last.done.values()))
         if between is not None and number < recipe.rounds:
             for name, note in go_between_(model, between, number, last.done).items():
@@ -181,9 +162,8 @@ def prune_(
             check_same_layers(layers, known, number)
             patterns = {layer.name: layer.fit(recipe.pattern) for layer in layers}
 
-    reports = [
-        replace(entry.report, notes=(*entry.report.notes, *moved.get(name, ()))) for name, entry in last.done.items()
-    ]
+    notes = {name: (*sharing.notes.get(name, ()), *moved.get(name, ())) for name in last.done}
+    reports = [replace(one.report, notes=(*one.report.notes, *notes[name])) for name, one in last.done.items()]
     weights = sum(report.num_weights for report in reports)
     skipped = [entry for entry in (*skipped, *last.skipped) if entry.name not in last.done]
     return Report(
@@ -192,11 +172,11 @@ def prune_(
         recipe=recipe.to_dict(),
         versions=versions(),
         seconds=time.perf_counter() - began,
-        calibration_hash=digest,
+        calibration_hash=work.digest,
         whole=weights_of(model),
         calibration_mode=last.mode,
         stored_masks=StoredMasks(entry.mask for entry in last.done.values()),
-        calibration={"ignored": inputs.ignored} if inputs is not None and inputs.ignored else {},
+        calibration={"ignored": work.ignored} if work.ignored else {},
         padding=last.padding,
         rounds=tuple(pruned / max(1, weights) for pruned in reached) if recipe.rounds > 1 else (),
     )

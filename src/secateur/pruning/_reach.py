@@ -24,11 +24,13 @@ class Inputs:
     Args:
         batches: as the model takes them.
         observed: which layers they reach, and how weights are read.
+        given: as they were given, with what the model does not take.
         ignored: what was left out of them, for the report; empty if nothing was.
     """
 
     batches: list[Any]
     observed: Observed
+    given: list[Any]
     ignored: str = ""
 
 
@@ -44,10 +46,11 @@ def read_inputs(model: nn.Module, batches: Iterable[Any], recipe: Recipe, forwar
             layer.fit(recipe.pattern)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     loaded, ignored = load_batches(batches, device), ""
+    given = loaded
     if forward is None:
         fitted = fit_arguments(model, loaded, device)
         loaded, ignored = fitted.batches, fitted.ignored
-    return Inputs(loaded, observe_all(model, loaded, recipe, forward), ignored)
+    return Inputs(loaded, observe_all(model, loaded, recipe, forward), given, ignored)
 
 
 def observe_all(model: nn.Module, loaded: list[Any], recipe: Recipe, forward: Forward | None) -> Observed:
@@ -87,5 +90,5 @@ def tell_unreached(layers: Sequence[Layer], skipped: Sequence[SkippedLayer], str
         )
     warnings.warn(
         f"no calibration input reached {what}, which stays dense. To say that it should: exclude={globs!r}.",
-        stacklevel=3,
+        stacklevel=4,  # who called prune_ or allocate
     )

@@ -41,8 +41,9 @@ class Done:
 
 
 def sparsities(recipe: Recipe) -> tuple[float, ...]:
-    """Return the sparsity after each round. The last one is exactly the recipe's."""
-    schedule = Cubic(recipe.pattern.resolve(recipe.sparsity), begin=0, end=recipe.rounds)
+    """Return the sparsity after each round: of all layers, or of those that get a pattern that fixes its own."""
+    fixed = recipe.pattern.sparsity
+    schedule = Cubic(recipe.goal if fixed is None else fixed, begin=0, end=recipe.rounds)
     return tuple(schedule(number) for number in range(1, recipe.rounds + 1))
 
 
@@ -64,13 +65,26 @@ def patterns_at(patterns: Mapping[str, SparsityPattern], sparsity: float) -> dic
     return {name: at_partial_sparsity(pattern, sparsity)[0] for name, pattern in patterns.items()}
 
 
-def gains(layers: Sequence[Layer], patterns: Mapping[str, SparsityPattern], done: Mapping[str, Done]) -> bool:
-    """Return whether a round prunes anything. Under N:M there are fewer steps than there may be rounds."""
+def gains(
+    layers: Sequence[Layer],
+    patterns: Mapping[str, SparsityPattern],
+    done: Mapping[str, Done],
+    fixed: bool,
+) -> bool:
+    """Return whether a round prunes anything. Under N:M there are fewer steps than there may be rounds.
+
+    Args:
+        layers: to prune.
+        patterns: of each in the round.
+        done: in the rounds before.
+        fixed: whether the pattern fixes its own sparsity. Then a layer without it stays dense.
+    """
 
     def more(layer: Layer) -> bool:
         pattern, before = patterns[layer.name], done.get(layer.name)
-        shape = layer.matrix().shape
-        return pattern.sparsity is None or pattern.num_pruned(shape) > (before.report.pruned if before else 0)
+        if pattern.sparsity is None:
+            return not fixed
+        return pattern.num_pruned(layer.matrix().shape) > (before.report.pruned if before else 0)
 
     return any(map(more, layers))
 

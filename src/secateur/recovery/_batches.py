@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from secateur._errors import StatisticsError
-from secateur.calibration import Forward, fit_arguments, hash_batches, load_batches
+from secateur.calibration import Forward, evenly, fit_arguments, hash_batches, load_batches
 from secateur.recovery._processes import world
 from secateur.recovery._runs import rows_of
 from secateur.recovery._settings import Settings
@@ -57,8 +57,7 @@ class Batches:
                 "into several, or give more text."
             )
         count = min(max(1, round(settings.held_out * len(found))), _MOST_HELD_OUT)
-        # Evenly spread: batches may be sorted by length, or by subject.
-        measure = tuple(dict.fromkeys(int((number + 0.5) * len(found) / count) for number in range(count)))
+        measure = evenly(count, len(found))
         train = tuple(number for number in range(len(found)) if number not in set(measure))
         return cls(found, train, measure, "" if fitted is None else fitted.ignored)
 

@@ -71,28 +71,30 @@ class LearningText:
                 "pairs.\nRecover it in Python: secateur.recover_(model, teacher, batches), batches such as "
                 "{'input_ids': ..., 'attention_mask': ..., 'labels': ...}."
             )
-        path, samples = calibration, None
+        path, samples, select = calibration, None, "random"
         if isinstance(calibration, CalibrationText):
-            path, samples, seed = calibration.path, calibration.samples, calibration.seed
+            path, samples, seed, select = calibration.path, calibration.samples, calibration.seed, calibration.select
             sequence_length = sequence_length or calibration.sequence_length
         assert isinstance(path, Path)
         text = read_text(path)
         reader = TextReader(model, directory, sequence_length, most=MOST_TOKENS)
         if is_causal(directory) and not is_embedder:
-            what, batches = "windows", _windows(reader, text, path, samples, batch_size, seed)
+            what, batches = "windows", _windows(reader, text, path, samples, batch_size, seed, select)
         else:
+            if isinstance(calibration, CalibrationText):
+                calibration.check_random()
             what, batches = "sentences", _sentences(reader, text, path, samples, batch_size, seed)
         _try(model, batches)
         rows = [len(batch["input_ids"]) for batch in batches]
         provenance = {"file": path.name, what: sum(rows), "sequence_length": reader.length, "batch_size": max(rows)}
-        return cls(batches, {**provenance, "seed": seed})
+        return cls(batches, {**provenance, "seed": seed} | ({} if select == "random" else {"select": select}))
 
 
 def _windows(
-    reader: TextReader, text: str, path: Path, samples: int | None, batch_size: int | None, seed: int
+    reader: TextReader, text: str, path: Path, samples: int | None, batch_size: int | None, seed: int, select: str
 ) -> list[dict[str, Tensor]]:
     cut = reader.windows(text, path)
-    windows = list(cut.all()) if samples is None else cut.sample(samples, seed)
+    windows = list(cut.all()) if samples is None else cut.sample(samples, seed, select)
     if len(windows) > 1 and len(windows[-1]) < len(windows[0]):
         windows.pop()  # the rest of the text
     _check_enough(len(windows), f"windows of {reader.length} tokens", path)

@@ -1,9 +1,13 @@
 """What was done to a model, and how is that written down?"""
 
+from secateur.reports._allocating import AllocatedLayer as AllocatedLayer
+from secateur.reports._allocating import AllocationReport as AllocationReport
+from secateur.reports._allocating import bar as bar
 from secateur.reports._compare_records import WayResult as WayResult
 from secateur.reports._compare_records import WayTiming as WayTiming
 from secateur.reports._compare_records import frontier as frontier
 from secateur.reports._comparing import ComparisonReport as ComparisonReport
+from secateur.reports._coverage import few_tokens_note as few_tokens_note
 from secateur.reports._evaluating import EvaluationReport as EvaluationReport
 from secateur.reports._evaluating import Figure as Figure
 from secateur.reports._evaluating import figures_table as figures_table
@@ -41,6 +45,7 @@ from secateur.reports._records import PackedLayer as PackedLayer
 from secateur.reports._records import SkippedLayer as SkippedLayer
 from secateur.reports._recovering import RecoveryReport as RecoveryReport
 from secateur.reports._recovery_records import CurvePoint as CurvePoint
+from secateur.reports._rows import block_of as block_of
 from secateur.reports._rows import comparison_table as comparison_table
 from secateur.reports._rows import evaluation_table as evaluation_table
 from secateur.reports._rows import model_times_table as model_times_table

@@ -143,7 +143,11 @@ def layers_chart(layers: Sequence[LayerReport]) -> Markup:
         if measured:
             errors = [usable(layer.relative_error) or 0.0 for layer in layers]
             _bars(panels[1], errors)
-            panels[1].set_ylim(0, 1.08 * max(errors) or 1)
+            held_out = [usable(layer.held_out_error) for layer in layers]
+            points = [(number, error) for number, error in enumerate(held_out, 1) if error is not None]
+            if points:
+                panels[1].plot(*zip(*points, strict=True), ".", color=_INK, markersize=5)
+            panels[1].set_ylim(0, 1.08 * max(*errors, *(error for _, error in points), 0.0) or 1)
             panels[1].yaxis.set_major_locator(MaxNLocator(5))
             panels[1].set_title("Relative error of the output", loc="left", fontsize=11, fontweight="bold")
             panels[0].tick_params(labelbottom=False)

@@ -8,6 +8,7 @@ from secateur.reports._match import listed
 from secateur.reports._records import LayerReport, ModelWeights, SkippedLayer
 
 _LEFT = 0.1  # part of the weights in matrices from which on those that were left alone are worth a warning
+_FEW = "calibrated on fewer tokens"
 _CLASSES = 5  # that a warning lists
 
 
@@ -68,6 +69,38 @@ def emptied(layers: Sequence[LayerReport]) -> str:
         return ""
     are = "1 layer is" if len(empty) == 1 else f"{len(empty)} layers are"
     return f"{are} entirely zero, so nothing of the input passes: {listed(empty)}"
+
+
+def held_out_line(layers: Sequence[LayerReport]) -> str:
+    """Return the mean error of the layers on held-out tokens, and on those learned from; empty if none were held out.
+
+    Of layers that have both, so that the two means can be compared.
+    """
+    pairs = [(layer.held_out_error, layer.relative_error) for layer in layers if layer.held_out_error is not None]
+    both = [(held_out, learned) for held_out, learned in pairs if learned is not None]
+    if not pairs:
+        return ""
+    if not both:
+        return f"; mean layer error {sum(held_out for held_out, _ in pairs) / len(pairs):.4f} on held-out tokens"
+    means = [sum(errors) / len(both) for errors in zip(*both, strict=True)]
+    return f"; mean layer error {means[1]:.4f}, on held-out tokens {means[0]:.4f}"
+
+
+def few_tokens_note(tokens: int, inputs: int) -> str:
+    """Return the note on a layer that learned from the Gram matrix of fewer tokens than it has inputs."""
+    return f"{_FEW} ({tokens:,}) than it has inputs ({inputs:,}), so that it may fit them and no others"
+
+
+def few_tokens(layers: Sequence[LayerReport]) -> str:
+    """Return a warning if layers have that note; else empty."""
+    few = [layer.name or "(the model itself)" for layer in layers if any(_FEW in note for note in layer.notes)]
+    if not few:
+        return ""
+    are = "1 layer was" if len(few) == 1 else f"{len(few)} layers were"
+    return (
+        f"{are} {_FEW} than inputs, and may fit them and no others: {listed(few)}. Calibrate on more, or see by how "
+        "much the error grows on others with held_out=0.2"
+    )
 
 
 def _unread(whole: ModelWeights) -> str:

@@ -129,6 +129,7 @@ def _view(report: PruningRecord) -> dict[str, Any]:
         "skipped_table": _markup(skipped_table(report.skipped)),
         "evaluation_table": "" if report.evaluation is None else _markup(evaluation_table(report.evaluation)),
         "errors": errors,
+        "held_out": any(usable(layer.held_out_error) is not None for layer in report.layers),
         "highest_error": max(errors, default=0.0),
         "groups": [
             {"name": name, "layers": list(members)}

@@ -9,7 +9,7 @@ from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
 from secateur._errors import RecipeError
-from secateur.reports._coverage import emptied, left_alone, pruning_line
+from secateur.reports._coverage import emptied, few_tokens, held_out_line, left_alone, pruning_line
 from secateur.reports._masks import StoredMasks
 from secateur.reports._match import Holder
 from secateur.reports._records import Evaluation, Histogram, LayerReport, ModelWeights, SkippedLayer
@@ -127,14 +127,16 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to look at: many weights that were left alone, and layers that ended empty."""
-        return tuple(filter(None, (left_alone(self.layers, self.skipped), emptied(self.layers))))
+        """What to look at: many weights left alone, layers that ended empty, and layers that got few tokens."""
+        found = (left_alone(self.layers, self.skipped), emptied(self.layers), few_tokens(self.layers))
+        return tuple(filter(None, found))
 
     def _lines(self) -> list[str]:
         run = (
             f"pruned {self.num_pruned:,} of {self.num_weights:,} weights ({self.sparsity:.2%}) "
             f"in {len(self.layers)} layers, skipped {len(self.skipped)} modules, {self.seconds:.1f} s"
         )
+        run += held_out_line(self.layers)
         run += f"; calibration {self.calibration_mode}" if self.calibration_mode else ""
         run += (
             f"; {len(self.rounds)} rounds: {', '.join(f'{share:.1%}' for share in self.rounds)}" if self.rounds else ""

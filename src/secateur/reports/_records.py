@@ -49,6 +49,8 @@ class LayerReport:
         parameters: qualified names of the weight, as in a ``state_dict``: under its module, and under those of
             ``tied_to``. Empty in reports of 0.1.0.
         empty_rows: outputs whose weights are all zero now.
+        held_out_error: as ``relative_error``, over the tokens of batches that nothing was learned from; None if none
+            were held out, or none of them reached the layer.
     """
 
     name: str
@@ -68,6 +70,7 @@ class LayerReport:
     thumbnail: tuple[tuple[int, ...], ...] = ()
     parameters: tuple[str, ...] = ()
     empty_rows: int = 0
+    held_out_error: float | None = None
 
     @property
     def num_weights(self) -> int:

@@ -15,6 +15,8 @@ _COUNTED = {"spearman": "pairs", "accuracy": "texts"}  # what other figures than
 def pruned_table(layers: Sequence[LayerReport]) -> Table:
     """Return a table with a row for each layer, in the order given, and a section for each block of the model."""
     errors = [layer.relative_error for layer in layers]
+    held_out = [layer.held_out_error for layer in layers]
+    seen = any(error is not None for error in held_out)
     columns = (
         TableColumn("layer"),
         TableColumn("shape", is_number=True),
@@ -22,6 +24,7 @@ def pruned_table(layers: Sequence[LayerReport]) -> Table:
         TableColumn("asked", is_number=True),
         TableColumn("sparsity", is_number=True, bars=bars([layer.sparsity for layer in layers], longest=1.0)),
         TableColumn("relative error", is_number=True, bars=bars(errors)),
+        *([TableColumn("held-out error", is_number=True, bars=bars(held_out))] if seen else []),
         TableColumn("dead inputs", is_number=True),
         TableColumn("seconds", is_number=True),
         TableColumn("notes", is_note=True),
@@ -34,6 +37,7 @@ def pruned_table(layers: Sequence[LayerReport]) -> Table:
             f"{layer.asked:.4g}",
             f"{layer.sparsity:.2%}",
             "" if layer.relative_error is None else f"{layer.relative_error:.4f}",
+            *(["" if layer.held_out_error is None else f"{layer.held_out_error:.4f}"] if seen else []),
             "" if layer.dead_inputs is None else f"{layer.dead_inputs:,}",
             f"{layer.seconds:.2f}",
             "; ".join((*(f"shared with {name}" for name in layer.tied_to), *layer.remarks)),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from secateur.huggingface import (
     check_head,
     directory_figures,
     example_inputs,
-    is_causal,
+    language_loss,
     load_model,
     open_model,
     reading_of,
@@ -97,7 +96,9 @@ def shrink_directory(
     chosen = chosen_method(method, asked, calibration)
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
-    loss = _loss_for(chosen, directory)
+    loss = None
+    if chosen.startswith(("taylor", "fisher")):
+        loss = language_loss(directory, chosen, "--method obs+refit", "secateur.shrink_")
     text = None if calibration is None else read_text(calibration.path)
     heldout = None if evaluate is None else read_data(evaluate)
 
@@ -214,24 +215,6 @@ def chosen_method(method: str | None, asked: str, calibration: CalibrationText |
     return method
 
 
-def _loss_for(method: str, directory: ModelDirectory) -> Callable[[Any, Any], Tensor] | None:
-    """The loss that a method learns from: that of the next token. Other methods need none."""
-    if not method.startswith(("taylor", "fisher")):
-        return None
-    if not is_causal(directory):
-        raise RecipeError(
-            f"the method {method} learns from a loss, and only causal language models have one here: that of the next "
-            "token.\nUse --method obs+refit, or give a loss in Python: secateur.shrink_(model, batches, loss=...)."
-        )
-    return next_token_loss
-
-
-def next_token_loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean cross-entropy of the next token of a causal language model, in float32 or better."""
-    logits = output.logits[:, :-1].flatten(0, 1)
-    return nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:].flatten())
-
-
 @dataclass(frozen=True)
 class _Inputs:
     """What a model is run on.
@@ -260,7 +243,7 @@ class _Inputs:
             reader = TextReader(model, directory, None if calibration is None else calibration.sequence_length)
         batches: list[Mapping[str, Tensor]]
         if reader is not None and text is not None and calibration is not None:
-            windows = reader.windows(text, calibration.path).sample(calibration.samples, calibration.seed)
+            windows = reader.sample(text, calibration)
             batches = [{"input_ids": ids} for ids in batched(reader.tried(windows))]
             first = windows[0][None, :_LATENCY_TOKENS]
             example = {"input_ids": first.to(next(model.parameters()).device)}

@@ -62,7 +62,7 @@ def analyze(
         'it is multiplied by values of fixed size'
     """
     check_dense(model, "nothing can be cut out of it")
-    loaded, _ = load_inputs(model, batches, forward)
+    loaded, *_ = load_inputs(model, batches, forward)
     chosen = globs("include", include), globs("exclude", exclude)
     return _analyze(model, loaded[0], forward or call_model, chosen, with_hidden)
 
@@ -140,7 +140,7 @@ def shrink_(
         include, exclude: glob patterns on the names of dimensions and of their tensors.
         history: reports of what was done before, such as of :func:`secateur.prune_`: patterns of layers that must stay.
         forward: ``forward(model, batch)`` runs the model, if its batches are of none of the usual forms.
-        loss: ``loss(output, batch)``, for ``"taylor"`` and ``"fisher"``.
+        loss: ``loss(output, batch)``, for ``"taylor"`` and ``"fisher"``. It gets the batch as given, labels too.
         padding: which tokens are real, where the batch does not say so. See :func:`secateur.prune_`.
         progress: called with a description, and how much of how much is done.
 

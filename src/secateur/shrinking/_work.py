@@ -57,14 +57,15 @@ _PROVED = 4  # batches on which the smaller model is compared
 Units = dict[str, tuple[int, ...]]
 
 
-def load_inputs(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> tuple[list[Any], str]:
-    """Return batches as a model takes them, and what was left out of them."""
+def load_inputs(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> tuple[list[Any], str, list[Any]]:
+    """Return batches as a model takes them, what was left out of them, and the batches as they were given."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    loaded, ignored = load_batches(batches, device), ""
+    given, ignored = load_batches(batches, device), ""
+    loaded = given
     if forward is None:
-        fitted = fit_arguments(model, loaded, device)
+        fitted = fit_arguments(model, given, device)
         loaded, ignored = fitted.batches, fitted.ignored
-    return loaded, ignored
+    return loaded, ignored, given
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,24 @@ class Inputs:
         ignored: what was left out of them, or empty.
         forward: how to call the model on one.
         paddings: what is padding in each.
+        given: the batches for a loss: as they were given, with what the model does not take.
     """
 
     batches: list[Any]
     ignored: str
     forward: Forward
     paddings: list[Padding]
+    given: list[Any]
 
     @classmethod
     def of(
         cls, model: nn.Module, batches: Iterable[Any], forward: Forward | None, padding: PaddingSource | None
     ) -> Inputs:
         """Read the batches."""
-        loaded, ignored = load_inputs(model, batches, forward)
+        loaded, ignored, given = load_inputs(model, batches, forward)
         names = parameter_names(model) if forward is None else ()
         paddings = [Padding.of(batch, names, padding) for batch in loaded]
-        return cls(loaded, ignored, forward or call_model, paddings)
+        return cls(loaded, ignored, forward or call_model, paddings, given)
 
     def fresh(self) -> list[Padding]:
         """Paddings that have seen nothing yet."""
@@ -341,7 +344,8 @@ class Shrinking:
             yield from ((layer.name, None) for layer in layers)
         elif "input_gradients" in needs:
             assert self._settings.loss is not None
-            found = gather_gradients(model, inputs.batches, layers, self._settings.loss, inputs.forward)
+            loss, given = self._settings.loss, inputs.given
+            found = gather_gradients(model, inputs.batches, layers, loss, inputs.forward, given=given)
             for layer in layers:
                 gradients = found.get(layer.name)
                 yield layer.name, None if gradients is None else LayerStatistics(0, input_gradients=gradients)

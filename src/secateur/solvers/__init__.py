@@ -1,7 +1,15 @@
 """Which weights of one layer go, and what do the others become?"""
 
+from secateur.solvers._admm import ADMM as ADMM
+from secateur.solvers._alps import ALPS as ALPS
 from secateur.solvers._columns import Refitted as Refitted
 from secateur.solvers._columns import refit_columns as refit_columns
+from secateur.solvers._damping import check_damping as check_damping
+from secateur.solvers._damping import has_damping as has_damping
+from secateur.solvers._damping import with_damping as with_damping
+from secateur.solvers._gradient_importance import Fisher as Fisher
+from secateur.solvers._gradient_importance import Movement as Movement
+from secateur.solvers._gradient_importance import Taylor as Taylor
 from secateur.solvers._importance import RIA as RIA
 from secateur.solvers._importance import Importance as Importance
 from secateur.solvers._importance import Magnitude as Magnitude
@@ -10,11 +18,13 @@ from secateur.solvers._importance import Wanda as Wanda
 from secateur.solvers._influence import influence as influence
 from secateur.solvers._methods import METHODS as METHODS
 from secateur.solvers._methods import WRAPPERS as WRAPPERS
+from secateur.solvers._methods import head_of as head_of
 from secateur.solvers._methods import method_from_dict as method_from_dict
 from secateur.solvers._methods import method_name as method_name
 from secateur.solvers._methods import method_to_dict as method_to_dict
 from secateur.solvers._methods import parse_method as parse_method
 from secateur.solvers._methods import rounding_of as rounding_of
+from secateur.solvers._methods import scope_of as scope_of
 from secateur.solvers._methods import with_rounding as with_rounding
 from secateur.solvers._problem import LayerProblem as LayerProblem
 from secateur.solvers._problem import Solution as Solution
@@ -28,6 +38,7 @@ from secateur.solvers._round import ROUNDINGS as ROUNDINGS
 from secateur.solvers._round import check_rounding as check_rounding
 from secateur.solvers._select import Select as Select
 from secateur.solvers._sparsegpt import SparseGPT as SparseGPT
+from secateur.solvers._swaps import Swaps as Swaps
 from secateur.solvers._units import UNIT_IMPORTANCES as UNIT_IMPORTANCES
 from secateur.solvers._units import UnitFisher as UnitFisher
 from secateur.solvers._units import UnitFLAP as UnitFLAP

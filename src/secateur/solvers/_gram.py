@@ -78,6 +78,39 @@ def lower_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
         attempt = min(1.0, max(attempt, 1e-3) * 10)
 
 
+def scaled_gram(weight: Weight, statistics: LayerStatistics, damping: float) -> tuple[Tensor, float]:
+    """The damped Gram matrix of scaled inputs, ``[groups, in, in]``, and the damping that it took.
+
+    First every input is scaled to norm 1, and the damping is added to the ones of the diagonal, so that each input is
+    damped by a fraction of itself; a dead input has a one too. Then inputs are scaled once more so that the inverse has
+    the same number everywhere on its diagonal: the square of a weight is then the cost of its loss, if all others make
+    up for it, whatever its input. The mean of the result's diagonal is one, without dead inputs.
+
+    The damping is raised as for a factor, and the matrix is kept with the statistics.
+
+    Raises:
+        SolverError: the matrix is not positive definite even with damping 1.
+    """
+    key = ("scaled", damping, weight.dtype, weight.device)
+    if key not in statistics.factors:
+        gram = gram_for(weight, statistics)
+        norm = gram.diagonal(dim1=1, dim2=2).sqrt()
+        dead = norm == 0
+        norm = norm.masked_fill(dead, 1)
+        unit = gram / norm.unsqueeze(1) / norm.unsqueeze(2)
+        unit.diagonal(dim1=1, dim2=2).add_(dead)
+        factor, used = lower_factor(unit, damping)
+        unit = damped(unit, used)
+        identity = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
+        scale = torch.linalg.solve_triangular(factor, identity, upper=False).norm(dim=1)  # sqrt of inv(unit)_jj
+        total = (scale**2 * ~dead).sum(1, keepdim=True) * (1 + used)
+        scale = scale * ((~dead).sum(1, keepdim=True).clamp(min=1) / torch.where(total > 0, total, 1)).sqrt()
+        unit *= scale.unsqueeze(1)
+        unit *= scale.unsqueeze(2)
+        statistics.factors[key] = unit, used
+    return statistics.factors[key]
+
+
 def inverse(gram: Tensor, damping: float) -> Tensor:
     """The inverse of one damped matrix ``[in, in]``.
 

@@ -8,15 +8,23 @@ from typing import Any
 
 from secateur._checks import known_keys, one_of
 from secateur._errors import RecipeError
-from secateur.solvers._importance import IMPORTANCES, Importance
+from secateur.patterns import Scope
+from secateur.solvers._admm import ADMM
+from secateur.solvers._alps import ALPS
+from secateur.solvers._gradient_importance import Fisher, Movement, Taylor
+from secateur.solvers._importance import IMPORTANCES as FROM_INPUTS
+from secateur.solvers._importance import Importance
 from secateur.solvers._problem import Solver
 from secateur.solvers._refit import Refit
 from secateur.solvers._select import Select
 from secateur.solvers._sparsegpt import SparseGPT
+from secateur.solvers._swaps import Swaps
 
+FROM_LOSS: dict[str, type[Importance]] = {"taylor": Taylor, "fisher": Fisher, "movement": Movement}
+IMPORTANCES = {**FROM_INPUTS, **FROM_LOSS}
 # Heads are these and the importances. A wrapper is a solver around the one in its field `inner`.
-SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT}
-WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit}
+SOLVERS: dict[str, Callable[[], Solver]] = {"sparsegpt": SparseGPT, "admm": ADMM, "alps": ALPS}
+WRAPPERS: dict[str, Callable[[Solver], Solver]] = {"refit": Refit, "swaps": Swaps}
 METHODS = (*IMPORTANCES, *SOLVERS)
 
 _CLASSES: dict[str, Any] = {**IMPORTANCES, **SOLVERS, **WRAPPERS}
@@ -79,6 +87,19 @@ def method_from_dict(table: Mapping[str, Any]) -> Solver:
         raise RecipeError(f'method {name!r} needs the method inside it: inner = "wanda", for example.')
     made = _CLASSES[name](**settings)
     return Select(made) if isinstance(made, Importance) else made
+
+
+def head_of(solver: Solver) -> Solver:
+    """Return the solver inside all wrappers: that of ``"wanda"`` for ``"wanda+refit"``."""
+    while isinstance(inner := getattr(solver, "inner", None), Solver):
+        solver = inner
+    return solver
+
+
+def scope_of(solver: Solver) -> Scope:
+    """Return what a solver compares under ``Unstructured()``: what its importance was made for, else the layer."""
+    head = head_of(solver)
+    return head.importance.scope if isinstance(head, Select) else "layer"
 
 
 def rounding_of(solver: Solver) -> str | None:

@@ -11,6 +11,7 @@ from secateur._errors import RecipeError
 from secateur._types import Weight
 from secateur.calibration import Need
 from secateur.solvers._gram import damped, gram_for, upper_factor
+from secateur.solvers._least_squares import fit
 from secateur.solvers._problem import LayerProblem, Solution, Solver
 from secateur.solvers._round import check_rounding, descend, round_columns, without_none
 
@@ -21,22 +22,25 @@ _SWEEPS = 4  # on the grid; later ones hardly change the error
 class Refit(Solver):
     r"""Masked least squares: :math:`\min_V \lVert (W - V) X \rVert^2 + \lambda \lVert W - V \rVert^2` on the mask.
 
-    The mask is the inner solver's. Rows are independent, and all are solved at once by conjugate gradients with the
-    diagonal as preconditioner, from the inner solver's weights; every iteration lowers the objective. The ridge pulls
+    The mask is the inner solver's. Rows are independent, and all are solved at once by preconditioned conjugate
+    gradients, from the inner solver's weights; every iteration lowers the objective. The ridge pulls
     towards the dense weights, not towards zero.
 
     With ``rounding``, the result is rounded column by column, the later ones making up for each error, and then each
     weight in turn moves to the place on the grid that is best while the others stay, until nothing moves or all columns
     were visited four times. The grid is what packing with that ``value_dtype`` stores.
 
-    Cost: ``iterations + 1`` products of ``[out, in]`` with ``[in, in]``, no factorisation. With
-    rounding, one factorisation and up to five more products.
+    Cost: at most ``iterations + 2`` products of ``[out, in]`` with ``[in, in]``; a row whose error has stopped to fall
+    is left out of the rest. Small layers, high sparsities and masks that many rows share are factorised instead, which
+    is exact. With rounding, one factorisation and up to five more products.
 
-    Differs from the paper: step lengths are computed for each row, as in its code, where the text has one for all.
+    Differs from the paper: the preconditioner is a symmetric Gauss-Seidel sweep, not the diagonal, which needs less
+    than half as many iterations; and step lengths are computed for each row, as in its code, where the text has one
+    for all.
 
     Args:
         inner: the solver whose mask is kept, for example ``Select(Wanda())``.
-        iterations: of conjugate gradients; 10 come within about a percent of the exact solution.
+        iterations: of conjugate gradients, at most; most rows are within half a percent of the exact error after four.
         damping: lambda as a fraction of the mean of the Gram matrix's diagonal.
         rounding: ``"int8"`` or ``"int4"`` to round what is kept; None not to.
 
@@ -85,28 +89,8 @@ class Refit(Solver):
     def solve(self, problem: LayerProblem) -> Solution:
         start = self.inner.solve(problem)
         gram = damped(gram_for(problem.weight, problem.statistics), self.damping)
-        rows, columns = problem.weight.shape
-        shape = (len(gram), rows // len(gram), columns)
-        kept = start.mask.view(shape)
-        preconditioner = gram.diagonal(dim1=1, dim2=2).reciprocal().unsqueeze(1)
-
-        solved = start.weight.reshape(shape).clone()
-        residual = ((problem.weight.reshape(shape) - solved) @ gram) * kept
-        direction = preconditioner * residual
-        energy = (residual * direction).sum(2, keepdim=True)
-        # A solved row's residual is the noise of rounding, which further steps would amplify: it stands still.
-        solved_at = energy * torch.finfo(energy.dtype).eps ** 2
-        for _ in range(self.iterations):
-            product = (direction @ gram) * kept
-            step = _ratio(energy, (direction * product).sum(2, keepdim=True)) * (energy > solved_at)
-            solved += step * direction
-            residual -= step * product
-            preconditioned = preconditioner * residual
-            previous, energy = energy, (residual * preconditioned).sum(2, keepdim=True)
-            direction = preconditioned + _ratio(energy, previous) * direction
-        solved = solved.view_as(problem.weight)
-        # What did not move keeps its bits, -0.0 among them.
-        solved = torch.where(solved == start.weight, start.weight, solved)
+        height = (start.pattern or problem.pattern).units(problem.weight.shape).height
+        solved = fit(problem.weight, start.weight, start.mask, gram, self.iterations, height)
         return replace(start, weight=solved) if self.rounding is None else self._round(problem, start, solved)
 
     def _round(self, problem: LayerProblem, start: Solution, solved: Weight) -> Solution:
@@ -118,8 +102,3 @@ class Refit(Solver):
         rounded = descend(rounded, problem.weight, solved, gram, self.rounding, _SWEEPS)
         raised = f"damping raised from {self.damping:g} to {damping:g}"
         return replace(start, weight=rounded, notes=start.notes if damping == self.damping else (*start.notes, raised))
-
-
-def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Zero instead of 0 / 0, for rows that are solved already."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from secateur._checks import integer, number
 from secateur.calibration import Need
-from secateur.patterns import SparsityPattern, units_to_prune, with_scope
-from secateur.solvers._gram import gram_for, upper_factor
+from secateur.patterns import SparsityPattern, Units, units_to_prune, with_scope
+from secateur.solvers._gram import damped, gram_for, upper_factor
 from secateur.solvers._problem import LayerProblem, Solution, Solver
+from secateur.solvers._removed import whole_columns
 from secateur.solvers._round import check_rounding, round_columns, without_none
 from secateur.solvers._sweep import PANEL, compensate, open_block, to_columns, to_rows
 
@@ -34,13 +35,21 @@ class SparseGPT(Solver):
     and a block's compensation for all columns before it follows from one product with R. That saves the inverse, one of
     two factorisations and every write to columns still to come.
 
+    A unit of several weights costs what its removal costs once the columns to come have made up for it, :math:`\lVert
+    W_P (U_{PP})^{-1} \rVert^2`, not the sum of what its weights cost alone; that is :math:`w_i H w_i^T` for a row.
+    How many tiles a block of columns loses is decided on the dense weights, by the geometric mean of that cost and of
+    the cost when nothing makes up for it. Columns that go whole, in all rows, go one after the other: each time the
+    one that costs least when all others take over from it, as in :func:`secateur.solvers.remove_columns`, and what
+    stays is the exact fit.
+
     With ``rounding``, the weights that are kept are then rounded in a second sweep, in which the later columns make up
     for each error of rounding as well. The grid of each row, or of each group of columns in it, is that of the pruned
     weights, and it is what packing with that ``value_dtype`` stores: nothing is lost there. At sparsity 0 this is GPTQ.
 
     Differs from the paper: inputs that are never active are pruned first, but their weights are untouched at sparsity
-    0, where the public code zeroes them; a failed factorisation raises the damping tenfold, up to 1, and says so. The
-    paper prunes and rounds in one sweep; with two, the scales are chosen from the weights as pruning left them.
+    0, where the public code zeroes them; units of several weights are as said above, the paper has none; a failed
+    factorisation raises the damping tenfold, up to 1, and says so. The paper prunes and rounds in one sweep; with two,
+    the scales are chosen from the weights as pruning left them.
 
     Cost: one Cholesky factorisation (in^3 / 3) and out * in^2 multiplications, twice as many with rounding; memory:
     three ``[in, in]`` and five ``[out, in]`` matrices.
@@ -93,15 +102,25 @@ class SparseGPT(Solver):
         groups, rows = len(gram), len(weight)
         factor, damping = upper_factor(weight, problem.statistics, self.damping)
         notes = () if damping == self.damping else (f"damping raised from {self.damping:g} to {damping:g}",)
-        scale = factor.diagonal(dim1=1, dim2=2).masked_fill(gram.diagonal(dim1=1, dim2=2) == 0, 0)  # [groups, in]
+        units = pattern.units(weight.shape)
+        if units.size > 1 and units.height == rows:
+            solved, mask, scores = whole_columns(replace(problem, pattern=pattern), gram, damping)
+            if self.rounding is not None:
+                solved = round_columns(solved, factor, self.rounding)
+            return Solution(solved, mask, scores, pattern, notes)
+        alive = gram.diagonal(dim1=1, dim2=2) != 0  # [groups, in]
 
         dense = to_columns(weight, groups)
         pruned = torch.empty_like(dense)
         removed = torch.empty_like(dense)  # dense - pruned, of the columns done
-        scores = torch.empty_like(dense)
+        seen = torch.empty_like(dense)
         kept = torch.empty_like(dense, dtype=torch.bool)
 
-        for start, stop, sparsity in _blocks(pattern, problem, target, self.block_size):
+        first = None
+        if units.size > 1 and units.competitions == 1 and units.total and pattern.width is not None:
+            scores = _costs_at_first(dense, factor, damped(gram, damping), alive, units)
+            first = pattern.mask(problem.ranked(scores), target)
+        for start, stop, sparsity in _blocks(pattern, problem, target, self.block_size, first):
             inverse, current = open_block(dense, removed, factor, start, stop)
             error = torch.empty_like(current)
 
@@ -110,9 +129,9 @@ class SparseGPT(Solver):
                 end = min(begin + width, stop - start)
                 here = slice(start + begin, start + end)
                 compensate(current, error, inverse, 0, begin, end)
-                torch.mul(current[:, begin:end].abs(), scale[:, here, None], out=scores[:, here])
+                seen[:, here] = _costs(current[:, begin:end], factor[:, here, here], alive[:, here], units.width)
                 part = replace(problem, pruned=None if problem.pruned is None else problem.pruned[:, here])
-                mask = pattern.mask(part.ranked(to_rows(scores[:, here])), sparsity)
+                mask = pattern.mask(part.ranked(to_rows(seen[:, here])), sparsity)
                 kept[:, here] = mask.view(groups, rows // groups, end - begin).transpose(1, 2)
                 drop = (~kept[:, here]).to(weight.dtype)
                 for panel in range(begin, end, PANEL):
@@ -131,13 +150,52 @@ class SparseGPT(Solver):
         solved = weight.clone() if mask.all() else to_rows(pruned)
         if self.rounding is not None:
             solved = round_columns(solved, factor, self.rounding)
-        return Solution(solved, mask, to_rows(scores), pattern, notes)
+        return Solution(solved, mask, to_rows(seen), pattern, notes)
+
+
+def _costs(current: Tensor, factor: Tensor, alive: Tensor, width: int) -> Tensor:
+    """The roots of what each weight adds to the cost of its unit, which is ``||W_P (U_PP)^-1||^2 = ||W_P R_PP||^2``.
+
+    Args:
+        current: ``[groups, columns, rows]``.
+        factor: R of these columns, ``[groups, columns, columns]``.
+        alive: ``[groups, columns]``: what multiplies a dead input costs nothing.
+        width: columns of a unit.
+    """
+    if width == 1:
+        return current.abs() * (factor.diagonal(dim1=1, dim2=2) * alive).unsqueeze(2)
+    unit = torch.arange(factor.shape[1], device=factor.device) // width
+    within = factor * alive.unsqueeze(2) * (unit.unsqueeze(0) == unit.unsqueeze(1))
+    return (within.transpose(1, 2) @ current).abs()
+
+
+def _costs_at_first(dense: Tensor, factor: Tensor, gram: Tensor, alive: Tensor, units: Units) -> Tensor:
+    """What says how many units each block loses, ``[out, in]``, the same for all elements of a unit.
+
+    It is the geometric mean of two costs of the dense weights: what removal costs when all later columns are free,
+    which is what the sweep can make of it, and when nothing else moves. The first alone would load the early columns
+    with more than a refit can make up for.
+    """
+    swept, alone = [], []
+    for start in range(0, dense.shape[1], units.width):
+        here = slice(start, min(start + units.width, dense.shape[1]))
+        root = torch.linalg.cholesky(gram[:, here, here])
+        swept.append(_costs(dense[:, here], factor[:, here, here], alive[:, here], units.width))
+        alone.append(_costs(dense[:, here], root, alive[:, here], units.width))
+    both = [units.scores(to_rows(torch.cat(costs, 1))) for costs in (swept, alone)]
+    scores = torch.zeros(units.shape, dtype=both[0].dtype, device=dense.device)
+    # The square root of the mean's, which the pattern squares.
+    scores[: units.core[0], : units.core[1]] = units.spread((both[0] * both[1]) ** 0.25)
+    return scores
 
 
 def _blocks(
-    pattern: SparsityPattern, problem: LayerProblem, sparsity: float, block_size: int
+    pattern: SparsityPattern, problem: LayerProblem, sparsity: float, block_size: int, first: Tensor | None = None
 ) -> Iterator[tuple[int, int, float]]:
-    """Column ranges whose mask is decided together, with the sparsity of each, so that the counts add up exactly."""
+    """Column ranges whose mask is decided together, with the sparsity of each, so that the counts add up exactly.
+
+    Each loses its share of the units, or as many as ``first``, a mask of the whole weight, prunes there.
+    """
     rows, columns = problem.weight.shape
     unit = columns if pattern.width is None else pattern.width
     step = unit * math.ceil(block_size / max(unit, 1)) or 1
@@ -150,6 +208,11 @@ def _blocks(
         stop = min(start + step, columns)
         if pattern.sparsity is not None:
             yield start, stop, sparsity
+            continue
+        if first is not None:
+            inside = pattern.units((rows, stop - start))
+            lost = inside.elements(inside.crop(~first[:, start:stop]))[..., 0]
+            yield start, stop, int(lost.sum()) / max(1, inside.total)
             continue
         all_units = pattern.units((rows, stop)).count
         fixed = _pruned_units(pattern, problem.pruned, stop)

@@ -1,0 +1,197 @@
+"""Masked least squares: the best values of the weights that are kept, each row with a support of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur._errors import SolverError
+from secateur._types import Mask, Weight
+
+_ENOUGH = 2e-3  # a row is solved when an iteration lowers its error by no more than this part of it
+_ROWS = 1 << 22  # elements of the rows that are solved together: what an iteration touches stays in the cache
+_SYSTEM = 1 << 24  # elements of the systems that are factorised together
+_DIRECT = 8.0  # what a multiplication of a small factorisation costs, in those of a large product
+_SMALL = 1 << 31  # multiplications of a large product that take no time worth saving
+
+
+@torch.no_grad()
+def fit(dense: Weight, start: Weight, kept: Mask, gram: Tensor, iterations: int, height: int = 1) -> Weight:
+    r"""Return a weight with the same mask that is nearer to the dense one: :math:`\min_V \mathrm{tr}\,(W-V) H (W-V)^T`.
+
+    Where the supports are small, or many rows share one, their systems are factorised, and the result is exact. The
+    other rows are solved at once by conjugate gradients. The preconditioner is a symmetric Gauss-Seidel sweep over
+    blocks of columns, masked as each row is. Written for the preconditioned matrix, an iteration costs one product
+    with H (Eisenstat), and two of them are worth five with the diagonal as preconditioner. A row whose error has
+    stopped to fall is left out of further iterations. No row gets worse.
+
+    Args:
+        dense: ``[out, in]``, W.
+        start: ``[out, in]``, zero outside the mask. What does not move keeps its bits.
+        kept: ``[out, in]`` bool.
+        gram: H, damped, ``[groups, in, in]``.
+        iterations: at most.
+        height: rows that share a mask: rows ``[0, height)``, ``[height, 2 height)`` and so on.
+
+    Raises:
+        SolverError: the Gram matrix or the weights are not finite.
+    """
+    result = start.clone()
+    if not result.numel():
+        return result
+    size = max(1, _ROWS // dense.shape[1] // height) * height
+    for group, h in enumerate(gram):
+        rows = len(dense) // len(gram)
+        shared = math.gcd(height, rows)  # a group may have a part of the rows that share a mask
+        scale = h.diagonal().sqrt()
+        unit = h / scale / scale.unsqueeze(1)
+        for first in range(group * rows, (group + 1) * rows, size):
+            part = slice(first, min(first + size, (group + 1) * rows))
+            lost = (dense[part] - start[part]) * scale
+            step = _steps(lost, kept[part], unit, iterations, shared) / scale
+            # Adding nothing would turn -0.0 into 0.0.
+            result[part] = torch.where(step == 0, start[part], start[part] + step)
+    return result
+
+
+def _steps(lost: Tensor, kept: Mask, unit: Tensor, iterations: int, height: int) -> Tensor:
+    """What to add to the start, for some rows and a matrix with a diagonal of ones."""
+    residual = lost @ unit
+    if not residual.isfinite().all():
+        raise SolverError(
+            "the Gram matrix or the weights have values that are not finite, or a product of both has.\n"
+            "A least-squares fit needs finite inputs of the layer. Calibrate on other batches, or leave out '+refit'."
+        )
+    energy = torch.linalg.vecdot(lost, residual)
+    residual *= kept
+    steps = torch.zeros_like(residual)
+    open_rows = residual.any(1)
+    direct = _direct_rows(kept, open_rows, iterations, height)
+    if direct.any():
+        found, solved = _factorised(residual, kept, unit, direct, height)
+        after = lost - found
+        # A matrix that is singular up to rounding gives nonsense, which the other way does not.
+        solved &= torch.linalg.vecdot(after, after @ unit) <= energy
+        steps[solved] = found[solved]
+        open_rows &= ~solved
+    rows = open_rows.nonzero().flatten()
+    if len(rows):
+        steps[rows] = _Gradients.of(residual[rows], kept[rows], unit, energy[rows]).run(iterations)
+    return steps
+
+
+def _direct_rows(kept: Mask, open_rows: Tensor, iterations: int, height: int) -> Tensor:
+    """The rows whose systems are cheaper to factorise than to iterate on: all or none, bool ``[rows]``."""
+    sizes = (kept.sum(1) * open_rows).view(-1, height).amax(1).double()
+    cost = _DIRECT * (sizes**3 / 3 + 2 * height * sizes**2).sum()
+    products = min(iterations, 4) * len(kept) * kept.shape[1] ** 2
+    return open_rows & bool(cost <= max(products, _SMALL))
+
+
+def _factorised(residual: Tensor, kept: Mask, unit: Tensor, rows: Tensor, height: int) -> tuple[Tensor, Tensor]:
+    """The exact steps of some rows, ``[rows, in]``, and which of them could be solved."""
+    bands = rows.view(-1, height).any(1).nonzero().flatten()
+    support = kept[::height][bands]
+    sizes, order = support.sum(1).sort()
+    bands, support = bands[order], support[order]
+    right = residual.view(-1, height, residual.shape[1])
+    found, solved = torch.zeros_like(right), torch.zeros(len(right), dtype=torch.bool, device=right.device)
+    begin = 0
+    while begin < len(bands):
+        # From the back, so that the first system of a chunk is the largest.
+        end = len(bands) - begin
+        width = int(sizes[end - 1])
+        count = max(1, min(end, _SYSTEM // max(1, width * width)))
+        here = slice(end - count, end)
+        columns = support[here].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        real = (torch.arange(width, device=unit.device) < sizes[here, None]).to(unit)
+        systems = unit[columns.unsqueeze(2), columns.unsqueeze(1)]
+        systems *= real.unsqueeze(2)
+        systems *= real.unsqueeze(1)
+        systems.diagonal(dim1=1, dim2=2).add_(1 - real)
+        index = columns.unsqueeze(1).expand(-1, height, -1)
+        factor, failed = torch.linalg.cholesky_ex(systems)
+        values = torch.cholesky_solve(right[bands[here]].gather(2, index).mT, factor).mT
+        found[bands[here]] = torch.zeros_like(right[bands[here]]).scatter(2, index, values)
+        solved[bands[here]] = (failed == 0) & values.isfinite().all(2).all(1)
+        begin += count
+    return found.view_as(residual), solved.repeat_interleave(height) & rows
+
+
+@dataclass(eq=False)
+class _Gradients:
+    """Conjugate gradients on ``K^-1 A K^-T``, where ``A = K + K^T + B - 2 I`` is the matrix on each row's support.
+
+    ``K = I + L`` has the part of A below the blocks on its diagonal, and B those blocks. So ``K^-1 A K^-T p`` is
+    ``t + K^-1 (p + (B - 2 I) t)`` with ``t = K^-T p``, where two triangular products are as much work as one product.
+    """
+
+    kept: Tensor  # [rows, in], one where a weight is kept, else zero
+    unit: Tensor
+    width: int
+    residual: Tensor
+    energy: Tensor  # [rows], what is left of the error
+
+    @classmethod
+    def of(cls, residual: Tensor, kept: Mask, unit: Tensor, energy: Tensor) -> _Gradients:
+        width = min(128, max(16, 1 << (len(unit) // 32).bit_length()))
+        return cls(kept.to(residual), unit, width, residual, energy)
+
+    def run(self, iterations: int) -> Tensor:
+        """Return the steps, ``[rows, in]``."""
+        result = torch.zeros_like(self.residual)
+        rows = torch.arange(len(result), device=result.device)
+        residual = self._forward(self.residual)
+        direction, step = residual.clone(), torch.zeros_like(residual)
+        square = torch.linalg.vecdot(residual, residual)
+        # A solved row's residual is the noise of rounding, which further steps would amplify: it stands still.
+        noise = square * torch.finfo(square.dtype).eps ** 2
+        least = self.energy.abs() * torch.finfo(square.dtype).eps
+        for left in reversed(range(iterations)):
+            backward = self._backward(direction.clone())
+            product = torch.sub(direction, backward, alpha=2)
+            for start, stop in self._blocks():
+                product[:, start:stop].addmm_(backward[:, start:stop], self.unit[start:stop, start:stop])
+            product = self._forward(product).add_(backward)
+            curvature = torch.linalg.vecdot(direction, product)
+            length = torch.where(curvature > 0, square / curvature, 0.0)
+            step.addcmul_(length.unsqueeze(1), backward)
+            residual.addcmul_(length.unsqueeze(1), product, value=-1)
+            gain = length * square
+            self.energy = self.energy - gain
+            before, square = square, torch.linalg.vecdot(residual, residual)
+            open_rows = (gain > _ENOUGH * self.energy) & (self.energy > least) & (square > noise)
+            if not left or not open_rows.any():
+                break
+            direction.mul_((square / before).unsqueeze(1)).add_(residual)
+            if open_rows.count_nonzero() < 0.8 * len(rows):
+                result[rows] = step
+                chosen = open_rows.nonzero().flatten()
+                rows, square, noise, least = rows[chosen], square[chosen], noise[chosen], least[chosen]
+                residual, direction, step = residual[chosen], direction[chosen], step[chosen]
+                self.kept, self.energy = self.kept[chosen], self.energy[chosen]
+        result[rows] = step
+        return result
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        columns = len(self.unit)
+        return [(start, min(start + self.width, columns)) for start in range(0, columns, self.width)]
+
+    def _forward(self, values: Tensor) -> Tensor:
+        """``K^-1``, in place."""
+        for start, stop in self._blocks():
+            if start:
+                values[:, start:stop].addmm_(values[:, :start], self.unit[:start, start:stop], alpha=-1)
+            values[:, start:stop] *= self.kept[:, start:stop]
+        return values
+
+    def _backward(self, values: Tensor) -> Tensor:
+        """``K^-T``, in place."""
+        for start, stop in reversed(self._blocks()):
+            if stop < len(self.unit):
+                values[:, start:stop].addmm_(values[:, stop:], self.unit[stop:, start:stop], alpha=-1)
+            values[:, start:stop] *= self.kept[:, start:stop]
+        return values

@@ -1,0 +1,107 @@
+"""The two ways of a masked fit, each against exact least squares; the laws of the solver are in test_solvers.py."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from secateur import NM, Block, Column, LayerProblem, LayerStatistics, Refit, Select, SolverError, Unstructured, Wanda
+from secateur.solvers import _least_squares
+from secateur.solvers._least_squares import fit
+
+PATTERNS = [Unstructured("layer"), Unstructured("row"), NM(2, 4), Block(4, 4), Column()]
+WAYS = {"iterated": {"_SMALL": 0, "_DIRECT": 1e9}, "factorised": {"_SMALL": 1e12}}
+
+
+def problem_of(pattern, dtype, groups=1, rows=24, columns=160, seed=0):
+    """Few strong directions and features of very different sizes, as in a language model."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = 0.4 * normal(groups, 400, 12) @ normal(groups, 12, columns) + normal(groups, 400, columns)
+    inputs *= (0.7 * normal(columns)).exp()
+    gram = (inputs.mT @ inputs).to(dtype)
+    statistics = LayerStatistics(400, gram.diagonal(dim1=1, dim2=2).sqrt(), gram)
+    sparsity = 0.6 if pattern.sparsity is None else None
+    return LayerProblem(normal(rows, columns).to(dtype), statistics, pattern, sparsity)
+
+
+def error(problem, weight):
+    share = len(weight) // len(problem.statistics.gram)
+    hessians = [reference.damped(gram.double().numpy(), 0.01) for gram in problem.statistics.gram]
+    lost = (problem.weight.double() - torch.as_tensor(weight).double()).numpy()
+    return sum(row @ hessians[i // share] @ row for i, row in enumerate(lost))
+
+
+def exact(problem, mask):
+    share = len(mask) // len(problem.statistics.gram)
+    weight = problem.weight.double().numpy()
+    parts = [slice(i, i + share) for i in range(0, len(mask), share)]
+    hessians = [reference.damped(gram.double().numpy(), 0.01) for gram in problem.statistics.gram]
+    solved = [
+        reference.masked_least_squares(weight[part], hessian, mask.numpy()[part])
+        for part, hessian in zip(parts, hessians, strict=True)
+    ]
+    return np.concatenate(solved)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_both_ways_are_within_a_percent_of_exact_least_squares(monkeypatch, dtype, pattern, groups, way):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(_least_squares, name, value)
+    problem = problem_of(pattern, dtype, groups)
+    solution = Refit(Select(Wanda())).solve(problem)
+    best = error(problem, exact(problem, solution.mask))
+    assert error(problem, Select(Wanda()).solve(problem).weight) > 1.05 * best
+    limit = 1.01 if way == "iterated" else 1.00001
+    assert best * (1 - 1e-4) <= error(problem, solution.weight) <= limit * best
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_each_iteration_lowers_the_error(monkeypatch, pattern):
+    for name, value in WAYS["iterated"].items():
+        monkeypatch.setattr(_least_squares, name, value)
+    problem = problem_of(pattern, torch.float64)
+    errors = [error(problem, Select(Wanda()).solve(problem).weight)]
+    for iterations in range(1, 6):
+        errors.append(error(problem, Refit(Select(Wanda()), iterations).solve(problem).weight))
+        assert errors[-1] <= errors[-2] * (1 + 1e-12)
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_rows_in_chunks_are_rows_alone(monkeypatch):
+    problem = problem_of(Block(4, 4), torch.float64, groups=2)
+    whole = Refit(Select(Wanda())).solve(problem).weight
+    monkeypatch.setattr(_least_squares, "_ROWS", 160 * 4)
+    monkeypatch.setattr(_least_squares, "_SYSTEM", 1)
+    torch.testing.assert_close(Refit(Select(Wanda())).solve(problem).weight, whole)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_solved_row_keeps_its_bits(monkeypatch, way):
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(_least_squares, name, value)
+    problem = problem_of(Unstructured("row"), torch.float32)
+    mask = Select(Wanda()).solve(problem).mask
+    mask[3] = True
+    start = problem.weight * mask
+    start[3, 0] = -0.0
+    dense = problem.weight.clone()
+    dense[3, 0] = 0.0
+    gram = torch.from_numpy(reference.damped(problem.statistics.gram[0].double().numpy(), 0.01)).float()[None]
+    fitted = fit(dense, start, mask, gram, 10)
+    assert torch.equal(fitted[3].view(torch.int32), start[3].view(torch.int32))
+    assert not torch.equal(fitted[2], start[2])
+    assert not fitted[~mask].any()
+
+
+def test_values_that_are_not_finite_are_named():
+    problem = problem_of(NM(2, 4), torch.float32)
+    problem.statistics.gram[0, 0, 0] = torch.inf
+    with pytest.raises(SolverError, match="values that are not finite"):
+        Refit(Select(Wanda())).solve(problem)
