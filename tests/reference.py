@@ -326,7 +326,11 @@ def sparsegpt(
                 )
         before = competitions(pattern, rows, start)
         after = competitions(pattern, rows, stop)
+        if isinstance(pattern, TransposableNM):
+            kept[:, start:stop] = mask(pattern, scores, sparsity)
         for number, units in enumerate(competitions(pattern, rows, stop - start)):
+            if isinstance(pattern, TransposableNM):
+                break
             if isinstance(pattern, NM):
                 prune = pattern.m - pattern.n
             else:
