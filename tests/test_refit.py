@@ -105,3 +105,21 @@ def test_values_that_are_not_finite_are_named():
     problem.statistics.gram[0, 0, 0] = torch.inf
     with pytest.raises(SolverError, match="values that are not finite"):
         Refit(Select(Wanda())).solve(problem)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
+def test_strongly_correlated_inputs_of_few_tokens_do_not_diverge(monkeypatch, pattern):
+    """A preconditioner that is not solved for each row's mask blew such layers up until they overflowed."""
+    monkeypatch.setattr(_least_squares, "_SMALL", 0)
+    monkeypatch.setattr(_least_squares, "_DIRECT", torch.inf)
+    torch.manual_seed(0)
+    x = torch.randn(64, 512).clamp(min=0) + 0.5  # inputs behind an activation: all of them point one way
+    weight, gram = torch.randn(32, 512) / 512**0.5, (x.T @ x)[None]
+    gram.diagonal(dim1=1, dim2=2).add_(0.01 * gram.diagonal(dim1=1, dim2=2).mean())
+    mask = pattern.mask(weight.abs(), None if pattern.sparsity else 0.6)
+    start = weight * mask
+    errors = [
+        torch.linalg.vecdot(weight - found, (weight - found) @ gram[0])
+        for found in (start, fit(weight, start, mask, gram, 10))
+    ]
+    assert (errors[1] < 0.1 * errors[0]).all()

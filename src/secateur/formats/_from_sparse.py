@@ -15,7 +15,7 @@ from secateur.formats._format import Format
 from secateur.formats._nm import NMPacked
 from secateur.formats._sparse import Entries, from_scipy_sparse, from_torch_sparse
 from secateur.formats._values import as_value_dtype, is_scaled
-from secateur.patterns import NM, Block, SparsityPattern, as_pattern
+from secateur.patterns import NM, Block, SparsityPattern, along_rows, as_pattern
 
 
 @torch.no_grad()
@@ -117,6 +117,7 @@ def _packed(
         format_type, pattern = smallest(mask, dtype, None)
     else:
         pattern.validate(dense.shape)
+        pattern = along_rows(pattern, len(dense))
         format_type = made_for(pattern)
         if isinstance(pattern, NM) and format_type is not NMPacked:  # NMPacked checks its groups itself
             pattern.check(mask)
