@@ -50,13 +50,17 @@ class OutputEffect:
         try:
             for layer, weight in changes:
                 layer.write_(weight)
-            return sum(
-                self._distance(self._run(batch, rows), dense)
-                for batch, rows, dense in zip(self._batches, self._rows, self._dense, strict=True)
-            ) / len(self._batches)
+            return self.of(self._model)
         finally:
             for (layer, _), weight in zip(changes, before, strict=True):
                 layer.write_(weight)
+
+    def of(self, model: nn.Module) -> float:
+        """Return how far the output of another model is from that of the dense one, such as of the same in an engine."""
+        return sum(
+            self._distance(self._run(batch, rows, model), dense)
+            for batch, rows, dense in zip(self._batches, self._rows, self._dense, strict=True)
+        ) / len(self._batches)
 
     def _run_dense(self, batch: Any, padding: Padding) -> tuple[Tensor | None, Tensor, bool]:
         """Which rows of the output count, these rows, and whether they are logits."""
@@ -76,8 +80,8 @@ class OutputEffect:
         kept = (flat if rows is None else flat[rows]).float()
         return rows, torch.log_softmax(kept, -1) if has_logits else kept.clone(), has_logits
 
-    def _run(self, batch: Any, rows: Tensor | None) -> Tensor:
-        found, _ = _output(self._forward(self._model, copy.deepcopy(batch)))
+    def _run(self, batch: Any, rows: Tensor | None, model: nn.Module) -> Tensor:
+        found, _ = _output(self._forward(model, copy.deepcopy(batch)))
         flat = found.reshape(-1, found.shape[-1]) if found.ndim else found.reshape(1, 1)
         return (flat if rows is None else flat[rows]).float()
 

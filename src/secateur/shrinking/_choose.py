@@ -28,18 +28,20 @@ def keep_fractions(
     Args:
         graph: of the model.
         scores: by dimension, one for each unit; higher stays.
-        keep: by kind, the fraction of its units that stay.
+        keep: by kind, or by the name of a dimension, the fraction of its units that stay.
         allocation: ``"uniform"``, for the same fraction in each dimension, or ``"global"``.
         steps: by dimension, of what the number of units that stay must be a multiple, where that is more than one.
         grains: by dimension, how many units in a row go together, where it is more than one.
     """
     grains, steps = grains or {}, steps or {}
     removed: dict[str, tuple[int, ...]] = {}
-    for kind, fraction in keep.items():
-        dimensions = [dimension for dimension in graph.dimensions if dimension.kind == kind]
+    for key, fraction in keep.items():
+        dimensions = [found for found in graph.dimensions if found.name == key]
+        if not dimensions:  # a kind; of its dimensions, those that are named have a fraction of their own
+            dimensions = [found for found in graph.dimensions if found.kind == key and found.name not in keep]
         if not dimensions:
             raise RecipeError(
-                f"the model has no {kind} that could go; it has {', '.join(graph.kinds) or 'nothing'}.\n"
+                f"the model has no {key} that could go; it has {', '.join(graph.kinds) or 'nothing'}.\n"
                 "Look at what stands in the way: secateur.shrinking.analyze(model, batches).boundaries."
             )
         if allocation == "global":

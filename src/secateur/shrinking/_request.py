@@ -21,7 +21,8 @@ def check_request(
     """Return which of the four was asked for: ``"keep"``, ``"target"``, ``"remove"`` or ``"zeros"``.
 
     Args:
-        keep: by kind, the fraction of its units that stay, above 0 and at most 1.
+        keep: by kind, or by the name of a dimension, the fraction of its units that stay, above 0 and at most 1. It may
+            come with ``remove``.
         target: ``{"params": fraction}`` of the whole model's parameters that stay, or ``{"macs": fraction}``.
         remove: by kind or by the name of a dimension, the numbers of the units that go; or a list from a file.
         zeros: whether units that are zero already go.
@@ -35,15 +36,21 @@ def check_request(
     integer("round_to", round_to, 1)
     asked = {"keep": keep is not None, "target": target is not None, "remove": remove is not None, "zeros": zeros}
     given = [name for name, is_given in asked.items() if is_given]
-    if len(given) != 1:
+    if len(given) != 1 and given != ["keep", "remove"]:
         raise RecipeError(
-            f"exactly one of keep, target, remove and zeros says what goes; got {' and '.join(given) or 'none'}.\n"
-            "Give one, such as keep={'ffn': 0.5}."
+            "exactly one of keep, target, remove and zeros says what goes, or keep and remove together; got "
+            f"{' and '.join(given) or 'none'}.\nGive one, such as keep={{'ffn': 0.5}}."
         )
     if keep is not None:
         for kind, value in _table("keep", keep).items():
-            one_of("kind in keep", kind, KINDS)
+            if "." not in kind:  # else it is the name of a dimension, which only the model knows
+                one_of("kind in keep", kind, KINDS)
             _share(f"keep[{kind!r}]", value)
+        if remove is not None and "layers" in keep:
+            raise RecipeError(
+                "keep has layers, and remove says which units go.\nLeave layers out of keep, and name the blocks in "
+                "remove."
+            )
     if target is not None:
         known_keys("target", _table("target", target), TARGETS)
         if len(target) != 1:

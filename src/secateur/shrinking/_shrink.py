@@ -115,15 +115,17 @@ def shrink_(
     the smaller model computes the same as the one with zeros: to 1e-5 in float32, and 1e-10 in float64. If that fails,
     the model is put back as it was. Optimizers that were made before hold the old parameters: make them anew.
 
-    Exactly one of ``keep``, ``target``, ``remove`` and ``zeros`` says what goes. Fractions are what is kept.
+    Exactly one of ``keep``, ``target``, ``remove`` and ``zeros`` says what goes, or ``remove`` and ``keep`` together.
+    Fractions are what is kept.
 
     Args:
         model: any module.
         batches: inputs, as for :func:`secateur.prune_`. One is enough to find what goes together; scores and fits need
             a few thousand tokens or more.
-        keep: by kind, the fraction of units that stay, such as ``{"layers": 0.5, "ffn": 0.75}``. Kinds are ``layers``
-            (blocks), ``heads`` (key/value heads with all their query heads), ``query_heads``, ``ffn`` (neurons),
-            ``channels``, ``experts``, and ``hidden`` (channels of the residual stream: not exact).
+        keep: by kind, or by the name of a dimension, the fraction of units that stay, such as ``{"layers": 0.5, "ffn":
+            0.75}`` or ``{"encoder.layer.0.ffn": 0.5}``. Kinds are ``layers`` (blocks), ``heads`` (key/value heads with
+            all their query heads), ``query_heads``, ``ffn`` (neurons), ``channels``, ``experts``, and ``hidden``
+            (channels of the residual stream: not exact).
         target: ``{"params": 0.5}`` or ``{"macs": 0.5}``: the fraction of the whole model's parameters, or of its
             multiply-adds on the first batch, that stays at most. Neurons, heads, channels and experts go, the same
             fraction of each.

@@ -167,12 +167,12 @@ class Shrinking:
         constants: Mapping[str, Tensor] = {}
         undo: Undo | None = None
         try:
-            if remove is not None:
+            if keep is not None:
+                units = self._kept(keep, {} if remove is None else self._named(remove))
+            elif remove is not None:
                 units = self._named(remove)
             elif zeros:
                 units, constants = self._zero()
-            elif keep is not None:
-                units = self._kept(keep)
             else:
                 assert target is not None
                 units = self._reached(target)
@@ -234,21 +234,31 @@ class Shrinking:
             self._notes.append("no unit was zero")
         return found.units, found.constants
 
-    def _kept(self, keep: Mapping[str, float]) -> Units:
-        """The units that go so that a fraction of each kind stays."""
-        missing = [kind for kind in keep if kind not in self._graph.kinds]
+    def _kept(self, keep: Mapping[str, float], named: Units) -> Units:
+        """The units that go so that a fraction of each kind, or of each dimension that is named, stays.
+
+        Args:
+            keep: by kind or by the name of a dimension.
+            named: units that go anyway.
+        """
+        names = {dimension.name for dimension in self._graph.dimensions}
+        missing = [key for key in keep if key not in self._graph.kinds and key not in names]
         if missing:
             raise RecipeError(
                 f"the model has no {missing[0]} that could go; it has {', '.join(self._graph.kinds) or 'nothing'}.\n"
-                "secateur.shrinking.analyze(model, batches).boundaries says what stands in the way."
+                "secateur.shrinking.analyze(model, batches) has the names of its dimensions, and in boundaries what "
+                "stands in the way."
             )
         if {"heads", "query_heads"} <= set(keep):
             raise RecipeError("keep has heads and query_heads, which are parts of each other. Give one of them.")
-        units = self._kept_blocks(keep["layers"]) if "layers" in keep else {}
+        units = self._kept_blocks(keep["layers"]) if "layers" in keep else named
         others = {kind: fraction for kind, fraction in keep.items() if kind != "layers"}
         if others:
             graph = self._without_blocks(units)
-            self._score([dimension for dimension in graph.dimensions if dimension.kind in others], units)
+            asked = [found for found in graph.dimensions if {found.kind, found.name} & set(others)]
+            if twice := [found.name for found in asked if found.name in units]:
+                raise RecipeError(f"{twice[0]}: keep and remove both say which of its units go. Give one of them.")
+            self._score(asked, units)
             units = units | self._fractions(graph, others)
         return units
 
