@@ -43,6 +43,8 @@ from secateur.patterns import Unstructured as Unstructured
 from secateur.permuting import PermutationReport as PermutationReport
 from secateur.permuting import permute_ as permute_
 from secateur.pipeline import Pipeline as Pipeline
+from secateur.planning import Plan as Plan
+from secateur.planning import plan as plan
 from secateur.pruning import Recipe as Recipe
 from secateur.pruning import allocate as allocate
 from secateur.pruning import prune_ as prune_

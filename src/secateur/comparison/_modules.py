@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def compare_modules(
             raise RecipeError("compare runs on the CPU, and the model is elsewhere. Move it first: model.cpu().")
     known = load_batches(data, cpu)
     inputs = fit_arguments(reference, known, cpu).batches
-    timed = _by_shape(_usual(inputs[0]) if batches is None else fit_arguments(reference, list(batches), cpu).batches)
+    timed = by_shape(usual(inputs[0]) if batches is None else fit_arguments(reference, list(batches), cpu).batches)
     measure = _measure(metric, known, inputs, reference)
     names = (type(model).__name__, type(reference).__name__)
     with use_threads(threads) as number, scratch_folder(None) as folder:
@@ -150,15 +150,20 @@ def _measure(
     return measure
 
 
-def _usual(batch: Any) -> list[Any]:
-    """The first input of a batch alone, and the whole batch."""
+def usual(batch: Any) -> list[Any]:
+    """Return the first input of a batch alone, and the whole batch."""
     rows = {leaf.shape[0] for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor) and leaf.ndim}
     if len(rows) != 1 or rows == {1}:
         return [batch]
     return [tree_map(lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch), batch]
 
 
-def _by_shape(batches: list[Any]) -> dict[Shape, Any]:
+def by_shape(batches: Sequence[Any]) -> dict[Shape, Any]:
+    """Return batches by the shape of their first tensor.
+
+    Raises:
+        StatisticsError: one has no tensor, or there is none.
+    """
     found: dict[Shape, Any] = {}
     for index, batch in enumerate(batches):
         first = next((leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)), None)

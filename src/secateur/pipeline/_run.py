@@ -110,6 +110,7 @@ class _Runner:
     hashes: dict[Path, str] = field(default_factory=dict)
     considered: dict[str, Any] = field(default_factory=dict)  # include and exclude of the last stage that pruned
     sizes: dict[str, float] = field(default_factory=dict)  # figures of the model of the stage before
+    dense_sizes: dict[str, dict[str, float]] = field(default_factory=dict)  # by what is considered
 
     def stage(self, stage: StageRecipe, model: Path) -> tuple[PipelineStage, Path]:
         """Run one stage on the model in a directory, and return what it made and the directory of its model."""
@@ -217,7 +218,10 @@ class _Runner:
     def _measure(self, stage: StageRecipe, model: Path) -> dict[str, Any]:
         told = self._told(stage)
         told("measuring", 0, 1)
-        dense = dense_figures(self.source, **self.considered)
+        considered = json.dumps(self.considered)
+        if considered not in self.dense_sizes:
+            self.dense_sizes[considered] = dense_figures(self.source, **self.considered)
+        dense = dict(self.dense_sizes[considered])
         figures = dense_figures(model, **self.considered) if is_plain(model) else stored_figures(model, self.sizes)
         notes: list[str] = []
         if stage.data:

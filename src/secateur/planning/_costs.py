@@ -14,7 +14,7 @@ from secateur.planning._parts import Part
 from secateur.planning._probes import Bench, Probe, Timed, units_gone
 
 _SHORT = 2  # blocks of a list in the models that are timed: two, so that what lies between blocks counts
-_MEASURED = 2  # sizes of a dimension that are timed; others lie on lines between these and the whole
+_TIMED = (0.5, 0.25)  # sizes of a dimension that are timed; others lie on lines between these and the whole
 
 Cost = NDArray[np.float64]  # milliseconds at each shape, and then bytes
 
@@ -118,9 +118,7 @@ def measure_costs(
         progress: called with a description, and how much of how much is done.
     """
     lists = {part.blocks.name: part.blocks for part in parts if part.blocks is not None}
-    short = {
-        name: found.size - max(_SHORT, len(found.fixed)) for name, found in lists.items() if found.size > _SHORT
-    }
+    short = {name: found.size - max(_SHORT, len(found.fixed)) for name, found in lists.items() if found.size > _SHORT}
     kinds: dict[str, list[Part]] = {}
     for part in parts:
         kinds.setdefault(part.kind, []).append(part)
@@ -142,7 +140,7 @@ def measure_costs(
         if not members:
             continue
         for place, dimension in enumerate(members[0].dimensions):
-            for fraction in means.fractions(dimension.kind)[-_MEASURED:]:
+            for fraction in _TIMED if means.fractions(dimension.kind) else ():
                 gone = units_gone(bench.graph, {part.dimensions[place].name: fraction for part in members})
                 if gone:
                     sizes[kind, place, fraction] = measuring.add(Probe({**short, **gone}))
@@ -172,9 +170,7 @@ def measure_costs(
     saved: dict[tuple[str, int], list[tuple[float, Cost]]] = {}
     for (kind, place, fraction), number in sizes.items():
         saved.setdefault((kind, place), []).append((fraction, (costs[base] - costs[number]) / len(here[kind])))
-    known = {
-        key: (costs[base] - costs[number]) / len(here[key[0]]) for key, number in zeros.items()
-    }
+    known = {key: (costs[base] - costs[number]) / len(here[key[0]]) for key, number in zeros.items()}
     return WayCosts(
         way, whole_model, whole, saved, known, dense.effect or 0.0, noisy=any(timed.noisy for timed in found)
     )
@@ -189,4 +185,3 @@ def _first(size: int, fixed: Sequence[int], gone: int) -> set[int]:
     """The numbers of the blocks that stay when the last ones go."""
     free = [unit for unit in range(size) if unit not in fixed]
     return set(range(size)) - set(free[len(free) - gone :] if gone else ())
-

@@ -15,9 +15,9 @@ from secateur.planning._parts import Part
 
 # Kinds of units with the fractions that may stay, and kinds of zeros with their sparsity.
 FRACTIONS: Mapping[str, tuple[float, ...]] = {
-    "ffn": (0.75, 0.5, 0.25),
+    "ffn": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
     "heads": (0.75, 0.5, 0.25),
-    "channels": (0.75, 0.5, 0.25),
+    "channels": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
     "experts": (0.75, 0.5),
 }
 _ZEROS: Mapping[str, tuple[tuple[str, float], ...]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Measured:
         self.rounds.append((solution.milliseconds, real))
         costs = dict(self.problem.costs)
         costs[solution.way] = costs[solution.way].corrected(solution.milliseconds, real)
-        self.problem = _with_costs(self.problem, costs)
+        self.problem = replace(self.problem, costs=costs)
         return timed
 
     def reaches(self, target: Target, timed: Timed) -> bool:
@@ -115,12 +115,6 @@ class Measured:
             yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
-
-
-def _with_costs(problem: Problem, costs: Mapping[str, WayCosts]) -> Problem:
-    return Problem(
-        problem.parts, problem.means, problem.effects, costs, problem.dense, problem.parameters, problem.uniform
-    )
 
 
 def measure_all(
@@ -206,4 +200,3 @@ def measure_all(
 
 def _nbytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
-

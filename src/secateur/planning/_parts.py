@@ -74,8 +74,8 @@ def parts_of(model: nn.Module, graph: Graph, layers: Sequence[Layer]) -> tuple[P
         size = _size(found, parameters)
         parts.append(Part(found.name, (found,), (), found.name, size, {found.name: 1.0}))
     if not graph.of_kind("layers") and layers:
-        size = sum(layer.matrix().numel() for layer in layers)
-        parts.append(Part("all layers", (), tuple(layers), "all layers", size))
+        # Its parameters are those of the parts above: here only zeros are decided on.
+        parts.append(Part("all layers", (), tuple(layers), "all layers", 0))
     return tuple(parts)
 
 

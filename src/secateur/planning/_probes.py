@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,7 +114,7 @@ class Bench:
             found = []
             for batch in self.timed.values():
                 with quiet(self.model):
-                    calls = {0: lambda batch=batch: call_model(self.model, batch)}
+                    calls = {0: partial(call_model, self.model, batch)}
                     found.append(1e3 * median(time_in_turn(calls, 0, alone=True)[0]))
             self._milliseconds = tuple(found)
         return self._milliseconds
@@ -176,9 +177,8 @@ class Bench:
         times: dict[int, list[float]] = {number: [] for number in missing}
         noisy = False
         for batch in self.timed.values() if missing else ():
-            calls = {-1: lambda batch=batch: call_model(self.model, batch)}
-            for number, model in models.items():
-                calls[number] = lambda model=model, batch=batch: call_model(model, batch)
+            calls = {-1: partial(call_model, self.model, batch)}
+            calls |= {number: partial(call_model, model, batch) for number, model in models.items()}
             with quiet(self.model), torch.no_grad():
                 seconds = time_in_turn(calls, -1, keep=tuple(calls), alone=True)
             for number in missing:

@@ -246,7 +246,10 @@ class Problem:
             picked = self._within(rows, least, room, chosen)
             if picked is None:
                 return None
-            spent = sum((row[number][1] - low for row, number, low in zip(rows, picked, least, strict=True)), 0 * room)
+            spent = sum(
+                (row[number][1] - low for row, number, low in zip(rows, picked, least, strict=True)),
+                np.zeros_like(room),
+            )
             over = {axis: spent[axis] / max(room[axis], 1e-9) for axis in bound if spent[axis] > room[axis] + 1e-9}
             if not over:
                 return self._made(way, depth, [row[number][0] for row, number in zip(rows, picked, strict=True)])
@@ -267,7 +270,9 @@ class Problem:
         for row, low in zip(rows, least, strict=True):
             options = []
             for _, spent, lost in row:
-                whole = (math.ceil((spent[axis] - low[axis]) / unit - 1e-9) for axis, unit in zip(axes, units, strict=True))
+                whole = (
+                    math.ceil((spent[axis] - low[axis]) / unit - 1e-9) for axis, unit in zip(axes, units, strict=True)
+                )
                 options.append(Option(tuple(min(max(value, 0), totals + 1) for value in whole), lost))
             layers.append(options)
         try:

@@ -102,11 +102,12 @@ def title_of(parts: Sequence[Part], solution: Solution) -> str:
             stay, of = kept.get(found.kind, (0, 0))
             kept[found.kind] = stay + kept_count(found, fraction), of + found.size
         if part.layers:
-            zeros.setdefault(choice.pattern, []).append((part.parameters, choice.sparsity))
+            size = sum(layer.matrix().numel() for layer in part.layers)
+            zeros.setdefault(choice.pattern, []).append((size, choice.sparsity))
     words += [f"{stay / of:.0%} of {kind}" for kind, (stay, of) in kept.items() if stay < of]
-    for pattern, found in zeros.items():
+    for pattern, sizes in zeros.items():
         if pattern:
-            share = sum(size * sparsity for size, sparsity in found) / sum(size for size, _ in found)
+            share = sum(size * sparsity for size, sparsity in sizes) / sum(size for size, _ in sizes)
             part_of = "" if len(zeros) == 1 else " in some layers"
             words.append(f"{share:.0%} zeros ({pattern}){part_of}")
     return ", ".join(words) or "nothing removed"
@@ -142,4 +143,3 @@ def _new_names(model: nn.Module, parts: Sequence[Part], solution: Solution) -> M
 
 def _renamed(layer: str, before: str, after: str) -> str:
     return after + layer.removeprefix(before) if layer.startswith(f"{before}.") else layer
-

@@ -56,7 +56,7 @@ class OutputEffect:
                 layer.write_(weight)
 
     def of(self, model: nn.Module) -> float:
-        """Return how far the output of another model is from that of the dense one, such as of the same in an engine."""
+        """Return how far the output of another model is from that of the dense one: of the same in an engine."""
         return sum(
             self._distance(self._run(batch, rows, model), dense)
             for batch, rows, dense in zip(self._batches, self._rows, self._dense, strict=True)

@@ -72,4 +72,3 @@ def fitted_levels(
             changes.append((layer, weight.to(layer.parameter.dtype)))
         levels.append(Level(kept, units, tuple(changes)))
     return levels
-

@@ -1,0 +1,476 @@
+"""From a directory and a target to the best model that can be made in some minutes: planned, made, trained, measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from secateur._checks import number
+from secateur._errors import RecipeError
+from secateur._types import Progress
+from secateur.comparison import use_threads
+from secateur.evaluation import METRICS
+from secateur.files import Work, check_output, hash_files, scratch_folder, whole_directory, work_folder, write_text
+from secateur.huggingface import directory_figures, directory_without_weights, open_model
+from secateur.pipeline import DirectoryEvaluation, Gate, Pipeline
+from secateur.planning._candidates import Candidate, candidates
+from secateur.planning._directory import Request, measure_opened, open_to_plan
+from secateur.planning._measured import Measured
+from secateur.planning._plan import planned, predicted_point, report_of
+from secateur.planning._split import split_text
+from secateur.planning._stages import export_stage, stages_of, title_of
+from secateur.reports import PlanPoint, PlanReport, versions
+
+_CANDIDATES = 3
+_SPEEDS = 4  # models of as many speeds are tried where only the loss is limited
+_SHORT = 0.08  # of all minutes, that each candidate is trained for
+_AT_END = 0.06  # of all minutes, kept for export and the last measurement
+_LEAST = 0.05  # minutes of a training
+_METRICS = ("perplexity", "accuracy", "rank", "embedding_similarity", "similarity", "spearman")
+_LEARN, _CHOOSE, _REPORT = "learning.txt", "choosing.txt", "reporting.txt"
+JSON, TOML, PAGE = "plan.json", "pipeline.toml", "plan.html"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is made of a candidate, as it is kept between runs.
+
+    Args:
+        title: in a few words.
+        way: that runs it.
+        stages: of the recipe that change the model.
+        export: the stage that makes it for its engine; empty for PyTorch.
+        predicted: what the last solution said of it.
+        timed: the same as its shape was timed.
+        parts: what happens to each part, as JSON.
+    """
+
+    title: str
+    way: str
+    stages: list[dict[str, Any]]
+    export: dict[str, Any]
+    predicted: PlanPoint
+    timed: PlanPoint
+    parts: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, measured: Measured, candidate: Candidate) -> _Plan:
+        solution, timed = candidate.solution, candidate.timed
+        point = predicted_point(measured, solution)
+        real = tuple(own / times for own, times in zip(measured.bench.milliseconds, timed.times, strict=True))
+        return cls(
+            title_of(measured.parts, solution),
+            solution.way,
+            stages_of(measured.model, measured.parts, solution),
+            export_stage(solution),
+            point,
+            replace(point, milliseconds=real, times=timed.times, nbytes=timed.nbytes),
+            [part.to_dict() for part in planned(measured, solution)],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "way": self.way,
+            "stages": self.stages,
+            "export": self.export,
+            "predicted": self.predicted.to_dict(),
+            "timed": self.timed.to_dict(),
+            "parts": self.parts,
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> _Plan:
+        points = {name: PlanPoint.from_dict(table[name]) for name in ("predicted", "timed")}
+        return cls(**{**table, **points})
+
+
+def optimize_directory(
+    source: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path,
+    target: str | None = None,
+    max_loss: str | float | None = None,
+    evaluate: str | Path | None = None,
+    minutes: float = 30.0,
+    shapes: Iterable[Sequence[int]] | None = None,
+    allow: Iterable[str] | None = None,
+    engines: Iterable[str] | None = None,
+    allocation: str | None = None,
+    threads: int | None = None,
+    samples: int = 128,
+    sequence_length: int | None = None,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    gates: Sequence[str] = (),
+    progress: Progress = lambda description, done, total: None,
+) -> PlanReport:
+    """Make the model that loses least and reaches a target on this machine, in some minutes.
+
+    It is planned as by :func:`plan_directory`. Then up to three models that reach the target in different ways, as
+    their times were measured, are made and trained for a short time, with the dense model as the teacher; the best on
+    text that nobody learned from is trained for the minutes that are left, made for its engine, and measured.
+
+    ``output`` holds the model ready to load, ``pipeline.toml`` with its stages, to be run again or changed,
+    ``plan.json``, ``plan.html`` and a README. What was done lies in ``OUT.work``; the same call goes on there.
+
+    Args:
+        source: model directory with safetensors weights: an encoder or a causal language model.
+        output: directory to write; it appears complete or not at all.
+        calibration: text: plain, or JSON lines. 70 percent of it are learned from, 15 percent choose between models,
+            and on 15 percent the result is measured, once.
+        target: such as ``"4x"``, ``"12ms"``, ``"20MB"``, ``"params=0.4"``, or several with commas.
+        max_loss: the most that may be lost of the figure: ``"1%"`` of the dense model's, or ``0.5`` in its unit. Without
+            a target, the fastest model that keeps within is made.
+        evaluate: file that the result is measured on, in place of the last part of the text.
+        minutes: for all of it.
+        shapes: texts and tokens in each at which time counts; None for one text and 32 of the usual length.
+        allow, engines, allocation, threads, cache: see :func:`secateur.plan`.
+        samples: windows of the text for scores and fits; training learns from all of its part.
+        sequence_length: tokens in a window; None for at most 128.
+        seed: of the draw of windows, and of training.
+        overwrite: replace an existing output directory.
+        restart: ignore what earlier runs did.
+        gates: that the result must pass, as in a recipe of a pipeline.
+        progress: called with a description, and how much of how much is done.
+
+    Returns:
+        What was predicted and what was measured. If ``reached`` is False, the result misses the target, or loses more
+        than is allowed; it is written anyway, unless a gate failed.
+
+    Raises:
+        RecipeError: a target that cannot be reached, with the best that can, before any model is made; a text that is
+            too short; or a gate that the result does not pass.
+        FormatError: the source is not a safetensors model directory, or the output cannot be written.
+        StatisticsError: a file cannot be read.
+        ImportError: transformers is missing.
+    """
+    began = time.perf_counter()
+    number("minutes", minutes, above=0.0, finite=True)
+    request = Request.of(
+        target, max_loss, shapes, allow, engines, allocation, threads, samples, sequence_length, seed, cache
+    )
+    for gate in gates:
+        Gate.parse(gate)
+    split = split_text(calibration)
+    directory = open_model(source)
+    check_output(directory.path, Path(output), overwrite, directory.num_bytes)
+    with work_folder(output, restart=restart) as work, use_threads(threads) as count:
+        facts = {"model": hash_files(Path(source)), "text": hash_files(Path(calibration)), **versions()}
+        texts = _texts(work, facts, split)
+        run = _Run(Path(source), Path(output), request, work, texts, evaluate, minutes, began, tuple(gates), progress)
+        plans, report = run.planned(facts, split, count)
+        tried = run.tried(plans)
+        best = run.best(tried, report)
+        return run.made(tried[best], [point for _, point in tried], report, overwrite)
+
+
+def _texts(work: Work, facts: Mapping[str, str], split: Any) -> Path:
+    """The folder with the three parts of the text."""
+    step = work.step("text", {"text": facts["text"]})
+    if not step.done:
+        for name, text in ((_LEARN, split.learn), (_CHOOSE, split.choose), (_REPORT, split.report)):
+            write_text(step.path / name, text)
+        step.finish({})
+    return step.path
+
+
+@dataclass
+class _Run:
+    """One call of :func:`optimize_directory`."""
+
+    source: Path
+    output: Path
+    request: Request
+    work: Work
+    texts: Path
+    evaluate: str | Path | None
+    minutes: float
+    began: float
+    gates: tuple[str, ...]
+    progress: Progress
+    spent: float = 0.0  # seconds of earlier runs, of what was found again
+
+    @property
+    def reported(self) -> Path:
+        """The file that the result is measured on."""
+        return self.texts / _REPORT if self.evaluate is None else Path(self.evaluate)
+
+    @property
+    def left(self) -> float:
+        """Minutes that are left."""
+        return self.minutes - (time.perf_counter() - self.began + self.spent) / 60
+
+    def planned(self, facts: Mapping[str, str], split: Any, threads: int) -> tuple[list[_Plan], PlanReport]:
+        """The models to try, and what is known before any is made."""
+        request = self.request
+        asked = replace(request, cache=None, means=replace(request.means, absent={}))
+        step = self.work.step("plan", {**facts, "request": repr(asked), "threads": str(threads)})
+        if not step.done:
+            started = time.perf_counter()
+            opened = open_to_plan(self.source, split, request, self.progress)
+            with scratch_folder(None) as folder:
+                measured = measure_opened(opened, request, threads, folder, self.progress)
+                found = self._candidates(measured)
+            aim = request.target if request.target.text else replace(request.target)
+            report = report_of(measured, aim, request.max_loss, found[0].solution, found[0].timed, self.source.name)
+            plans = [_Plan.of(measured, candidate) for candidate in found]
+            record = {
+                "plans": [plan.to_dict() for plan in plans],
+                "report": report.to_dict(),
+                "length": opened.length,
+                "seconds": time.perf_counter() - started,
+            }
+            step.finish(record)
+        else:
+            self.spent += float(step.record["seconds"])
+        record = step.record
+        self.length = int(record["length"])
+        return [_Plan.from_dict(table) for table in record["plans"]], PlanReport.from_dict(record["report"])
+
+    def _candidates(self, measured: Measured) -> list[Candidate]:
+        target = self.request.target
+        if target.text:
+            return candidates(measured, target, _CANDIDATES, self.progress)
+        # Only the loss is limited: models of several speeds, from slow to fast.
+        frontier = measured.problem.frontier(target)
+        slow, fast = frontier[0].speedup, frontier[-1].speedup
+        found: list[Candidate] = []
+        for place in range(_SPEEDS):
+            speed = slow * (fast / slow) ** (place / (_SPEEDS - 1) * 0.9)
+            try:
+                found += candidates(measured, replace(target, text=f"{speed:.1f}x", speedup=speed), 1, self.progress)
+            except RecipeError:
+                continue
+        return found
+
+    def tried(self, plans: Sequence[_Plan]) -> list[tuple[_Plan, PlanPoint]]:
+        """Make and train each model for a short time, and measure it on text that nobody learned from."""
+        found = []
+        for place, plan in enumerate(plans):
+            if len(plans) == 1 or not plan.stages:
+                found.append((plan, plan.timed))
+                continue
+            self.progress(f"trying {plan.title}", place, len(plans))
+            recipe = self._recipe(plan, [self._short()], evaluate=self.texts / _CHOOSE)
+            step, report = self._run_pipeline(plan, recipe)
+            figure = report.stages[-1].figures.get(self.metric)
+            found.append((plan, replace(plan.timed, figure=figure)))
+        return found
+
+    def best(self, tried: Sequence[tuple[_Plan, PlanPoint]], report: PlanReport) -> int:
+        """The number of the model to go on with."""
+        if len(tried) == 1:
+            return 0
+        sign = 1 if METRICS[self.metric].higher_is_better else -1
+        whole = [place for place, (plan, _) in enumerate(tried) if not plan.stages]
+        if self.request.target.text:
+            if whole:
+                return whole[0]  # nothing is removed
+            known = [
+                (sign * (point.figure if point.figure is not None else -sign * math.inf), -place)
+                for place, (_, point) in enumerate(tried)
+            ]
+            return -max(known)[1]
+        dense = self._dense_figure(self.texts / _CHOOSE)
+        order = sorted(range(len(tried)), key=lambda place: -tried[place][1].speedup)
+        for place in order:
+            figure = tried[place][1].figure
+            if not tried[place][0].stages or (
+                figure is not None and self.request.max_loss.allows(figure, dense, sign > 0)
+            ):
+                return place
+        return order[-1]
+
+    def made(
+        self, chosen: tuple[_Plan, PlanPoint], points: Sequence[PlanPoint], report: PlanReport, overwrite: bool
+    ) -> PlanReport:
+        """Train the chosen model for the minutes that are left, make it for its engine, measure and write it."""
+        plan, _ = chosen
+        trainings = [self._short()] if len(points) > 1 and plan.stages else []
+        if plan.stages:
+            trainings.append(self._long())
+        shapes = [f"{rows}x{length}" for rows, length in report.shapes]
+        recipe = self._recipe(plan, trainings, evaluate=self.reported, shapes=shapes, export=True)
+        step, done = self._run_pipeline(plan, recipe)
+        if not done.passed:
+            raise RecipeError(
+                f"{done.failed[0]}\nNothing was written to {self.output}. The results are in {self.work.path}."
+            )
+        last = done.stages[-1]
+        speeds = tuple(done.stages[-2].speeds.get(shape, last.speeds.get(shape, 0.0)) for shape in shapes)
+        speeds = tuple(last.speeds.get(shape, speed) for shape, speed in zip(shapes, speeds, strict=True))
+        milliseconds = tuple(
+            own / max(times, 1e-9) for own, times in zip(report.dense.milliseconds, speeds, strict=True)
+        )
+        point = PlanPoint(
+            plan.title,
+            plan.way,
+            milliseconds,
+            speeds,
+            round(last.figures["bytes"]),
+            round(last.figures["parameters"]),
+            plan.predicted.loss,
+            last.figures.get(self.metric),
+        )
+        dense = done.dense.get(self.metric)
+        higher = METRICS[self.metric].higher_is_better
+        report = replace(
+            report,
+            target=self.request.target.text,
+            max_loss=self.request.max_loss.text,
+            metric=self.metric,
+            higher_is_better=higher,
+            dense=replace(report.dense, figure=dense),
+            candidates=tuple(points),
+            predicted=plan.predicted,
+            measured=point,
+            parts=tuple(_part(table) for table in plan.parts),
+            stages=(*plan.stages, *trainings, *([plan.export] if plan.export else [])),
+            reached=self._reached(point, dense, higher),
+            phases={**report.phases, "in all": time.perf_counter() - self.began + self.spent},
+        )
+        self._write(step.path / "model", plan, trainings, shapes, report, overwrite)
+        return report
+
+    def _reached(self, point: PlanPoint, dense: float | None, higher: bool) -> bool:
+        target = self.request.target
+        fits = (
+            (target.speedup is None or point.speedup >= target.speedup)
+            and (target.milliseconds is None or max(point.milliseconds) <= target.milliseconds)
+            and (target.nbytes is None or point.nbytes <= target.nbytes)
+        )
+        if point.figure is None or dense is None:
+            return fits and not self.request.max_loss.text
+        return fits and self.request.max_loss.allows(point.figure, dense, higher)
+
+    @property
+    def metric(self) -> str:
+        """The figure that the result is reported by: the first that the file gives."""
+        gives = directory_figures(directory_without_weights(self.source), self.reported, True)[0]
+        return next(name for name in _METRICS if name in gives)
+
+    def _dense_figure(self, file: Path) -> float:
+        evaluation = DirectoryEvaluation(self.source, [file], has_dense=True, metrics=[self.metric], device="cpu")
+        return evaluation.dense_figures(self.progress)[self.metric]
+
+    def _short(self) -> dict[str, Any]:
+        return self._training(max(_LEAST, _SHORT * self.minutes))
+
+    def _long(self) -> dict[str, Any]:
+        """The long training, of which the minutes are kept, so that the same call finds its work again."""
+        step = self.work.step("minutes", {"minutes": repr(self.minutes), "work": repr(self.request)})
+        if not step.done:
+            step.finish({"minutes": max(_LEAST, self.left - _AT_END * self.minutes)})
+        return self._training(float(step.record["minutes"]))
+
+    def _training(self, minutes: float) -> dict[str, Any]:
+        return {"run": "recover", "minutes": round(minutes, 2), "seed": self.request.seed}
+
+    def _recipe(
+        self,
+        plan: _Plan,
+        trainings: Sequence[Mapping[str, Any]],
+        *,
+        evaluate: Path,
+        shapes: Sequence[str] = (),
+        export: bool = False,
+        folder: Path | None = None,
+    ) -> str:
+        """The recipe of a pipeline as TOML."""
+
+        def place(path: Path) -> str:
+            return path.name if folder is not None else str(path.resolve())
+
+        request = self.request
+        sampled = {
+            "file": place(self.texts / _LEARN),
+            "samples": request.samples,
+            "sequence_length": self.length,
+            "seed": request.seed,
+        }
+        stages: list[dict[str, Any]] = [{**stage, "calibration": sampled} for stage in plan.stages]
+        stages += [{**stage, "calibration": place(self.texts / _LEARN)} for stage in trainings]
+        if export and plan.export:
+            stages.append(dict(plan.export))
+        stages.append(
+            {
+                "run": "evaluate",
+                "data": place(evaluate),
+                **({"gates": list(self.gates)} if export and self.gates else {}),
+            }
+        )
+        table: dict[str, Any] = {"schema": 1, "seed": request.seed}
+        if shapes:
+            table["shapes"] = list(shapes)
+        return tomli_w.dumps({**table, "stage": stages})
+
+    def _run_pipeline(self, plan: _Plan, recipe: str) -> tuple[Any, Any]:
+        """Run a recipe in the folder of a plan, where what an earlier recipe of it made is found again."""
+        facts = {"model": hash_files(self.source), "stages": json.dumps(plan.stages, sort_keys=True), "way": plan.way}
+        step = self.work.step("model", {**facts, "minutes": repr(self.minutes), "request": repr(self.request)})
+        report = Pipeline.from_toml(recipe).run(
+            self.source, step.path / "model", device="cpu", overwrite=True, progress=self.progress
+        )
+        return step, report
+
+    def _write(
+        self,
+        model: Path,
+        plan: _Plan,
+        trainings: Sequence[Mapping[str, Any]],
+        shapes: Sequence[str],
+        report: PlanReport,
+        overwrite: bool,
+    ) -> None:
+        """Put the model into its place, with the recipe, the texts that it reads, the plan and its page."""
+        recipe = self._recipe(plan, trainings, evaluate=self.reported, shapes=shapes, export=True, folder=self.output)
+        with whole_directory(self.output, overwrite=overwrite) as made:
+            shutil.copytree(model, made, dirs_exist_ok=True)
+            for name in {_LEARN, self.reported.name}:
+                origin = self.reported if name == self.reported.name else self.texts / name
+                shutil.copyfile(origin, made / name)
+            (made / TOML).write_text(recipe, encoding="utf-8")
+            (made / JSON).write_text(report.to_json() + "\n", encoding="utf-8")
+            (made / PAGE).write_text(report.to_html(), encoding="utf-8")
+            _say_how(made, plan)
+
+
+def _part(table: Mapping[str, Any]) -> Any:
+    from secateur.reports import PlannedPart
+
+    return PlannedPart.from_dict(table)
+
+
+def _say_how(folder: Path, plan: _Plan) -> None:
+    """Say in the README how the model is loaded."""
+    if plan.export.get("run") == "export":
+        lines = 'from secateur.exporting import open_exported\n\nmodel = open_exported("path/to/this/directory")'
+        files = "onnx/model.onnx" if plan.export["to"] == "onnx" else "openvino/openvino_model.xml"
+        more = f"The file of the engine is `{files}`."
+        if plan.export.get("packed"):
+            more += " Its packed layers need the library of `secateur.engines.library`."
+    else:
+        lines, more = 'import secateur\n\nmodel = secateur.load("path/to/this/directory")', "It runs in PyTorch."
+    path = folder / "README.md"
+    old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = (
+        f"# What this is\n\n{plan.title[:1].upper()}{plan.title[1:]}; made by `secateur optimize`. `pipeline.toml` has the stages, and "
+        f"`plan.html` the figures. {more}\n\n```python\n{lines}\n```\n"
+    )
+    front = ""
+    if old.startswith("---\n") and "\n---\n" in old[3:]:
+        cut = old.index("\n---\n", 3) + 5
+        front, old = old[:cut], old[cut:]
+    path.write_text(f"{front}{text}\n{old.lstrip()}", encoding="utf-8")
