@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,17 +141,10 @@ def open_to_plan(source: Path, split: Split, request: Request, progress: Progres
         return [{"input_ids": ids} for ids in batched(windows)]
 
     shapes = request.shapes or _shapes_of(directory, split.learn, reader.length)
-    timed = {shape: input_of(model, shape) for shape in shapes}
-    few = batches(compared)
-    known = batches(learned)
-    inputs = Inputs(
-        known,
-        [Padding.of(batch) for batch in known],
-        (few, [Padding.of(batch) for batch in few]),
-        timed,
-        call_model,
-        None,
-    )
+    timed: dict[tuple[int, ...], Any] = {shape: input_of(model, shape) for shape in shapes}
+    few, known = batches(compared), batches(learned)
+    paddings = [Padding.of(batch) for batch in known]
+    inputs = Inputs(known, paddings, (few, [Padding.of(batch) for batch in few]), timed, call_model, None)
     return Opened(directory, model, inputs, reader.length)
 
 

@@ -1,4 +1,4 @@
-"""From a directory and a target to the best model that can be made in some minutes: planned, made, trained, measured."""
+"""From a directory and a target to the best model that some minutes can make: planned, made, trained and measured."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import tomli_w
+import torch
 
 from secateur._checks import number
 from secateur._errors import RecipeError
 from secateur._types import Progress
+from secateur.calibration import call_model
 from secateur.comparison import use_threads
 from secateur.evaluation import METRICS
 from secateur.files import Work, check_output, hash_files, scratch_folder, whole_directory, work_folder, write_text
 from secateur.huggingface import directory_figures, directory_without_weights, open_model
-from secateur.pipeline import DirectoryEvaluation, Gate, Pipeline
+from secateur.pipeline import DirectoryEvaluation, Gate, Pipeline, input_of, load_to_measure
 from secateur.planning._candidates import Candidate, candidates
 from secateur.planning._directory import Request, measure_opened, open_to_plan
 from secateur.planning._measured import Measured
 from secateur.planning._plan import planned, predicted_point, report_of
 from secateur.planning._split import split_text
 from secateur.planning._stages import export_stage, stages_of, title_of
-from secateur.reports import PlanPoint, PlanReport, versions
+from secateur.reports import PlannedPart, PlanPoint, PlanReport, versions
+from secateur.timing import ratios, time_in_turn
 
 _CANDIDATES = 3
 _SPEEDS = 4  # models of as many speeds are tried where only the loss is limited
@@ -131,8 +136,8 @@ def optimize_directory(
         calibration: text: plain, or JSON lines. 70 percent of it are learned from, 15 percent choose between models,
             and on 15 percent the result is measured, once.
         target: such as ``"4x"``, ``"12ms"``, ``"20MB"``, ``"params=0.4"``, or several with commas.
-        max_loss: the most that may be lost of the figure: ``"1%"`` of the dense model's, or ``0.5`` in its unit. Without
-            a target, the fastest model that keeps within is made.
+        max_loss: the most that may be lost of the figure: ``"1%"`` of the dense model's, or ``0.5`` in its unit.
+            Without a target, the fastest model that keeps within is made.
         evaluate: file that the result is measured on, in place of the last part of the text.
         minutes: for all of it.
         shapes: texts and tokens in each at which time counts; None for one text and 32 of the usual length.
@@ -201,6 +206,7 @@ class _Run:
     gates: tuple[str, ...]
     progress: Progress
     spent: float = 0.0  # seconds of earlier runs, of what was found again
+    length: int = 0  # tokens in a window
 
     @property
     def reported(self) -> Path:
@@ -235,9 +241,9 @@ class _Run:
             step.finish(record)
         else:
             self.spent += float(step.record["seconds"])
-        record = step.record
-        self.length = int(record["length"])
-        return [_Plan.from_dict(table) for table in record["plans"]], PlanReport.from_dict(record["report"])
+        self.length = int(step.record["length"])
+        plans = [_Plan.from_dict(table) for table in step.record["plans"]]
+        return plans, PlanReport.from_dict(step.record["report"])
 
     def _candidates(self, measured: Measured) -> list[Candidate]:
         target = self.request.target
@@ -264,7 +270,7 @@ class _Run:
                 continue
             self.progress(f"trying {plan.title}", place, len(plans))
             recipe = self._recipe(plan, [self._short()], evaluate=self.texts / _CHOOSE)
-            step, report = self._run_pipeline(plan, recipe)
+            _, report = self._run_pipeline(plan, recipe)
             figure = report.stages[-1].figures.get(self.metric)
             found.append((plan, replace(plan.timed, figure=figure)))
         return found
@@ -278,11 +284,8 @@ class _Run:
         if self.request.target.text:
             if whole:
                 return whole[0]  # nothing is removed
-            known = [
-                (sign * (point.figure if point.figure is not None else -sign * math.inf), -place)
-                for place, (_, point) in enumerate(tried)
-            ]
-            return -max(known)[1]
+            known = [-math.inf if point.figure is None else sign * point.figure for _, point in tried]
+            return known.index(max(known))
         dense = self._dense_figure(self.texts / _CHOOSE)
         order = sorted(range(len(tried)), key=lambda place: -tried[place][1].speedup)
         for place in order:
@@ -301,24 +304,19 @@ class _Run:
         trainings = [self._short()] if len(points) > 1 and plan.stages else []
         if plan.stages:
             trainings.append(self._long())
-        shapes = [f"{rows}x{length}" for rows, length in report.shapes]
-        recipe = self._recipe(plan, trainings, evaluate=self.reported, shapes=shapes, export=True)
+        recipe = self._recipe(plan, trainings, evaluate=self.reported, export=True)
         step, done = self._run_pipeline(plan, recipe)
         if not done.passed:
             raise RecipeError(
                 f"{done.failed[0]}\nNothing was written to {self.output}. The results are in {self.work.path}."
             )
         last = done.stages[-1]
-        speeds = tuple(done.stages[-2].speeds.get(shape, last.speeds.get(shape, 0.0)) for shape in shapes)
-        speeds = tuple(last.speeds.get(shape, speed) for shape, speed in zip(shapes, speeds, strict=True))
-        milliseconds = tuple(
-            own / max(times, 1e-9) for own, times in zip(report.dense.milliseconds, speeds, strict=True)
-        )
+        times, milliseconds = self._timed(Path(last.directory), report.shapes)
         point = PlanPoint(
             plan.title,
             plan.way,
             milliseconds,
-            speeds,
+            times,
             round(last.figures["bytes"]),
             round(last.figures["parameters"]),
             plan.predicted.loss,
@@ -336,13 +334,28 @@ class _Run:
             candidates=tuple(points),
             predicted=plan.predicted,
             measured=point,
-            parts=tuple(_part(table) for table in plan.parts),
+            parts=tuple(PlannedPart.from_dict(table) for table in plan.parts),
             stages=(*plan.stages, *trainings, *([plan.export] if plan.export else [])),
             reached=self._reached(point, dense, higher),
             phases={**report.phases, "in all": time.perf_counter() - self.began + self.spent},
         )
-        self._write(step.path / "model", plan, trainings, shapes, report, overwrite)
+        self._write(step.path / "model", plan, trainings, report, overwrite)
         return report
+
+    def _timed(self, made: Path, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """How many times as fast as the dense model in PyTorch the result is, and its milliseconds, at each shape."""
+        dense = load_to_measure(self.source, False, "cpu").eval()
+        model = load_to_measure(made, False, "cpu").eval()
+        times, milliseconds = [], []
+        for place, (rows, length) in enumerate(shapes):
+            self.progress("timing the result", place, len(shapes))
+            batch = input_of(dense, (rows, length))
+            calls = {"dense": partial(call_model, dense, batch), "made": partial(call_model, model, batch)}
+            with torch.no_grad():
+                seconds = time_in_turn(calls, "dense", keep=("made",), alone=True)
+            times.append(ratios(seconds, "dense", "made")[1])
+            milliseconds.append(1e3 * median(seconds["made"]))
+        return tuple(times), tuple(milliseconds)
 
     def _reached(self, point: PlanPoint, dense: float | None, higher: bool) -> bool:
         target = self.request.target
@@ -384,7 +397,7 @@ class _Run:
         trainings: Sequence[Mapping[str, Any]],
         *,
         evaluate: Path,
-        shapes: Sequence[str] = (),
+        shapes: Sequence[Sequence[int]] = (),
         export: bool = False,
         folder: Path | None = None,
     ) -> str:
@@ -404,16 +417,11 @@ class _Run:
         stages += [{**stage, "calibration": place(self.texts / _LEARN)} for stage in trainings]
         if export and plan.export:
             stages.append(dict(plan.export))
-        stages.append(
-            {
-                "run": "evaluate",
-                "data": place(evaluate),
-                **({"gates": list(self.gates)} if export and self.gates else {}),
-            }
-        )
+        gates = {"gates": list(self.gates)} if export and self.gates else {}
+        stages.append({"run": "evaluate", "data": place(evaluate), **gates})
         table: dict[str, Any] = {"schema": 1, "seed": request.seed}
         if shapes:
-            table["shapes"] = list(shapes)
+            table["shapes"] = [f"{rows}x{length}" for rows, length in shapes]
         return tomli_w.dumps({**table, "stage": stages})
 
     def _run_pipeline(self, plan: _Plan, recipe: str) -> tuple[Any, Any]:
@@ -430,12 +438,13 @@ class _Run:
         model: Path,
         plan: _Plan,
         trainings: Sequence[Mapping[str, Any]],
-        shapes: Sequence[str],
         report: PlanReport,
         overwrite: bool,
     ) -> None:
         """Put the model into its place, with the recipe, the texts that it reads, the plan and its page."""
-        recipe = self._recipe(plan, trainings, evaluate=self.reported, shapes=shapes, export=True, folder=self.output)
+        recipe = self._recipe(
+            plan, trainings, evaluate=self.reported, shapes=report.shapes, export=True, folder=self.output
+        )
         with whole_directory(self.output, overwrite=overwrite) as made:
             shutil.copytree(model, made, dirs_exist_ok=True)
             for name in {_LEARN, self.reported.name}:
@@ -445,12 +454,6 @@ class _Run:
             (made / JSON).write_text(report.to_json() + "\n", encoding="utf-8")
             (made / PAGE).write_text(report.to_html(), encoding="utf-8")
             _say_how(made, plan)
-
-
-def _part(table: Mapping[str, Any]) -> Any:
-    from secateur.reports import PlannedPart
-
-    return PlannedPart.from_dict(table)
 
 
 def _say_how(folder: Path, plan: _Plan) -> None:
@@ -466,8 +469,8 @@ def _say_how(folder: Path, plan: _Plan) -> None:
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     text = (
-        f"# What this is\n\n{plan.title[:1].upper()}{plan.title[1:]}; made by `secateur optimize`. `pipeline.toml` has the stages, and "
-        f"`plan.html` the figures. {more}\n\n```python\n{lines}\n```\n"
+        f"# What this is\n\n{plan.title[:1].upper()}{plan.title[1:]}; made by `secateur optimize`. `{TOML}` has the "
+        f"stages, and `{PAGE}` the figures. {more}\n\n```python\n{lines}\n```\n"
     )
     front = ""
     if old.startswith("---\n") and "\n---\n" in old[3:]:
