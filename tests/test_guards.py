@@ -93,6 +93,7 @@ PUBLIC = [
     "PermutationReport",
     "Pipeline",
     "PipelineReport",
+    "PlanReport",
     "Pooling",
     "RIA",
     "Random",

@@ -32,6 +32,9 @@ from secateur.reports._page import require_page_extra as require_page_extra
 from secateur.reports._pipeline import GateResult as GateResult
 from secateur.reports._pipeline import PipelineReport as PipelineReport
 from secateur.reports._pipeline import PipelineStage as PipelineStage
+from secateur.reports._plan_records import PlannedPart as PlannedPart
+from secateur.reports._plan_records import PlanPoint as PlanPoint
+from secateur.reports._planning import PlanReport as PlanReport
 from secateur.reports._pruning import PRUNING_REPORT as PRUNING_REPORT
 from secateur.reports._pruning import Report as Report
 from secateur.reports._records import Choice as Choice
