@@ -64,6 +64,7 @@ from secateur.reports import ModelWeights as ModelWeights
 from secateur.reports import PackedLayer as PackedLayer
 from secateur.reports import PackReport as PackReport
 from secateur.reports import PipelineReport as PipelineReport
+from secateur.reports import PlanReport as PlanReport
 from secateur.reports import RecoveryReport as RecoveryReport
 from secateur.reports import Report as Report
 from secateur.reports import ShrinkReport as ShrinkReport

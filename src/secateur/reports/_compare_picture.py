@@ -10,38 +10,11 @@ from itertools import pairwise
 
 from secateur.reports._compare_records import WayResult, shape_text
 from secateur.reports._compare_rows import View, megabytes, milliseconds
-from secateur.reports._label_places import Box, Label, Line, Place, label_places
+from secateur.reports._drawing import Canvas, TextLine, path, spans, text_at, text_size, ticks, time_ticks, tip
+from secateur.reports._label_places import Box, Label, Line, label_places
 from secateur.reports._tables import figure
 
-_LETTER, _BOLD = 0.56, 0.6  # width of a letter in parts of its height, somewhat more than that of usual fonts
-_TICKS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 _FAR = 3.0  # a point this many spans of the frontier below it stands at the edge, so that the others can be told apart
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """How large a picture is, in its own units, which are pixels where it is shown in full.
-
-    Args:
-        name: of its CSS class.
-        width: of all.
-        height: of all.
-        left: width of the margin for the figures of the vertical axis.
-        text: height of the labels of the frontier.
-        labels_all: whether ways that are not on the frontier are labelled, too.
-    """
-
-    name: str
-    width: int
-    height: int
-    left: int
-    text: float
-    labels_all: bool
-
-    @property
-    def area(self) -> Box:
-        """Where points go."""
-        return self.left, 34, self.width - 14, self.height - 46
 
 
 WIDE = Canvas("wide", 1040, 560, 58, 13, True)
@@ -98,7 +71,7 @@ def picture(
         'xmlns="http://www.w3.org/2000/svg">',
         _beaten(steps, canvas.area),
         *_axes(scale, name, metric[1], ways[reference].is_dense),
-        _path("edge", steps),
+        path("edge", steps),
     ]
     # From those that matter least to those that matter most, which are drawn over them.
     order = sorted(points, key=lambda number: (number in frontier, number == reference, not ways[number].is_dense))
@@ -152,60 +125,33 @@ def _steps(corners: Sequence[tuple[float, float]], area: Box) -> list[tuple[floa
 def _beaten(steps: Sequence[tuple[float, float]], area: Box) -> str:
     if not steps:
         return ""
-    return _path("beaten", [*steps, (area[0], area[3])], close=True)
-
-
-def _path(name: str, corners: Sequence[tuple[float, float]], close: bool = False) -> str:
-    if not corners:
-        return ""
-    drawn = "L".join(f"{x:g} {y:g}" for x, y in corners)
-    return f'<path class="{name}" d="M{drawn}{"Z" if close else ""}"/>'
+    return path("beaten", [*steps, (area[0], area[3])], close=True)
 
 
 def _axes(scale: _Scale, name: str, higher_is_better: bool, has_dense: bool) -> list[str]:
     left, top, right, bottom = scale.canvas.area
     parts = []
     slow, fast = (math.exp(end) for end in scale.times)
-    for tick in _time_ticks(slow, fast, most=9 if scale.canvas.labels_all else 5):
+    for tick in time_ticks(slow, fast, most=9 if scale.canvas.labels_all else 5):
         x, _ = scale.at(tick, scale.quality[0])
         kind = "one" if tick == 1 else "grid"
         parts.append(f'<path class="{kind}" d="M{x:g} {top:g}V{bottom:g}"/>')
-        parts.append(_text(x, bottom + 17, f"{tick:g}\N{MULTIPLICATION SIGN}", "tick", "middle"))
-    for value in _ticks(*sorted(scale.quality)):
+        parts.append(text_at(x, bottom + 17, f"{tick:g}\N{MULTIPLICATION SIGN}", "tick", "middle"))
+    for value in ticks(*sorted(scale.quality)):
         if scale.is_off(value):
             continue
         _, y = scale.at(1.0, value)
         parts.append(f'<path class="grid" d="M{left:g} {y:g}H{right:g}"/>')
-        parts.append(_text(left - 8, y + 4, f"{value:,g}", "tick", "end"))
+        parts.append(text_at(left - 8, y + 4, f"{value:,g}", "tick", "end"))
     wide = scale.canvas.labels_all
     across = "times as fast as PyTorch"
     if has_dense:
         across += " with the dense model" if wide else ", dense"
-    parts.append(_text(right, bottom + 36, f"{across} \N{RIGHTWARDS ARROW}", "title", "end"))
+    parts.append(text_at(right, bottom + 36, f"{across} \N{RIGHTWARDS ARROW}", "title", "end"))
     better = "" if higher_is_better else ", lower is better"
-    parts.append(_text(4, 16, f"\N{UPWARDS ARROW} {name}{better}", "title", "start"))
-    parts.append(_text(right, 16, "faster and better \N{NORTH EAST ARROW}", "title", "end"))
+    parts.append(text_at(4, 16, f"\N{UPWARDS ARROW} {name}{better}", "title", "start"))
+    parts.append(text_at(right, 16, "faster and better \N{NORTH EAST ARROW}", "title", "end"))
     return parts
-
-
-def _time_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers on a logarithmic axis, 1 among them."""
-    decades = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)
-    for chosen in (_TICKS, (1.0, 2.0, 3.0, 5.0), (1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
-        found = [float(f"{tick * 10.0**decade:.3g}") for decade in decades for tick in chosen]
-        found = [tick for tick in found if low <= tick <= high]
-        if len(found) <= most:
-            break
-    return found
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step)
-    return [float(f"{number * step:.12g}") for number in range(first, math.floor(high / step) + 1)]
 
 
 def _kind(way: WayResult, on: bool) -> str:
@@ -246,7 +192,7 @@ def _labels(
     """The labels of the points, with lines to those that are far away. Those of the frontier are chosen first."""
     shown = [number for number in order if canvas.labels_all or number in frontier or number == reference]
     texts = {number: _lines(canvas, ways[number], number in frontier, scale, points[number][1]) for number in shown}
-    labels = [Label(places[number], _size(texts[number])) for number in shown]
+    labels = [Label(places[number], text_size(texts[number])) for number in shown]
     discs = [(*places[number], _radius(number in frontier) + 1.5) for number in points]
     lines: list[Line] = [(*one, *other) for one, other in pairwise(steps)]
     area = (2.0, 24.0, canvas.width - 2.0, canvas.area[3])
@@ -256,63 +202,24 @@ def _labels(
         if place.leader is not None:
             x, y, right, down = place.leader
             parts.append(f'<path class="leader" d="M{x:g} {y:g}L{right:g} {down:g}"/>')
-        parts.append(f'<text class="label {kind}">{_spans(texts[number], place)}</text>')
+        parts.append(f'<text class="label {kind}">{spans(texts[number], place)}</text>')
     return parts
 
 
-_TextLine = tuple[str, float, bool]  # text, height, whether it is bold
-
-
-def _lines(canvas: Canvas, way: WayResult, on: bool, scale: _Scale, value: float) -> list[_TextLine]:
+def _lines(canvas: Canvas, way: WayResult, on: bool, scale: _Scale, value: float) -> list[TextLine]:
     small = canvas.text - 2
-    found: list[_TextLine] = [(way.title, canvas.text if on else small, on)]
+    found: list[TextLine] = [(way.title, canvas.text if on else small, on)]
     second = [f"{megabytes(way.nbytes)} MB"] if way.nbytes is not None and on else []
     second += [figure(value)] if scale.is_off(value) else []
     return [*found, (", ".join(second), small - 0.5, False)] if second else found
-
-
-def _size(lines: Sequence[_TextLine]) -> tuple[float, float]:
-    width = max(len(text) * height * (_BOLD if bold else _LETTER) for text, height, bold in lines)
-    return round(width, 1), round(sum(height * 1.18 for _, height, _ in lines), 1)
-
-
-def _spans(lines: Sequence[_TextLine], place: Place) -> str:
-    left, top, right, _ = place.box
-    turned = abs(place.angle)
-    anchor, x = ("start", left) if turned < 80 else ("end", right) if turned > 100 else ("middle", (left + right) / 2)
-    found, y = [], top
-    for index, (text, height, _) in enumerate(lines):
-        y += height * 1.18
-        kind = ' class="size"' if index else ""
-        found.append(
-            f'<tspan{kind} x="{x:g}" y="{y - 0.3 * height:.1f}" text-anchor="{anchor}" font-size="{height:g}">'
-            f"{escape(text)}</tspan>"
-        )
-    return "".join(found)
 
 
 def _hover(
     canvas: Canvas, way: WayResult, view: View, place: tuple[float, float], point: tuple[float, float], name: str
 ) -> str:
     """What a pointer, a finger or the keyboard shows of a point. It is drawn after all points, and so over them."""
-    x, y = place
     lines = [way.title, way.model, *way_figures(way, view, point, name)]
-    width = max(190.0, max(len(line) for line in lines) * 12 * _LETTER + 24)
-    width, height = min(width, canvas.width - 8), 17 * len(lines) + 16
-    left = x + 14 if x + 14 + width < canvas.width - 4 else x - 14 - width
-    left = min(max(left, 4), canvas.width - 4 - width)
-    top = min(max(y - height - 12 if y > canvas.height / 2 else y + 12, 4), canvas.height - 4 - height)
-    texts = "".join(
-        _text(left + 12, top + 22 + 17 * index, line, "" if index else "head", "start")
-        for index, line in enumerate(lines)
-    )
-    label = escape("; ".join(lines), quote=True)
-    return (
-        f'<g class="way {_kind(way, False)}" tabindex="0" role="img" aria-label="{label}">'
-        f'<circle class="hit" cx="{x:g}" cy="{y:g}" r="13"/>'
-        f'<g class="tip"><rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height}" rx="6"/>{texts}'
-        "</g></g>"
-    )
+    return tip(canvas, lines, place, f"way {_kind(way, False)}")
 
 
 def way_figures(way: WayResult, view: View, point: tuple[float, float], name: str) -> list[str]:
@@ -336,8 +243,3 @@ def way_figures(way: WayResult, view: View, point: tuple[float, float], name: st
     if way.memory is not None:
         found.append(f"{megabytes(way.memory)} MB in memory")
     return found
-
-
-def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
-    named = f' class="{kind}"' if kind else ""
-    return f'<text{named} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
