@@ -14,7 +14,10 @@ from secateur.planning._parts import Part
 from secateur.planning._probes import Bench, Probe, Timed, units_gone
 
 _SHORT = 2  # blocks of a list in the models that are timed: two, so that what lies between blocks counts
-_TIMED = (0.5, 0.25)  # sizes of a dimension that are timed; others lie on lines between these and the whole
+# Sizes of a dimension that are timed; others lie on the lines through these and the whole. What attention costs is
+# nearly proportional to its heads.
+_TIMED: Mapping[str, tuple[float, ...]] = {"heads": (0.5,)}
+_TIMED_ELSE = (0.5, 0.25)
 
 Cost = NDArray[np.float64]  # milliseconds at each shape, and then bytes
 
@@ -67,7 +70,11 @@ class WayCosts:
         if len(points) == 1 or fraction >= 1:
             return np.zeros_like(self.dense)
         at = [point[0] for point in points]
-        return np.array([np.interp(fraction, at, column) for column in np.stack([point[1] for point in points]).T])
+        columns = np.stack([point[1] for point in points]).T
+        if fraction < at[0]:  # on the line through the two smallest sizes
+            rest = (fraction - at[0]) / (at[1] - at[0])
+            return np.array([column[0] + rest * (column[1] - column[0]) for column in columns])
+        return np.array([np.interp(fraction, at, column) for column in columns])
 
     def _corrected(self, cost: Cost) -> Cost:
         return cost * np.array([*self.factor, 1.0]) if self.factor else cost
@@ -140,7 +147,8 @@ def measure_costs(
         if not members:
             continue
         for place, dimension in enumerate(members[0].dimensions):
-            for fraction in _TIMED if means.fractions(dimension.kind) else ():
+            sizes_of = _TIMED.get(dimension.kind, _TIMED_ELSE) if means.fractions(dimension.kind) else ()
+            for fraction in sizes_of:
                 gone = units_gone(bench.graph, {part.dimensions[place].name: fraction for part in members})
                 if gone:
                     sizes[kind, place, fraction] = measuring.add(Probe({**short, **gone}))
@@ -149,7 +157,8 @@ def measure_costs(
                 masks = {layer.name: (choice.pattern, choice.sparsity) for part in members for layer in part.layers}
                 zeros[kind, choice.pattern, choice.sparsity] = measuring.add(Probe(short, masks))
     progress(f"timing parts of the model in {way}", 0, 1)
-    found = measuring.bench.measure(way, measuring.probes)
+    measured = bench.measure([(way, probe) for probe in measuring.probes])
+    found = [measured[way, probe] for probe in measuring.probes]
     costs = [_cost(bench, timed) for timed in found]
     whole_model = _cost(bench, dense)
     nothing = np.zeros_like(whole_model)
@@ -160,8 +169,8 @@ def measure_costs(
         elif name in short and len(short) == 1:
             each = (whole_model - costs[base]) / short[name]
         elif name in short:  # of several lists, one is as it is
-            other = measuring.bench.measure(way, [Probe({key: gone for key, gone in short.items() if key != name})])[0]
-            each = (_cost(bench, other) - costs[base]) / short[name]
+            other = way, Probe({key: gone for key, gone in short.items() if key != name})
+            each = (_cost(bench, bench.measure([other])[other]) - costs[base]) / short[name]
         else:
             continue
         for part in parts:

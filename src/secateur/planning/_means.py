@@ -10,6 +10,7 @@ from typing import Any
 from secateur._checks import one_of
 from secateur._errors import RecipeError
 from secateur.comparison import WAYS
+from secateur.engines import ENGINES as ENGINES_BY_NAME
 from secateur.patterns import SparsityPattern
 from secateur.planning._parts import Part
 
@@ -21,9 +22,9 @@ FRACTIONS: Mapping[str, tuple[float, ...]] = {
     "experts": (0.75, 0.5),
 }
 _ZEROS: Mapping[str, tuple[tuple[str, float], ...]] = {
-    "unstructured": (("unstructured", 0.7), ("unstructured", 0.8)),
+    "unstructured": (("unstructured", 0.8),),
     "2:4": (("2:4", 0.5),),
-    "block": (("block:1x4", 0.5), ("block:1x4", 0.7)),
+    "block": (("block:1x4", 0.7),),
 }
 _PRECISIONS = ("int8", "bfloat16")
 ALLOWED = ("layers", *FRACTIONS, *_ZEROS, *_PRECISIONS)
@@ -100,8 +101,8 @@ class Means:
                 continue
             if name in _KNOW_ZEROS and name in _NEED_ZEROS and not set(allowed) & set(_ZEROS):
                 continue
-            if way.absence:
-                absent[name] = way.absence
+            if absence := way.absence or _lacks(name):
+                absent[name] = absence
             else:
                 ways.append(name)
         if not ways:
@@ -142,6 +143,12 @@ def _fits(part: Part, pattern: str) -> bool:
     except ValueError:
         return False
     return bool(part.layers)
+
+
+def _lacks(name: str) -> str:
+    """What the processor lacks for a way."""
+    way = WAYS[name]
+    return ENGINES_BY_NAME[way.engine].lacks(way.precision) if way.engine and way.precision else ""
 
 
 def stage_of(way: str) -> dict[str, Any]:

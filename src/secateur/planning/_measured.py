@@ -31,7 +31,7 @@ from secateur.shapes import structure_hash
 from secateur.shrinking import analyze
 from secateur.timing import MeasurementCache
 
-_WAYS = 3  # engines whose costs are measured part by part: those in which the dense model is fastest
+_WAYS = 2  # engines whose costs are measured part by part: those in which the dense model is fastest
 _ROUNDS = 3  # in which measured times correct the predicted ones
 _CLOSE = 0.05  # a measured time that differs by no more than this part is as predicted
 
@@ -90,7 +90,7 @@ class Measured:
     def correct(self, solution: Solution) -> Timed:
         """Time a model of the shape of a solution, and correct the costs of its engine by that."""
         probe = probe_of(self.model, self.graph, self.parts, solution)
-        timed = self.bench.measure(solution.way, [probe])[0]
+        timed = self.bench.measure([(solution.way, probe)])[solution.way, probe]
         real = tuple(own / times for own, times in zip(self.bench.milliseconds, timed.times, strict=True))
         self.rounds.append((solution.milliseconds, real))
         costs = dict(self.problem.costs)
@@ -165,13 +165,10 @@ def measure_all(
         comparison = OutputEffect(model.eval(), small[0], small[1], forward)
     dense: dict[str, Timed] = {"torch": Timed((1.0,) * len(timed), _nbytes(model), 0.0)}
     absent = dict(means.absent)
-    for number, way in enumerate(means.dense_ways):
-        progress(f"timing the dense model in {way}", number, len(means.dense_ways))
-        if way != "torch":
-            try:
-                dense[way] = bench.measure(way, [Probe()], comparison.of)[0]
-            except Exception as error:  # of other libraries, too: the report says what hinders it
-                absent[way] = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    progress("timing the dense model in all engines", 0, 1)
+    others = [(way, Probe()) for way in means.dense_ways if way != "torch"]
+    found = bench.measure(others, comparison.of, absent)
+    dense |= {way: timed for (way, _), timed in found.items()}
     if "torch" not in means.ways:
         del dense["torch"]
     if not dense:

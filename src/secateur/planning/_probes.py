@@ -21,10 +21,10 @@ from secateur.graph import Graph, Removal
 from secateur.layers import select_layers
 from secateur.patterns import SparsityPattern
 from secateur.shrinking import kept_count, lowest
-from secateur.surgery import remove_
+from secateur.surgery import Saved, remove_, zero_
 from secateur.timing import MeasurementCache, is_noisy, ratios, time_in_turn
 
-Units = Mapping[str, tuple[int, ...]]
+_ROUNDS = 4  # in which models take turns, at least: what they gain is much more than noise
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Probe:
 
     units: Mapping[str, int] = field(default_factory=dict)
     zeros: Mapping[str, tuple[str, float]] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def key(self) -> str:
@@ -131,6 +134,8 @@ class Bench:
             else:
                 removal[name] = lowest(dimension, np.zeros(dimension.size), number)
         removal = {name: units for name, units in removal.items() if units}
+        for name, units in removal.items():
+            zero_(model, self.graph[name], units, Saved())  # what is removed must give nothing: it is checked
         if removal:
             remove_(model, self.graph, Removal(removal), self.batch, self.forward)
         if probe.zeros:
@@ -144,53 +149,69 @@ class Bench:
         return model
 
     def measure(
-        self, way: str, probes: Sequence[Probe], effect: Callable[[nn.Module], float] | None = None
-    ) -> list[Timed]:
-        """Return what models of several shapes take in an engine, beside the dense one in PyTorch, in turn.
+        self,
+        jobs: Sequence[tuple[str, Probe]],
+        effect: Callable[[nn.Module], float] | None = None,
+        hinder: dict[str, str] | None = None,
+    ) -> dict[tuple[str, Probe], Timed]:
+        """Return what models of several shapes take in engines, beside the dense one in PyTorch, all in turn.
 
         What was measured on this machine before is not measured again.
 
         Args:
-            way: that runs them.
-            probes: their shapes.
-            effect: says what an engine does to the output; asked of the first one only, the dense model.
-
-        Raises:
-            Exception: whatever hinders the engine.
+            jobs: ways, each with the shape of a model.
+            effect: says what an engine does to the output of the dense model.
+            hinder: gets by way what hinders an engine, which is then left out. None: that is raised.
         """
         shapes = list(self.timed)
-        keys = [f"plan {self.key} {way} {probe.key} {shapes} {self.threads}" for probe in probes]
-        found = {number: known for number, key in enumerate(keys) if (known := self.cache.get(key)) is not None}
-        if effect is not None and 0 in found and found[0].effect is None:
-            del found[0]
-        missing = [number for number in range(len(probes)) if number not in found]
-        models, nbytes, effects = {}, {}, dict[int, float | None]()
-        for number in missing:
-            subject = ModuleSubject(self.made(probes[number]), "probe", False, self.batch)
-            self._made += 1
-            deployed = WAYS[way].make(subject, self.folder / str(self._made))
-            models[number] = open_deployed(
-                deployed, WAYS[way], with_head=False, threads=self.threads, is_directory=False
-            )
-            nbytes[number] = deployed.nbytes
-            effects[number] = effect(models[number]) if effect is not None and number == 0 else None
-        times: dict[int, list[float]] = {number: [] for number in missing}
-        noisy = False
-        for batch in self.timed.values() if missing else ():
-            calls = {-1: partial(call_model, self.model, batch)}
-            calls |= {number: partial(call_model, model, batch) for number, model in models.items()}
+        keys = {job: f"plan {self.key} {job[0]} {job[1].key} {shapes} {self.threads}" for job in jobs}
+        found = {job: known for job, key in keys.items() if (known := self.cache.get(key)) is not None}
+        if effect is not None:
+            found = {job: known for job, known in found.items() if known.effect is not None}
+        models: dict[tuple[str, Probe], nn.Module] = {}
+        sizes: dict[tuple[str, Probe], int] = {}
+        effects: dict[tuple[str, Probe], float | None] = {}
+        subjects: dict[str, ModuleSubject] = {}
+        for job in keys:
+            if job in found:
+                continue
+            way, probe = WAYS[job[0]], job[1]
+            try:
+                if probe.key not in subjects:
+                    subjects[probe.key] = ModuleSubject(self.made(probe), "probe", False, self.batch)
+                self._made += 1
+                deployed = way.make(subjects[probe.key], self.folder / str(self._made))
+                model = open_deployed(deployed, way, with_head=False, threads=self.threads, is_directory=False)
+                with torch.no_grad():
+                    effects[job] = None if effect is None else effect(model)
+            except Exception as error:  # of other libraries, too: the report says what hinders an engine
+                if hinder is None:
+                    raise
+                hinder[job[0]] = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+                continue
+            models[job], sizes[job] = model, deployed.nbytes
+        times: dict[tuple[str, Probe], list[float]] = {job: [] for job in models}
+        noisy: set[tuple[str, Probe]] = set()
+        for batch in self.timed.values() if models else ():
+            calls = {job: partial(call_model, model, batch) for job, model in models.items()}
             with quiet(self.model), torch.no_grad():
-                seconds = time_in_turn(calls, -1, keep=tuple(calls), alone=True)
-            for number in missing:
-                times[number].append(ratios(seconds, -1, number)[1])
-                noisy |= is_noisy(seconds[number]) or is_noisy(seconds[-1])
-        for number in missing:
-            found[number] = Timed(tuple(times[number]), nbytes[number], effects[number], noisy)
-            self.cache.put(keys[number], found[number], lasting=not noisy)
+                seconds = time_in_turn(
+                    {None: partial(call_model, self.model, batch), **calls},
+                    None,
+                    keep=tuple(calls) if effect is None else (),
+                    alone=True,
+                    fewest=_ROUNDS,
+                )
+            for job in models:
+                times[job].append(ratios(seconds, None, job)[1])
+                noisy |= {job} if is_noisy(seconds[job]) or is_noisy(seconds[None]) else set()
+        for job in models:
+            found[job] = Timed(tuple(times[job]), sizes[job], effects[job], job in noisy)
+            self.cache.put(keys[job], found[job], lasting=job not in noisy)
         self.cache.save()
-        if not all(min(found[number].times) > 0 for number in found):
+        if not all(min(timed.times) > 0 for timed in found.values()):
             raise StatisticsError("a model took no time at all, so that nothing can be compared.")
-        return [found[number] for number in range(len(probes))]
+        return found
 
 
 def units_gone(graph: Graph, fractions: Mapping[str, float]) -> dict[str, int]:

@@ -80,7 +80,7 @@ def planned_parts(
     rows = []
     for part, choice, loss, share in zip(parts, solution.choices, losses, saved, strict=True):
         kept: dict[str, tuple[int, int]] = {}
-        for found, fraction in zip(part.dimensions, choice.kept, strict=True):
+        for found, fraction in () if choice.is_removed else zip(part.dimensions, choice.kept, strict=True):
             stay, of = kept.get(found.kind, (0, 0))
             kept[found.kind] = (stay + kept_count(found, fraction), of + found.size)
         rows.append(PlannedPart(part.name, choice.is_removed, kept, choice.pattern, choice.sparsity, loss, share))
@@ -117,7 +117,7 @@ def _kept(parts: Sequence[Part], solution: Solution) -> dict[str, float]:
     """The fractions that stay: by kind where all of a kind are alike, else by name."""
     by_kind: dict[str, dict[str, float]] = {}
     for part, choice in zip(parts, solution.choices, strict=True):
-        for found, fraction in zip(part.dimensions, choice.kept, strict=True):
+        for found, fraction in () if choice.is_removed else zip(part.dimensions, choice.kept, strict=True):
             by_kind.setdefault(found.kind, {})[found.name] = fraction
     keep: dict[str, float] = {}
     for kind, fractions in by_kind.items():
