@@ -17,7 +17,7 @@ _ROWS = 1 << 22  # elements of the rows that are solved together: what an iterat
 _SYSTEM = 1 << 24  # elements of the systems that are factorised together
 _DIRECT = 8.0  # what a multiplication of a small factorisation costs, in those of a large product
 _SMALL = 1 << 31  # multiplications of a large product that take no time worth saving
-_ENOUGH = 2e-3  # of the squared error, that is left to gain: the end of the iterations
+_ENOUGH = 5e-3  # of the squared error, that is left to gain: the end of the iterations
 _SLOWEST = 0.9  # at which gains are taken to shrink
 
 
@@ -35,7 +35,7 @@ def fit(dense: Weight, start: Weight, kept: Mask, gram: Tensor, iterations: int,
         start: ``[out, in]``, zero outside the mask. What does not move keeps its bits.
         kept: ``[out, in]`` bool.
         gram: H, damped, ``[groups, in, in]``.
-        iterations: of conjugate gradients, at most; they end where less than a thousandth of the error is left to gain.
+        iterations: of conjugate gradients, at most; they end where some 0.3 percent of the error is left to gain.
         height: rows that share a mask: rows ``[0, height)``, ``[height, 2 height)`` and so on.
 
     Raises:
