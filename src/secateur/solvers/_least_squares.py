@@ -18,7 +18,7 @@ _SYSTEM = 1 << 24  # elements of the systems that are factorised together
 _DIRECT = 8.0  # what a multiplication of a small factorisation costs, in those of a large product
 _SMALL = 1 << 31  # multiplications of a large product that take no time worth saving
 _ENOUGH = 5e-3  # of the squared error, that is left to gain: the end of the iterations
-_SLOWEST = 0.9  # at which gains are taken to shrink
+_SHRINKS = 1 / 3, 0.9  # the factors by which gains are taken to shrink: a first one may be far more than the next
 
 
 @torch.no_grad()
@@ -35,7 +35,8 @@ def fit(dense: Weight, start: Weight, kept: Mask, gram: Tensor, iterations: int,
         start: ``[out, in]``, zero outside the mask. What does not move keeps its bits.
         kept: ``[out, in]`` bool.
         gram: H, damped, ``[groups, in, in]``.
-        iterations: of conjugate gradients, at most; they end where some 0.3 percent of the error is left to gain.
+        iterations: of conjugate gradients, at most; they end where less than half a percent of the
+            squared error seems left to gain.
         height: rows that share a mask: rows ``[0, height)``, ``[height, 2 height)`` and so on.
 
     Raises:
@@ -152,9 +153,9 @@ def _gradients(residual: Tensor, energy: Tensor, kept: Mask, unit: Tensor, near:
         steps.addcmul_(length, direction)
         gained = float((length * square).sum(dtype=torch.float64))
         left -= gained
-        # Gains shrink by about the same factor each time: the sum of all to come.
-        shrinks = min(gained / before, _SLOWEST) if before else 0.0
-        if before < math.inf and gained * shrinks <= _ENOUGH * (1 - shrinks) * left:
+        # If gains shrink by the same factor each time, all to come are a geometric series.
+        shrinks = min(max(gained / before, _SHRINKS[0]), _SHRINKS[1]) if before else 0.0
+        if gained * shrinks <= _ENOUGH * (1 - shrinks) * left:
             break
         before = gained
         residual.addcmul_(length, product, value=-1)
