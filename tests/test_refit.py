@@ -8,6 +8,7 @@ import torch
 from secateur import NM, Block, Column, LayerProblem, LayerStatistics, Refit, Select, SolverError, Unstructured, Wanda
 from secateur.solvers import _least_squares
 from secateur.solvers._least_squares import fit
+from secateur.solvers._preconditioner import Preconditioner
 
 PATTERNS = [Unstructured("layer"), Unstructured("row"), NM(2, 4), Block(4, 4), Column()]
 WAYS = {"iterated": {"_SMALL": 0, "_DIRECT": 1e9}, "factorised": {"_SMALL": 1e12}}
@@ -123,3 +124,90 @@ def test_strongly_correlated_inputs_of_few_tokens_do_not_diverge(monkeypatch, pa
         for found in (start, fit(weight, start, mask, gram, 10))
     ]
     assert (errors[1] < 0.1 * errors[0]).all()
+
+
+def unit_of(columns=100, seed=0):
+    gram = torch.from_numpy(
+        reference.damped(
+            problem_of(NM(2, 4), torch.float64, columns=columns, seed=seed).statistics.gram[0].numpy(), 0.01
+        )
+    )
+    scale = gram.diagonal().sqrt()
+    return gram / scale / scale.unsqueeze(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_preconditioner_is_the_inverse_on_each_mask_of_strong_directions_and_a_diagonal(dtype):
+    unit = unit_of()
+    near = Preconditioner.of(unit.to(dtype))
+    values, vectors = np.linalg.eigh(unit.numpy())
+    strong = vectors[:, -10:] * np.sqrt(values[-10:])
+    whole = strong @ strong.T + np.diag(1 - (strong**2).sum(1))
+    kept = torch.rand(7, 100, generator=torch.Generator().manual_seed(1)) < 0.4
+    kept[3] = False
+    residual = torch.randn(7, 100, dtype=torch.float64) * kept
+    found = near.within(kept)(residual.to(dtype)).double().numpy()
+    for row in range(7):
+        columns = kept[row].numpy()
+        wanted = np.zeros(100)
+        wanted[columns] = np.linalg.solve(whole[np.ix_(columns, columns)], residual[row].numpy()[columns])
+        # Subspace iteration finds the directions to a few percent, which matters to no one.
+        assert np.linalg.norm(found[row] - wanted) <= 0.1 * np.linalg.norm(wanted)
+        assert not found[row][~columns].any()
+
+
+def test_the_preconditioner_is_symmetric_and_positive_for_every_mask():
+    near = Preconditioner.of(unit_of())
+    for seed in range(5):
+        kept = torch.rand(1, 100, generator=torch.Generator().manual_seed(seed)) < 0.2 * (seed + 1)
+        matrix = near.within(kept.expand(100, -1))(torch.eye(100, dtype=torch.float64) * kept)
+        torch.testing.assert_close(matrix, matrix.mT)
+        inside = matrix[kept[0]][:, kept[0]]
+        assert torch.linalg.eigvalsh(inside).min() > 0
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 9])
+def test_few_inputs_have_a_preconditioner_too(columns):
+    near = Preconditioner.of(torch.eye(columns))
+    residual = torch.ones(2, columns)
+    assert torch.isfinite(near.within(torch.ones(2, columns, dtype=torch.bool))(residual)).all()
+
+
+def test_correlated_inputs_take_few_iterations_and_then_no_more(monkeypatch):
+    """With the diagonal alone, ten iterations are several percent off here."""
+    for name, value in WAYS["iterated"].items():
+        monkeypatch.setattr(_least_squares, name, value)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64)).Q
+    mixing *= torch.arange(1, 257, dtype=torch.float64).unsqueeze(1) ** -1.0
+    inputs = torch.randn(1024, 256, generator=generator, dtype=torch.float64) @ mixing
+    gram = (inputs.T @ inputs)[None]
+    weight = torch.randn(64, 256, generator=generator, dtype=torch.float64)
+    statistics = LayerStatistics(1024, gram.diagonal(dim1=1, dim2=2).sqrt(), gram)
+    problem = LayerProblem(weight, statistics, Unstructured(), 0.7)
+    mask = Select(Wanda()).solve(problem).mask
+    best = error(problem, exact(problem, mask))
+    assert error(problem, reference_gradients(problem, mask, 10)) > 1.05 * best
+    solved = [error(problem, Refit(Select(Wanda()), iterations).solve(problem).weight) for iterations in (10, 40)]
+    assert solved[0] == solved[1]
+    assert best <= solved[0] <= 1.01 * best
+
+
+def reference_gradients(problem, mask, iterations):
+    """Conjugate gradients with the diagonal as preconditioner, row by row."""
+    hessian = reference.damped(problem.statistics.gram[0].numpy(), 0.01)
+    dense, rows = problem.weight.numpy(), []
+    for row, kept in zip(dense, mask.numpy(), strict=True):
+        solved = row * kept
+        residual = ((row - solved) @ hessian) * kept
+        direction = residual / np.diag(hessian)
+        for _ in range(iterations):
+            energy = residual @ (residual / np.diag(hessian))
+            product = (direction @ hessian) * kept
+            step = energy / (direction @ product)
+            solved = solved + step * direction
+            residual = residual - step * product
+            close = residual / np.diag(hessian)
+            direction = close + residual @ close / energy * direction
+        rows.append(solved)
+    return np.array(rows)

@@ -95,6 +95,7 @@ class Allocation:
         losses: what a pattern that fixes its own sparsity does to the model in each layer, in any unit. None derives it
             from the shares: a layer with a large share suffers little.
         needs_output: whether ``measure`` runs the model.
+        highest: the highest sparsity of a layer at a sparsity of the whole, where the recipe bounds none from above.
     """
 
     shares: Callable[[Sequence[Candidate], Target], Sequence[float] | Shares]
@@ -103,6 +104,7 @@ class Allocation:
     needs_of: Callable[[Solver], frozenset[Need]] = field(default=lambda method: frozenset())
     losses: Callable[[Sequence[Candidate], Target], Sequence[float]] | None = None
     needs_output: bool = False
+    highest: Callable[[float], float] = field(default=lambda sparsity: 1.0)
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,12 @@ def allocate(layers: Sequence[Candidate], allocation: str, target: Target) -> Al
 def is_settled(allocation: str, target: Target) -> bool:
     """Return whether every layer gets the target's sparsity, so that there is nothing to measure."""
     return allocation == "uniform" or target.sparsity in (0, 1) or target.bounds[0] == target.bounds[1]
+
+
+def bounds_of(allocation: str, sparsity: float, bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return the bounds of each sparsity: those of a recipe, or the allocation's own where it has none above."""
+    low, high = bounds
+    return low, high if high < 1 else max(low, ALLOCATIONS[allocation].highest(sparsity))
 
 
 def needs_of(allocation: str, method: Solver) -> frozenset[Need]:
@@ -292,6 +300,14 @@ def _sensitivities(layers: Sequence[Candidate], target: Target) -> list[Sensitiv
     return sensitivities(problems, target.method, target.sparsity, target.effect)
 
 
+_LEFT = 0.25  # of what uniform sparsity leaves, that every layer keeps
+
+
+def _three_quarters(sparsity: float) -> float:
+    """A measured loss says little about a layer that is all but gone, and on other inputs it may matter."""
+    return 1 - _LEFT * (1 - sparsity)
+
+
 def _losses(layers: Sequence[Candidate], target: Target) -> list[float]:
     return [candidate.measured.loss(candidate.pattern.sparsity) for candidate in layers]
 
@@ -303,5 +319,12 @@ ALLOCATIONS: dict[str, Allocation] = {
     "lamp": Allocation(_threshold, _magnitudes),
     "owl": Allocation(_owl, _outlying, needs=frozenset({"input_norm"})),
     "alpha": Allocation(_alpha, _exponents),
-    "sensitivity": Allocation(_sensitivity, _sensitivities, needs_of=curve_needs, losses=_losses, needs_output=True),
+    "sensitivity": Allocation(
+        _sensitivity,
+        _sensitivities,
+        needs_of=curve_needs,
+        losses=_losses,
+        needs_output=True,
+        highest=_three_quarters,
+    ),
 }

@@ -18,6 +18,7 @@ from secateur.pruning._allocation import (
     Candidate,
     Target,
     allocate,
+    bounds_of,
     is_settled,
     needs_of,
 )
@@ -93,7 +94,8 @@ def share_out(
         calibration: None for an allocation that needs none.
         progress: called with a description, the layers done and the number of layers.
     """
-    target = Target(recipe.goal, recipe.sparsity_bounds, recipe.method)
+    bounds = bounds_of(recipe.allocation, recipe.goal, recipe.sparsity_bounds)
+    target = Target(recipe.goal, bounds, recipe.method)
     scope = scope_of(recipe.method)
     candidates = [Candidate(layer, with_scope(patterns[layer.name], scope)) for layer in layers]
     allocation = ALLOCATIONS[recipe.allocation]

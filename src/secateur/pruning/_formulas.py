@@ -125,7 +125,7 @@ def hill_exponent(weight: Weight) -> float | None:
         weight: ``[out, in]``.
 
     Returns:
-        The exponent; None for a matrix with fewer than three eigenvalues, or with equal ones only.
+        The exponent; None for a matrix with fewer than three eigenvalues, or with ones that are equal up to rounding.
     """
     wide = weight.detach().double()
     values = torch.linalg.eigvalsh(wide @ wide.T if wide.shape[0] <= wide.shape[1] else wide.T @ wide)
@@ -136,7 +136,12 @@ def hill_exponent(weight: Weight) -> float | None:
     if tail < 1 or len(values) < 3:
         return None
     spread = float((values[-tail:] / values[-tail - 1]).log().sum())
-    return 1 + tail / spread if spread > 1e-9 else None
+    # The eigenvalues of an orthogonal matrix differ by some four roundings of its weights.
+    rounding = max(torch.finfo(weight.dtype).eps, _LEAST_ROUNDING)
+    return 1 + tail / spread if spread > 16 * rounding * tail else None
+
+
+_LEAST_ROUNDING = 1e-12  # of eigenvalues that are computed in float64
 
 
 def alpha_shares(

@@ -75,7 +75,8 @@ class Recipe:
             on the held-out batches, and notes that in the report: four times the time of solving. Without
             ``held_out``, 0.2 of the batches are held out then. A number sets the ``damping`` of the method and of all
             methods inside it; it is only a way to set those, and None after that.
-        sparsity_bounds: the lowest and the highest sparsity that an allocation may give a layer, at the end.
+        sparsity_bounds: the lowest and the highest sparsity that an allocation may give a layer, at the end. With a
+            highest of 1, ``sensitivity`` still leaves every layer a quarter of the share of the whole.
 
     Raises:
         RecipeError: an unknown method, allocation or rounding, a method that cannot round or that has no damping to

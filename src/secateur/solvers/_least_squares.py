@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from secateur._errors import SolverError
 from secateur._types import Mask, Weight
+from secateur.solvers._preconditioner import Preconditioner
 
 _ROWS = 1 << 22  # elements of the rows that are solved together: what an iteration touches stays in the cache
 _SYSTEM = 1 << 24  # elements of the systems that are factorised together
 _DIRECT = 8.0  # what a multiplication of a small factorisation costs, in those of a large product
 _SMALL = 1 << 31  # multiplications of a large product that take no time worth saving
+_ENOUGH = 5e-3  # of the squared error, that is left to gain: the end of the iterations
+_SHRINKS = 1 / 3, 0.9  # the factors by which gains are taken to shrink: a first one may be far more than the next
 
 
 @torch.no_grad()
@@ -21,16 +26,17 @@ def fit(dense: Weight, start: Weight, kept: Mask, gram: Tensor, iterations: int,
     r"""Return a weight with the same mask that is nearer to the dense one: :math:`\min_V \mathrm{tr}\,(W-V) H (W-V)^T`.
 
     Where the supports are small, or many rows share one, their systems are factorised, and the result is exact. The
-    other rows are solved at once by conjugate gradients with the diagonal as preconditioner, which never raises an
-    error. (A block Gauss-Seidel sweep as preconditioner takes fewer iterations on most layers, but its blocks are not
-    solved for each row's mask, so that it diverges where inputs are strongly correlated.)
+    other rows are solved at once by conjugate gradients, which never raise an error. What preconditions them is the
+    matrix's strongest directions and a diagonal, inverted for each row's mask: where inputs are correlated, as they are
+    in trained models, that takes a third of the iterations that a diagonal alone takes, or less.
 
     Args:
         dense: ``[out, in]``, W.
         start: ``[out, in]``, zero outside the mask. What does not move keeps its bits.
         kept: ``[out, in]`` bool.
         gram: H, damped, ``[groups, in, in]``.
-        iterations: of conjugate gradients.
+        iterations: of conjugate gradients, at most; they end where less than half a percent of the
+            squared error seems left to gain.
         height: rows that share a mask: rows ``[0, height)``, ``[height, 2 height)`` and so on.
 
     Raises:
@@ -45,16 +51,19 @@ def fit(dense: Weight, start: Weight, kept: Mask, gram: Tensor, iterations: int,
         shared = math.gcd(height, rows)  # a group may have a part of the rows that share a mask
         scale = h.diagonal().sqrt()
         unit = h / scale / scale.unsqueeze(1)
+        near = cache(partial(Preconditioner.of, unit))  # where it is needed
         for first in range(group * rows, (group + 1) * rows, size):
             part = slice(first, min(first + size, (group + 1) * rows))
             lost = (dense[part] - start[part]) * scale
-            step = _steps(lost, kept[part], unit, iterations, shared) / scale
+            step = _steps(lost, kept[part], unit, near, iterations, shared) / scale
             # Adding nothing would turn -0.0 into 0.0.
             result[part] = torch.where(step == 0, start[part], start[part] + step)
     return result
 
 
-def _steps(lost: Tensor, kept: Mask, unit: Tensor, iterations: int, height: int) -> Tensor:
+def _steps(
+    lost: Tensor, kept: Mask, unit: Tensor, near: Callable[[], Preconditioner], iterations: int, height: int
+) -> Tensor:
     """What to add to the start, for some rows and a matrix with a diagonal of ones."""
     residual = lost @ unit
     if not residual.isfinite().all():
@@ -76,7 +85,7 @@ def _steps(lost: Tensor, kept: Mask, unit: Tensor, iterations: int, height: int)
         open_rows &= ~solved
     rows = open_rows.nonzero().flatten()
     if len(rows):
-        steps[rows] = _gradients(residual[rows], kept[rows], unit, iterations)
+        steps[rows] = _gradients(residual[rows], energy[rows], kept[rows], unit, near(), iterations)
     return steps
 
 
@@ -118,20 +127,39 @@ def _factorised(residual: Tensor, kept: Mask, unit: Tensor, rows: Tensor, height
     return found.view_as(residual), solved.repeat_interleave(height) & rows
 
 
-def _gradients(residual: Tensor, kept: Mask, unit: Tensor, iterations: int) -> Tensor:
-    """The steps of conjugate gradients, ``[rows, in]``; the diagonal of the matrix is one, and so its own inverse."""
+def _gradients(residual: Tensor, energy: Tensor, kept: Mask, unit: Tensor, near: Preconditioner, most: int) -> Tensor:
+    """The steps of conjugate gradients, ``[rows, in]``, until what is left to gain is no longer worth a product.
+
+    Args:
+        residual: the slope, zero outside the mask; it is overwritten.
+        energy: the errors at the start, ``[rows]``.
+        kept: bool, as the residual.
+        unit: the matrix, with a diagonal of ones.
+        near: a stand-in for it.
+        most: iterations.
+    """
+    inverse = near.within(kept)
     kept = kept.to(residual)
-    steps, direction = torch.zeros_like(residual), residual.clone()
-    square = torch.linalg.vecdot(residual, residual).unsqueeze(1)
+    steps, product = torch.zeros_like(residual), torch.empty_like(residual)
+    direction = inverse(residual)
+    square = torch.linalg.vecdot(residual, direction).unsqueeze(1)
     # A solved row's residual is the noise of rounding, which further steps would amplify: it stands still.
     noise = square * torch.finfo(square.dtype).eps ** 2
-    product = torch.empty_like(residual)
-    for _ in range(iterations):
+    left, before = float(energy.sum(dtype=torch.float64)), math.inf
+    for _ in range(most):
         torch.mm(direction, unit, out=product).mul_(kept)
         curvature = torch.linalg.vecdot(direction, product).unsqueeze(1)
         length = torch.where((curvature > 0) & (square > noise), square / curvature, 0.0)
         steps.addcmul_(length, direction)
+        gained = float((length * square).sum(dtype=torch.float64))
+        left -= gained
+        # If gains shrink by the same factor each time, all to come are a geometric series.
+        shrinks = min(max(gained / before, _SHRINKS[0]), _SHRINKS[1]) if before else 0.0
+        if gained * shrinks <= _ENOUGH * (1 - shrinks) * left:
+            break
+        before = gained
         residual.addcmul_(length, product, value=-1)
-        before, square = square, torch.linalg.vecdot(residual, residual).unsqueeze(1)
-        direction.mul_(torch.where(before > 0, square / before, 0.0)).add_(residual)
+        close = inverse(residual)
+        last, square = square, torch.linalg.vecdot(residual, close).unsqueeze(1)
+        direction.mul_(torch.where(last > 0, square / last, 0.0)).add_(close)
     return steps
