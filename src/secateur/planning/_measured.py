@@ -75,7 +75,7 @@ class Measured:
             found: tuple[Solution, Timed] | None = None
             for number in range(_ROUNDS):
                 solution = self.problem.solve(target)
-                if found is not None and solution.choices == found[0].choices and solution.way == found[0].way:
+                if found is not None and (solution.choices, solution.way) == (found[0].choices, found[0].way):
                     break
                 progress("timing the model as it would be", number, _ROUNDS)
                 timed = self.correct(solution)
@@ -85,6 +85,13 @@ class Measured:
                 if off <= _CLOSE and self.reaches(target, timed):
                     break
             assert found is not None
+            if not self.reaches(target, found[1]):
+                times = ", ".join(f"{value:.2f}" for value in found[1].times)
+                raise RecipeError(
+                    f"the target {target.text} cannot be reached: the model that was predicted to reach it is {times} "
+                    f"times as fast, in {found[1].nbytes / 1e6:.1f} MB, as measured.\nGive at most "
+                    f"{min(found[1].times):.1f}x, allow more means, or fewer shapes."
+                )
             return found
 
     def correct(self, solution: Solution) -> Timed:

@@ -21,6 +21,7 @@ from secateur.pruning import Option, choose
 _TOTALS = 1 << 16  # totals of costs that are told apart, over all budgets: a hundredth of a percent for one of them
 _UNIFORM = 1.02  # a model in which all parts are alike may lose this many times as much, and is taken
 _SPEEDS = 16  # of the frontier
+_FLOOR = 0.01  # of the dense model's time in PyTorch, which no prediction is below
 _MOST_UNIFORM = 4096  # choices of one size for all parts that are looked at
 
 
@@ -224,7 +225,8 @@ class Problem:
                 self.costs[way].of(part, choice), 0.0 if choice.is_removed else self._parameters_of(part, choice)
             )
             lost += 0.0 if choice.is_removed else self.effects.of(part, choice)
-        milliseconds = tuple(float(value) for value in spent[:-2])
+        # What parts save adds up to more than there is where they share weights: nothing takes no time.
+        milliseconds = tuple(max(float(value), _FLOOR * dense) for value, dense in zip(spent, self.dense, strict=False))
         times = tuple(dense / max(own, 1e-9) for dense, own in zip(self.dense, milliseconds, strict=True))
         return Solution(
             way, depth, tuple(choices), milliseconds, times, round(spent[-2]), round(spent[-1]), lost, is_uniform

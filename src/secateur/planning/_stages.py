@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.graph import Graph
+from secateur.graph import KINDS, Graph
 from secateur.planning._means import stage_of
 from secateur.planning._parts import Part
 from secateur.planning._probes import Probe, units_gone
@@ -124,8 +124,10 @@ def _kept(parts: Sequence[Part], solution: Solution) -> dict[str, float]:
         if len(set(fractions.values())) == 1:
             fraction = next(iter(fractions.values()))
             keep |= {kind: fraction} if fraction < 1 else {}
-        else:
-            keep |= {name: fraction for name, fraction in fractions.items() if fraction < 1}
+            continue
+        # A dimension that is called as its kind has no name of its own: all others of the kind are named then.
+        named = set(fractions) & set(KINDS)
+        keep |= {name: fraction for name, fraction in fractions.items() if fraction < 1 or named}
     return keep
 
 

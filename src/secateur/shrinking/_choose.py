@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from secateur._errors import RecipeError
-from secateur.graph import Dimension, Graph
+from secateur.graph import KINDS, Dimension, Graph
 
 Scores = Mapping[str, NDArray[np.float64]]
 
@@ -36,9 +36,11 @@ def keep_fractions(
     grains, steps = grains or {}, steps or {}
     removed: dict[str, tuple[int, ...]] = {}
     for key, fraction in keep.items():
-        dimensions = [found for found in graph.dimensions if found.name == key]
-        if not dimensions:  # a kind; of its dimensions, those that are named have a fraction of their own
-            dimensions = [found for found in graph.dimensions if found.kind == key and found.name not in keep]
+        # Of the dimensions of a kind, those that are named have a fraction of their own.
+        names = {found.name for found in graph.dimensions} & set(keep) - set(KINDS)
+        dimensions = [found for found in graph.dimensions if found.kind == key and found.name not in names]
+        if key not in KINDS:
+            dimensions = [found for found in graph.dimensions if found.name == key]
         if not dimensions:
             raise RecipeError(
                 f"the model has no {key} that could go; it has {', '.join(graph.kinds) or 'nothing'}.\n"
