@@ -1,6 +1,19 @@
 """The ``secateur`` command: one file for each of its verbs."""
 
-from secateur.cli import _bench, _compare, _demo, _evaluate, _export, _inspect, _pack, _prune, _recover, _run, _shrink
+from secateur.cli import (
+    _bench,
+    _compare,
+    _demo,
+    _evaluate,
+    _export,
+    _inspect,
+    _pack,
+    _plan,
+    _prune,
+    _recover,
+    _run,
+    _shrink,
+)
 from secateur.cli._app import app as app
 from secateur.cli._app import main as main
 
@@ -11,6 +24,8 @@ for _command in (
     _recover.recover,
     _evaluate.evaluate,
     _run.run,
+    _plan.plan,
+    _plan.optimize,
     _inspect.inspect,
     _pack.pack,
     _export.export,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from secateur.cli._app import say, show, show_progress, user_errors, written_or_printed
-from secateur.cli._options import AsJson, Html, SequenceLength, Threads
+from secateur.cli._options import AsJson, Html, SequenceLength, Threads, shapes_of
 
 
 def compare(
@@ -37,7 +36,6 @@ def compare(
         from secateur.comparison import compare_directory
         from secateur.files import check_file
 
-        shapes = None if not shape else [_shape(text) for text in shape]
         if html is not None:
             check_file(html)
         with show_progress() as progress:
@@ -45,7 +43,7 @@ def compare(
                 model,
                 evaluate,
                 dense=dense,
-                shapes=shapes,
+                shapes=shapes_of(shape),
                 ways=way or None,
                 metric=metric,
                 sequence_length=sequence_length,
@@ -57,12 +55,3 @@ def compare(
             return
         show(*report.tables)
         say(str(report))
-
-
-def _shape(text: str) -> tuple[int, int]:
-    from secateur._errors import RecipeError
-
-    found = re.fullmatch(r"\s*(\d{1,6})\s*[x\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*", text)
-    if found is None:
-        raise RecipeError(f"--shape is texts x tokens, such as 8x64; got {text!r:.40}.")
-    return int(found[1]), int(found[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -31,3 +33,21 @@ Select = Annotated[
 ]
 Evaluate = Annotated[Path | None, typer.Option(help="File to measure on, before and after: text, pairs or labels.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: a GPU if there is one.")]
+
+
+def shapes_of(given: Sequence[str] | None) -> list[tuple[int, int]] | None:
+    """Return shapes of inputs such as ``8x64``: texts, and tokens in each; None without any.
+
+    Raises:
+        RecipeError: a text is no shape.
+    """
+    return [_shape(text) for text in given] if given else None
+
+
+def _shape(text: str) -> tuple[int, int]:
+    from secateur._errors import RecipeError
+
+    found = re.fullmatch(r"\s*(\d{1,6})\s*[x\N{MULTIPLICATION SIGN}]\s*(\d{1,6})\s*", text)
+    if found is None:
+        raise RecipeError(f"--shape is texts x tokens, such as 8x64; got {text!r:.40}.")
+    return int(found[1]), int(found[2])

@@ -55,6 +55,14 @@ class Plan:
     Args:
         report: targets, predictions, the frontier, and what happens to each part.
         solution: what was decided; None where only the frontier was asked for.
+
+    Example:
+        >>> import torch, secateur
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+        >>> plan = secateur.plan(model, [torch.randn(64, 64)], engines=["torch"], allow=["channels"])
+        >>> plan.stages, plan.solve("params=0.3").stages
+        ((), ({'run': 'shrink', 'keep': {'channels': 0.25}},))
     """
 
     report: PlanReport

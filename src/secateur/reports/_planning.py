@@ -13,6 +13,7 @@ from typing import Any
 
 from secateur.reports._checked import checked
 from secateur.reports._compare_records import plain, shape_text
+from secateur.reports._plan_page import PageFacts, plan_page
 from secateur.reports._plan_records import PlannedPart, PlanPoint
 from secateur.reports._plan_rows import (
     differences_table,
@@ -270,6 +271,25 @@ class PlanReport:
             cells = [kind, point.title, point.way, point.speedup, *point.milliseconds, point.nbytes, point.parameters]
             writer.writerow([*cells, point.loss, point.figure])
         return out.getvalue()
+
+    def to_html(self) -> str:
+        """Return one self-contained HTML page with the picture; it loads nothing and runs nothing."""
+        facts = PageFacts(
+            model=self.model,
+            lines=self._lines(),
+            dense=self.dense,
+            alternatives=self.alternatives,
+            candidates=self.candidates,
+            frontier=self.frontier,
+            chosen=self.chosen,
+            is_measured=self.measured is not None,
+            parts=self.parts,
+            metric=self.metric,
+            measure=self.measure,
+            needed=self.needed_times,
+            allowed=self.allowed_figure,
+        )
+        return plan_page(facts, self.tables)
 
     def to_markdown(self) -> str:
         """Return the summary and the tables as Markdown."""

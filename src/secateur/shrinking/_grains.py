@@ -1,4 +1,4 @@
-"""How many units in a row must go together, so that the pattern of a pruned layer stays what it is."""
+"""How many units must go together: so that the pattern of a pruned layer stays, and that sizes are multiples."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from secateur.graph import Graph
+from secateur.graph import Dimension, Graph
 from secateur.layers import Layer
 from secateur.patterns import NM, Block, SparsityPattern, satisfied
 from secateur.reports import Report, Stage
 from secateur.shrinking._consumers import Consumers
+
+_ALIGNED = 8  # neurons of experts in a stack
 
 
 def grains_of(
@@ -87,3 +90,15 @@ def _step(indices: NDArray[np.int64], width: int) -> int:
     runs = groups.reshape(len(groups), -1, width)
     is_whole = (runs[..., 0] % width == 0) & (runs[..., -1] - runs[..., 0] == width - 1)
     return step if bool(is_whole.all()) else 0
+
+
+def step_of(model: nn.Module, dimension: Dimension, round_to: int) -> int:
+    """Return of what the number of units of a dimension that stay must be a multiple."""
+    if dimension.kind not in ("ffn", "channels", "hidden"):
+        return 1
+    # Grouped products of stacked experts take strides of whole 16 bytes.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stacked = dimension.kind == "ffn" and any(
+        place.tensor in parameters and parameters[place.tensor].ndim == 3 for place in dimension.places
+    )
+    return int(np.lcm(round_to, _ALIGNED)) if stacked else round_to

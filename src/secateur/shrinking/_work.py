@@ -41,7 +41,7 @@ from secateur.shrinking._choose import fraction_for, keep_fractions, kept_count,
 from secateur.shrinking._compensate import ConsumerError, fold_, mask_and_fit_
 from secateur.shrinking._consumers import find_consumers
 from secateur.shrinking._expert_scores import score_experts
-from secateur.shrinking._grains import grains_of
+from secateur.shrinking._grains import grains_of, step_of
 from secateur.shrinking._macs import macs_left
 from secateur.shrinking._method import Method
 from secateur.shrinking._score import by_stage, score_units
@@ -51,7 +51,6 @@ from secateur.surgery import Proof, Saved, Undo, prove, remove_, zero_
 
 _UNITS = ("ffn", "heads", "channels", "experts")  # what goes to reach a target: kinds that keep the function exact
 _ROOM = 1 << 28  # numbers in the Gram matrices of all layers together
-_ALIGNED = 8  # neurons of experts in a stack
 _PROVED = 4  # batches on which the smaller model is compared
 
 Units = dict[str, tuple[int, ...]]
@@ -143,7 +142,7 @@ class Shrinking:
         self._hash = structure_hash(model)
         self._before = model_size(model, inputs.batches[0], inputs.forward)
         self._scores: dict[str, NDArray[np.float64]] = {}
-        self._steps = {d.name: step for d in graph.dimensions if (step := _step(model, d, settings.round_to)) > 1}
+        self._steps = {d.name: step for d in graph.dimensions if (step := step_of(model, d, settings.round_to)) > 1}
         self._blocks = {
             dimension.name: tuple(name for name, _ in model.get_submodule(dimension.name).named_children())
             for dimension in graph.of_kind("layers")
@@ -477,18 +476,6 @@ class Shrinking:
             _mean(after),
             tuple(dict.fromkeys(notes)),
         )
-
-
-def _step(model: nn.Module, dimension: Dimension, round_to: int) -> int:
-    """Of what the number of units that stay must be a multiple."""
-    if dimension.kind not in ("ffn", "channels", "hidden"):
-        return 1
-    # Grouped products of stacked experts take strides of whole 16 bytes.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    stacked = dimension.kind == "ffn" and any(
-        place.tensor in parameters and parameters[place.tensor].ndim == 3 for place in dimension.places
-    )
-    return int(np.lcm(round_to, _ALIGNED)) if stacked else round_to
 
 
 def _mean(values: Sequence[float]) -> float | None:
