@@ -134,6 +134,7 @@ PUBLIC = [
     "fold_",
     "load",
     "masks",
+    "optimize_",
     "pack_",
     "permute_",
     "plan",

@@ -257,6 +257,30 @@ class TestPlans:
             plan.export(tmp_path / "out")
 
 
+class TestOptimize:
+    def test_the_model_becomes_what_was_planned_and_trained(self, monkeypatch):
+        times_by_size(monkeypatch)
+        model, dense = residual(), residual()
+        means = {"engines": ENGINES, "allow": ["layers", "ffn"]}
+        report = secateur.optimize_(model, inputs(12), target="2x", minutes=0.1, **means)
+        assert report.reached
+        assert weights_of(dense) / weights_of(model) >= 2.0
+        assert report.measured.figure <= min(point.figure for point in report.candidates) + 1e-9
+        with torch.no_grad():
+            batch = inputs(2, seed=5)[0]
+            error = (model(batch) - dense(batch)).square().sum() / dense(batch).square().sum()
+        assert error < 0.5
+        assert report.stages[-1] == {"run": "recover"}
+
+    def test_a_target_that_cannot_be_reached_leaves_the_model_as_it_was(self, monkeypatch):
+        times_by_size(monkeypatch)
+        model = residual()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(secateur.RecipeError, match="cannot be reached"):
+            secateur.optimize_(model, inputs(), target="400x", minutes=0.1, engines=ENGINES, allow=["ffn"])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_keep_by_name_and_remove_go_together():
     model = residual()
     report = secateur.shrink_(model, inputs(), remove={"blocks": [1]}, keep={"blocks.0.ffn": 0.5, "blocks.2.ffn": 0.25})

@@ -44,6 +44,7 @@ from secateur.permuting import PermutationReport as PermutationReport
 from secateur.permuting import permute_ as permute_
 from secateur.pipeline import Pipeline as Pipeline
 from secateur.planning import Plan as Plan
+from secateur.planning import optimize_ as optimize_
 from secateur.planning import plan as plan
 from secateur.pruning import Recipe as Recipe
 from secateur.pruning import allocate as allocate
