@@ -114,7 +114,7 @@ class _Given(Means):
 
 
 class TestSolutions:
-    @pytest.mark.parametrize("shapes", [1, 2])
+    @pytest.mark.parametrize("shapes", [1, 2, 3])
     @pytest.mark.parametrize("seed", range(8))
     def test_the_choice_is_that_of_trying_all(self, seed, shapes):
         found, costs, losses = problem(seed, shapes)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from secateur import RecipeError
-from secateur.pruning import Option, choose
+from secateur.pruning import Option, choose, choose_many
 
 
 def drawn(seed, layers=4, options=4, budgets=1, step=1):
@@ -103,3 +103,18 @@ def test_nearest_may_lie_above_and_of_equal_totals_the_least_loss_counts():
 def test_what_cannot_be_solved_is_said_with_what_is_possible(layers, budgets, message):
     with pytest.raises(RecipeError, match=message):
         choose(layers, budgets)
+
+
+@pytest.mark.parametrize("budgets", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_integer_program_is_what_trying_all_choices_gives(seed, budgets):
+    layers = drawn(seed, budgets=budgets)
+    limits = (55, 60 + seed, 58)[:budgets]
+    best = by_trying(layers, limits)
+    picked = choose_many([[(option.costs, option.loss) for option in options] for options in layers], limits)
+    if best is None:
+        assert picked is None
+        return
+    chosen = [options[number] for options, number in zip(layers, picked, strict=True)]
+    assert sum(option.loss for option in chosen) == pytest.approx(best)
+    assert all(sum(option.costs[axis] for option in chosen) <= limit for axis, limit in enumerate(limits))

@@ -16,7 +16,7 @@ from secateur.planning._effects import Depth, Effects
 from secateur.planning._means import Choice, Means
 from secateur.planning._parts import Part
 from secateur.planning._target import Target
-from secateur.pruning import Option, choose
+from secateur.pruning import Option, choose, choose_many
 
 _TOTALS = 1 << 16  # totals of costs that are told apart, over all budgets: a hundredth of a percent for one of them
 _UNIFORM = 1.02  # a model in which all parts are alike may lose this many times as much, and is taken
@@ -242,22 +242,10 @@ class Problem:
             return None
         if not bound:
             return self._made(way, depth, [min(row, key=lambda one: one[2])[0] for row in rows])
-        # With more than two limits, those are kept to first that the best choice without them would exceed most.
-        chosen = bound[:2]
-        for _ in range(len(bound)):
-            picked = self._within(rows, least, room, chosen)
-            if picked is None:
-                return None
-            spent = sum(
-                (row[number][1] - low for row, number, low in zip(rows, picked, least, strict=True)),
-                np.zeros_like(room),
-            )
-            over = {axis: spent[axis] / max(room[axis], 1e-9) for axis in bound if spent[axis] > room[axis] + 1e-9}
-            if not over:
-                return self._made(way, depth, [row[number][0] for row, number in zip(rows, picked, strict=True)])
-            worst = max(over, key=lambda axis: over[axis])
-            chosen = [worst, *(axis for axis in chosen if axis != worst)][:2]
-        return None
+        picked = self._within(rows, least, room, bound)
+        if picked is None:
+            return None
+        return self._made(way, depth, [row[number][0] for row, number in zip(rows, picked, strict=True)])
 
     @staticmethod
     def _within(
@@ -266,6 +254,12 @@ class Problem:
         room: NDArray[np.float64],
         axes: Sequence[int],
     ) -> tuple[int, ...] | None:
+        if len(axes) > 2:
+            many = [
+                [(tuple(spent[axis] - low[axis] for axis in axes), lost) for _, spent, lost in row]
+                for row, low in zip(rows, least, strict=True)
+            ]
+            return choose_many(many, [room[axis] for axis in axes])
         totals = round(_TOTALS ** (1 / len(axes)))
         units = [max(room[axis], 1e-9) / totals for axis in axes]
         layers = []

@@ -11,3 +11,4 @@ from secateur.pruning._recipe import Recipe as Recipe
 from secateur.pruning._solve import Chosen as Chosen
 from secateur.pruning._solve import Option as Option
 from secateur.pruning._solve import choose as choose
+from secateur.pruning._solve import choose_many as choose_many

@@ -1,10 +1,14 @@
-"""Choose one option for each layer, at the least loss, under one or two budgets: exact, by dynamic programming."""
+"""Choose one option for each layer, at the least loss, under budgets: exact.
+
+One or two budgets by dynamic programming over whole numbers, more by an integer program.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -13,6 +17,7 @@ from secateur._errors import RecipeError
 
 Within: TypeAlias = Literal["at most", "nearest"]
 
+_INFEASIBLE = 2  # the status of scipy
 _MOST_STATES = 1 << 22  # totals that are told apart; there is one byte or two for each of them and each layer
 
 
@@ -144,3 +149,60 @@ def _added(best: np.ndarray, options: Sequence[Option], units: Sequence[int]) ->
         np.copyto(after[to], loss, where=better)
         step[to][better] = number
     return after, step
+
+
+def choose_many(
+    layers: Sequence[Sequence[tuple[Sequence[float], float]]], budgets: Sequence[float]
+) -> tuple[int, ...] | None:
+    r"""Return the number of one option for each layer, of the choice with the least loss under any number of budgets.
+
+    As :func:`choose`, for costs that are no whole numbers, or more than two budgets: an integer program, which HiGHS
+    solves to the end.
+
+    Args:
+        layers: the options of each layer: what each costs of each budget, and what it loses.
+        budgets: what all layers together may cost.
+
+    Returns:
+        None if no choice is within all budgets.
+
+    Raises:
+        ImportError: scipy is missing.
+        RecipeError: the solver gave up.
+
+    Example:
+        >>> from secateur.pruning import choose_many
+        >>> large, small = (4.0, 1.0, 1.0), (2.0, 1.0, 1.0)
+        >>> layers = [[(large, 0.0), (small, 0.3)], [(large, 0.0), (small, 0.1)]]
+        >>> choose_many(layers, (6.0, 2.0, 2.0)), choose_many(layers, (3.0, 2.0, 2.0))
+        ((0, 1), None)
+    """
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+    except ImportError as error:
+        raise ImportError(
+            "more than two budgets, such as times at three shapes, are solved by scipy, which is missing: pip install "
+            "'secateur[plan]'"
+        ) from error
+    flat = [option for options in layers for option in options]
+    owner = np.repeat(np.arange(len(layers)), [len(options) for options in layers])
+    one_each = (owner == np.arange(len(layers))[:, None]).astype(float)
+    spent = np.array([costs for costs, _ in flat], dtype=float).T
+    scale = np.maximum(np.abs(spent).max(axis=1), 1e-12)
+    found = milp(
+        np.array([loss for _, loss in flat]),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(spent / scale[:, None], -np.inf, np.asarray(budgets, dtype=float) / scale),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.status == _INFEASIBLE:
+        return None
+    if found.x is None or found.status != 0:
+        raise RecipeError(f"the integer program for {len(layers)} parts was not solved: {found.message}")
+    taken = np.round(found.x).astype(bool)
+    starts = np.cumsum([0, *(len(options) for options in layers)])
+    return tuple(int(np.flatnonzero(taken[start:end])[0]) for start, end in pairwise(starts))
