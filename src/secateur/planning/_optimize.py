@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -269,24 +269,35 @@ class _Run:
                 found.append((plan, plan.timed))
                 continue
             self.progress(f"trying {plan.title}", place, len(plans))
-            recipe = self._recipe(plan, [self._short()], evaluate=self.texts / _CHOOSE)
-            _, report = self._run_pipeline(plan, recipe)
-            figure = report.stages[-1].figures.get(self.metric)
-            found.append((plan, replace(plan.timed, figure=figure)))
+            _, report = self._run_pipeline(plan, self._recipe(plan, [self._short()]))
+            measured = self._chooser.measure(report.stages[-1].directory, self.progress)
+            found.append((plan, replace(plan.timed, figure=measured[self._chosen_by])))
         return found
+
+    @property
+    def _chosen_by(self) -> str:
+        """The figure that decides between models: text alone does, whatever the result is reported on."""
+        return self._first_metric(self.texts / _CHOOSE)
+
+    @cached_property
+    def _chooser(self) -> DirectoryEvaluation:
+        """Measures models on text that nobody learned from; the dense one once."""
+        return DirectoryEvaluation(
+            self.source, [self.texts / _CHOOSE], has_dense=True, metrics=[self._chosen_by], device="cpu"
+        )
 
     def best(self, tried: Sequence[tuple[_Plan, PlanPoint]], report: PlanReport) -> int:
         """The number of the model to go on with."""
         if len(tried) == 1:
             return 0
-        sign = 1 if METRICS[self.metric].higher_is_better else -1
+        sign = 1 if METRICS[self._chosen_by].higher_is_better else -1
         whole = [place for place, (plan, _) in enumerate(tried) if not plan.stages]
         if self.request.target.text:
             if whole:
                 return whole[0]  # nothing is removed
             known = [-math.inf if point.figure is None else sign * point.figure for _, point in tried]
             return known.index(max(known))
-        dense = self._dense_figure(self.texts / _CHOOSE)
+        dense = self._chooser.dense_figures(self.progress)[self._chosen_by]
         order = sorted(range(len(tried)), key=lambda place: -tried[place][1].speedup)
         for place in order:
             figure = tried[place][1].figure
@@ -336,7 +347,7 @@ class _Run:
             measured=point,
             parts=tuple(PlannedPart.from_dict(table) for table in plan.parts),
             stages=(*plan.stages, *trainings, *([plan.export] if plan.export else [])),
-            reached=self._reached(point, dense, higher),
+            reached=self._reached(point, dense, higher, report.dense.parameters),
             phases={**report.phases, "in all": time.perf_counter() - self.began + self.spent},
         )
         self._write(step.path / "model", plan, trainings, report, overwrite)
@@ -357,12 +368,13 @@ class _Run:
             milliseconds.append(1e3 * median(seconds["made"]))
         return tuple(times), tuple(milliseconds)
 
-    def _reached(self, point: PlanPoint, dense: float | None, higher: bool) -> bool:
+    def _reached(self, point: PlanPoint, dense: float | None, higher: bool, parameters: int) -> bool:
         target = self.request.target
         fits = (
             (target.speedup is None or point.speedup >= target.speedup)
             and (target.milliseconds is None or max(point.milliseconds) <= target.milliseconds)
             and (target.nbytes is None or point.nbytes <= target.nbytes)
+            and (target.parameters is None or point.parameters <= target.parameters * parameters)
         )
         if point.figure is None or dense is None:
             return fits and not self.request.max_loss.text
@@ -371,12 +383,11 @@ class _Run:
     @property
     def metric(self) -> str:
         """The figure that the result is reported by: the first that the file gives."""
-        gives = directory_figures(directory_without_weights(self.source), self.reported, True)[0]
-        return next(name for name in _METRICS if name in gives)
+        return self._first_metric(self.reported)
 
-    def _dense_figure(self, file: Path) -> float:
-        evaluation = DirectoryEvaluation(self.source, [file], has_dense=True, metrics=[self.metric], device="cpu")
-        return evaluation.dense_figures(self.progress)[self.metric]
+    def _first_metric(self, file: Path) -> str:
+        gives = directory_figures(directory_without_weights(self.source), file, True)[0]
+        return next(name for name in _METRICS if name in gives)
 
     def _short(self) -> dict[str, Any]:
         return self._training(max(_LEAST, _SHORT * self.minutes))
@@ -396,7 +407,7 @@ class _Run:
         plan: _Plan,
         trainings: Sequence[Mapping[str, Any]],
         *,
-        evaluate: Path,
+        evaluate: Path | None = None,
         shapes: Sequence[Sequence[int]] = (),
         export: bool = False,
         folder: Path | None = None,
@@ -417,8 +428,9 @@ class _Run:
         stages += [{**stage, "calibration": place(self.texts / _LEARN)} for stage in trainings]
         if export and plan.export:
             stages.append(dict(plan.export))
-        gates = {"gates": list(self.gates)} if export and self.gates else {}
-        stages.append({"run": "evaluate", "data": place(evaluate), **gates})
+        gates = {"gates": list(self.gates)} if self.gates else {}
+        if evaluate is not None:
+            stages.append({"run": "evaluate", "data": place(evaluate), **gates})
         table: dict[str, Any] = {"schema": 1, "seed": request.seed}
         if shapes:
             table["shapes"] = [f"{rows}x{length}" for rows, length in shapes]
