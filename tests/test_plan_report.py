@@ -43,7 +43,7 @@ def report(**changes):
         PARTS,
         (((2.1, 19.0), (2.2, 19.5)),),
         ({"run": "shrink", "remove": {"encoder.layer": [1]}}, {"run": "recover", "minutes": 5.0}),
-        {"engines": 40.0, "in all": 900.0},
+        {"engines": 40.0, "training": 900.0},
         True,
         2,
     )

@@ -215,9 +215,14 @@ class _Run:
         return self.texts / _REPORT if self.evaluate is None else Path(self.evaluate)
 
     @property
+    def _seconds(self) -> float:
+        """That were spent on all of it so far."""
+        return time.perf_counter() - self.began + self.spent
+
+    @property
     def left(self) -> float:
         """Minutes that are left."""
-        return self.minutes - (time.perf_counter() - self.began + self.spent) / 60
+        return self.minutes - self._seconds / 60
 
     def planned(self, facts: Mapping[str, str], split: Any, threads: int) -> tuple[list[_Plan], PlanReport]:
         """The models to try, and what is known before any is made."""
@@ -352,7 +357,7 @@ class _Run:
             parts=tuple(PlannedPart.from_dict(table) for table in plan.parts),
             stages=(*plan.stages, *trainings, *([plan.export] if plan.export else [])),
             reached=self._reached(point, dense, higher, report.dense.parameters),
-            phases={**report.phases, "in all": time.perf_counter() - self.began + self.spent},
+            phases={**report.phases, "making and training": max(0.0, self._seconds - sum(report.phases.values()))},
         )
         self._write(step.path / "model", plan, trainings, report, overwrite)
         return report

@@ -188,5 +188,5 @@ def _report(
         measured=point(best),
         parts=planned(measured, solution),
         stages=(*stages, *([stage] if (stage := export_stage(solution)) else [])),
-        phases={**report.phases, "in all": seconds},
+        phases={**report.phases, "making and training": max(0.0, seconds - sum(report.phases.values()))},
     )

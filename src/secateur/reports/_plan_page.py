@@ -9,12 +9,14 @@ from html import escape
 
 from secateur.reports._drawing import Canvas, path, text_at, ticks, time_ticks, tip
 from secateur.reports._html import Fact, tables_page
+from secateur.reports._label_places import Box
 from secateur.reports._plan_records import PlannedPart, PlanPoint
 from secateur.reports._tables import Table, figure, sentence
 
 _WIDE = Canvas("wide", 1040, 420, 64, 13, True)
 _NARROW = Canvas("slim", 358, 330, 50, 12, False)
 _ROOM = 1.08  # beyond the slowest and the fastest point
+_LETTER = 6.8  # width of a letter of a label
 _HIGHEST = 4.0  # times the loss of the chosen model, above which a predicted curve is not drawn: it would flatten all
 
 
@@ -119,7 +121,11 @@ def _drawn(
         curve = [point for point in curve if _value(point, True) <= highest]
         points = [point for point in points if _value(point, True) <= highest]
     shown = [*points, *curve]
-    speeds = [point.speedup for point in shown] + [1.0] + ([facts.needed] if facts.needed else [])
+    # Both panels have one horizontal axis.
+    alike = [facts.dense, *facts.alternatives, *facts.candidates, *facts.frontier]
+    if facts.chosen is not None and facts.chosen.loss:
+        alike = [point for point in alike if (point.loss or 0.0) <= _HIGHEST * facts.chosen.loss]
+    speeds = [point.speedup for point in (*alike, *shown)] + [1.0] + ([facts.needed] if facts.needed else [])
     values = [_value(point, is_loss) for point in shown] + ([allowed] if allowed is not None else [])
     values += [0.0] if is_loss else []
     low, high = min(speeds) / _ROOM, max(speeds) * _ROOM
@@ -160,15 +166,33 @@ def _drawn(
         x, y = at(point.speedup, _value(point, is_loss))
         kind = "ours on" if is_chosen else "ours" if point in facts.candidates else "dense"
         parts.append(f'<g class="{kind}"><circle class="dot" cx="{x:g}" cy="{y:g}" r="{8 if is_chosen else 5}"/></g>')
-        if is_chosen or canvas.labels_all:
-            end = x > (left + right) / 2
+    taken: list[Box] = []
+    for point in sorted(points, key=lambda one: one is not facts.chosen):
+        if point is facts.chosen or canvas.labels_all:
             label = point.way if point.title == "dense" else point.title
-            parts.append(text_at(x - 11 if end else x + 11, y + 4, label, "label", "end" if end else "start"))
+            parts.append(_label(label, at(point.speedup, _value(point, is_loss)), (left, right), taken))
     for point in shown:
         value = _value(point, is_loss)
         lines = [point.title, point.way, f"{point.speedup:.2f} times as fast", f"{name} {figure(value)}"]
         parts.append(tip(canvas, lines, at(point.speedup, value), "way ours", 9))
     return "\n".join(part for part in [*parts, "</svg>"] if part)
+
+
+def _label(text: str, place: tuple[float, float], ends: tuple[float, float], taken: list[Box]) -> str:
+    """A label beside its point where no other one is, or a line above or below; else none: a pointer shows it."""
+    x, y = place
+    width = len(text) * _LETTER
+    for side in (1, -1) if x < sum(ends) / 2 else (-1, 1):
+        begin = x + 11 if side > 0 else x - 11 - width
+        if begin < ends[0] - 40 or begin + width > ends[1] + 10:
+            continue
+        for down in (0, -15, 15, -30, 30):
+            box = (begin, y + down - 7, begin + width, y + down + 7)
+            if all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken):
+                taken.append(box)
+                anchor = "start" if side > 0 else "end"
+                return text_at(x + 11 * side, y + down + 4, text, "label", anchor)
+    return ""
 
 
 def _strip(parts: Sequence[PlannedPart]) -> str:
