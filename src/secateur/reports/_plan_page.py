@@ -161,16 +161,16 @@ def _drawn(
         parts.append(f'<path class="edge" d="M{left:g} {y:g}H{right:g}"/>')
         parts.append(text_at(left + 6, y - 6, "allowed", "title", "start"))
     parts.append(path("edge", [at(point.speedup, _value(point, True)) for point in curve]))
-    for point in points:
-        is_chosen = point is facts.chosen
-        x, y = at(point.speedup, _value(point, is_loss))
-        kind = "ours on" if is_chosen else "ours" if point in facts.candidates else "dense"
-        parts.append(f'<g class="{kind}"><circle class="dot" cx="{x:g}" cy="{y:g}" r="{8 if is_chosen else 5}"/></g>')
     taken: list[Box] = []
     for point in sorted(points, key=lambda one: one is not facts.chosen):
         if point is facts.chosen or canvas.labels_all:
             label = point.way if point.title == "dense" else point.title
             parts.append(_label(label, at(point.speedup, _value(point, is_loss)), (left, right), taken))
+    for point in points:
+        is_chosen = point is facts.chosen
+        x, y = at(point.speedup, _value(point, is_loss))
+        kind = "ours on" if is_chosen else "ours" if point in facts.candidates else "dense"
+        parts.append(f'<g class="{kind}"><circle class="dot" cx="{x:g}" cy="{y:g}" r="{8 if is_chosen else 5}"/></g>')
     for point in shown:
         value = _value(point, is_loss)
         lines = [point.title, point.way, f"{point.speedup:.2f} times as fast", f"{name} {figure(value)}"]
