@@ -385,7 +385,8 @@ def predicted_point(measured: Measured, solution: Solution) -> PlanPoint:
 
 def planned(measured: Measured, solution: Solution) -> Any:
     """Return what happens to each part, with what each loses and saves."""
-    costs, effects = measured.problem.costs[solution.way], measured.problem.effects
+    # Without corrections, which are about the whole model.
+    costs, effects = replace(measured.problem.costs[solution.way], factor=()), measured.problem.effects
     whole = costs.dense[:-1]
     losses, saved = [], []
     gone = max(solution.depth.number, 1)
