@@ -574,6 +574,22 @@ def test_the_installed_command_prints_plain_progress_lines(llama, tmp_path):
     assert "\x1b" not in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "stream", "said"),
+    [
+        (["--version"], 0, "stdout", f"secateur {secateur.__version__}"),
+        (["inspect", "no-such-directory"], 2, "stderr", "secateur: no-such-directory does not exist."),
+    ],
+    ids=["works", "a mistake"],
+)
+def test_the_package_runs_as_a_module(tmp_path, arguments, status, stream, said):
+    """As launchers start it (torchrun -m secateur), with the exit status of the command."""
+    command = [sys.executable, "-m", "secateur", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == status, result.stderr
+    assert getattr(result, stream).startswith(said)
+
+
 # Packing and measuring
 
 
