@@ -86,7 +86,17 @@ class Plan:
         """
         aim = Target.parse(target)
         solution = self._measured.problem.solve(aim)
-        report = report_of(self._measured, aim, MaxLoss(self.report.max_loss), solution, None, self.report.model)
+        # The curve over all speeds is another one only where something else is limited, too.
+        is_same = _without_time(aim) == _without_time(Target.parse(self.report.target or None))
+        report = report_of(
+            self._measured,
+            aim,
+            MaxLoss(self.report.max_loss),
+            solution,
+            None,
+            self.report.model,
+            self.report.frontier if is_same else None,
+        )
         return Plan(report, solution, self._measured, self._inputs)
 
     def apply_(self, model: nn.Module, progress: Progress | None = None) -> list[Stage]:
@@ -325,8 +335,9 @@ def report_of(
     solution: Solution | None,
     timed: Timed | None,
     model: str,
+    frontier: tuple[PlanPoint, ...] | None = None,
 ) -> PlanReport:
-    """Return what is known before anything is made."""
+    """Return what is known before anything is made. A frontier that is known already is not solved for again."""
     problem, bench = measured.problem, measured.bench
     shapes = tuple(bench.timed)
     alternatives = tuple(
@@ -335,7 +346,9 @@ def report_of(
     dense = PlanPoint(
         "dense", "torch", bench.milliseconds, (1.0,) * len(shapes), _nbytes(measured), problem.parameters, 0.0
     )
-    frontier = tuple(predicted_point(measured, found) for found in problem.frontier(replace(target, speedup=None)))
+    if frontier is None:
+        found = problem.frontier(replace(target, speedup=None, milliseconds=None))
+        frontier = tuple(predicted_point(measured, one) for one in found)
     report = PlanReport(
         model=model,
         target=target.text,
@@ -368,6 +381,10 @@ def report_of(
         reached=timed is None or measured.reaches(target, timed),
         notes=(*report.notes, *_about(measured, solution)),
     )
+
+
+def _without_time(target: Target) -> Target:
+    return replace(target, text="", speedup=None, milliseconds=None)
 
 
 def predicted_point(measured: Measured, solution: Solution) -> PlanPoint:
