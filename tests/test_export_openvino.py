@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from export_cases import needs_engine
+from export_cases import exact_products, needs_engine
 
 from secateur._errors import FormatError, RecipeError, StatisticsError
 from secateur.engines import ENGINES, import_openvino
@@ -130,6 +130,7 @@ def test_half_is_half_as_large_and_nearly_exact(tmp_path):
     assert 0 < error(run(half.files[0], texts()), run(source, texts())) < 1e-3
 
 
+@exact_products
 @pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_8_bits_are_a_quarter_and_close(tmp_path, kind, calibrated):
@@ -174,6 +175,7 @@ def test_loud_channels_do_not_drown_the_others(tmp_path):
     assert error(run(done.files[0], texts()), run(source, texts())) < 0.03
 
 
+@exact_products
 def test_channels_that_are_always_zero_stay_finite(tmp_path):
     source = text_model(tmp_path / "model.onnx", loud=0.0)
     done = convert(source, tmp_path / "8", int8=True, calibration=[EVERY_WORD])
@@ -195,6 +197,7 @@ def test_a_table_that_is_also_a_head_is_stored_once(tmp_path):
     assert error(run(done.files[0], texts()), run(source, texts())) < 0.03
 
 
+@exact_products
 def test_masked_rows_do_not_count(tmp_path):
     """Where the mask is 0 the ids are those of one very loud token."""
     source = masked_model(tmp_path / "model.onnx")

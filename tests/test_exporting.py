@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_cases import needs_engine, registry_is_read_once  # noqa: F401 - a fixture
+from export_cases import exact_products, needs_engine, registry_is_read_once  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 import secateur
@@ -271,6 +271,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, 
     return model, path, report
 
 
+@exact_products
 def test_8_bits_are_smaller_and_their_error_is_told(rounded: tuple[nn.Module, Path, ExportReport]) -> None:
     model, path, report = rounded
     assert report.nbytes < report.bytes_before
@@ -288,6 +289,7 @@ def test_speed_is_measured_beside_pytorch(rounded: tuple[nn.Module, Path, Export
     assert report.machine["threads"] == "1"
 
 
+@exact_products
 @pytest.mark.parametrize(
     ("arguments", "numbers"),
     [

@@ -6,6 +6,7 @@ from typing import Any
 import exported
 import numpy as np
 import pytest
+from export_cases import exact_products
 from onnx_graphs import kinds, write
 
 from secateur.exporting._fuse import fuse
@@ -31,6 +32,7 @@ def relative_error(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) 
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+@exact_products
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_are_computed_in_8_bits(name: str, tmp_path: Path) -> None:
     constants = {"w": WEIGHT, "b": BIAS} if name == "a product and a bias" else {"w": WEIGHT}
@@ -43,6 +45,7 @@ def test_products_are_computed_in_8_bits(name: str, tmp_path: Path) -> None:
     assert relative_error(exported.run(tmp_path / "int8.onnx", {"x": X}), expected) < 0.02
 
 
+@exact_products
 @pytest.mark.parametrize("turned", [False, True])
 def test_gemm_is_a_product(turned: bool, tmp_path: Path) -> None:
     weight = WEIGHT.T.copy() if turned else WEIGHT
@@ -137,6 +140,7 @@ def test_weights_are_rounded_to_the_nearest_with_a_scale_for_each_output() -> No
     assert (np.abs(numbers * scales - weight) <= 0.501 * scales).all()
 
 
+@exact_products
 @pytest.mark.slow
 @pytest.mark.parametrize("name", exported.FAMILIES)
 def test_a_whole_model_in_8_bits_stays_close(name: str, tmp_path: Path) -> None:

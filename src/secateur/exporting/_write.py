@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from secateur import kernels
 from secateur._errors import RecipeError
 from secateur._types import Progress
 from secateur.exporting._calibration import named
@@ -33,6 +34,10 @@ from secateur.timing import describe_machine
 ONNX, OPENVINO = "onnx/model.onnx", "openvino/openvino_model.xml"  # where other libraries look for them
 _WORK = ".work"
 _STEPS = 4
+_SATURATES = (
+    "this processor has no VNNI, so that the engine adds products of 8 bits in 16 bits, which saturate: the error is "
+    "larger here than where there is VNNI"
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def write_exported(
         report = replace(report, checks=tuple(compare(function, engine, tolerance, report.file)))
     shutil.rmtree(work)
     timings, notes = measure(function, engine, settings.shapes, progress)
+    if settings.int8 and not settings.packed and not any("vnni" in isa for isa in kernels.isas()):
+        notes = [*notes, _SATURATES]
     report = replace(
         report,
         nbytes=files_bytes(made / report.file),

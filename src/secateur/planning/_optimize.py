@@ -29,6 +29,7 @@ from secateur.planning._candidates import Candidate, candidates
 from secateur.planning._directory import Request, measure_opened, open_to_plan
 from secateur.planning._measured import Measured
 from secateur.planning._plan import planned, predicted_point, report_of
+from secateur.planning._readme import JSON, PAGE, TOML, say_how
 from secateur.planning._split import split_text
 from secateur.planning._stages import export_stage, stages_of, title_of
 from secateur.reports import PlannedPart, PlanPoint, PlanReport, versions
@@ -41,7 +42,6 @@ _AT_END = 0.06  # of all minutes, kept for export and the last measurement
 _LEAST = 0.05  # minutes of a training
 _METRICS = ("perplexity", "accuracy", "rank", "embedding_similarity", "similarity", "spearman")
 _LEARN, _CHOOSE, _REPORT = "learning.txt", "choosing.txt", "reporting.txt"
-JSON, TOML, PAGE = "plan.json", "pipeline.toml", "plan.html"
 
 
 @dataclass(frozen=True)
@@ -476,27 +476,4 @@ class _Run:
             (made / TOML).write_text(recipe, encoding="utf-8")
             (made / JSON).write_text(report.to_json() + "\n", encoding="utf-8")
             (made / PAGE).write_text(report.to_html(), encoding="utf-8")
-            _say_how(made, plan)
-
-
-def _say_how(folder: Path, plan: _Plan) -> None:
-    """Say in the README how the model is loaded."""
-    if plan.export.get("run") == "export":
-        lines = 'from secateur.exporting import open_exported\n\nmodel = open_exported("path/to/this/directory")'
-        files = "onnx/model.onnx" if plan.export["to"] == "onnx" else "openvino/openvino_model.xml"
-        more = f"The file of the engine is `{files}`."
-        if plan.export.get("packed"):
-            more += " Its packed layers need the library of `secateur.engines.library`."
-    else:
-        lines, more = 'import secateur\n\nmodel = secateur.load("path/to/this/directory")', "It runs in PyTorch."
-    path = folder / "README.md"
-    old = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    text = (
-        f"# What this is\n\n{plan.title[:1].upper()}{plan.title[1:]}; made by `secateur optimize`. `{TOML}` has the "
-        f"stages, and `{PAGE}` the figures. {more}\n\n```python\n{lines}\n```\n"
-    )
-    front = ""
-    if old.startswith("---\n") and "\n---\n" in old[3:]:
-        cut = old.index("\n---\n", 3) + 5
-        front, old = old[:cut], old[cut:]
-    path.write_text(f"{front}{text}\n{old.lstrip()}", encoding="utf-8")
+            say_how(made, plan.title, plan.export)
