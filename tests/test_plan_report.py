@@ -136,6 +136,10 @@ class TestPage:
         assert "<svg" not in page
         assert "What stays of each part" not in page
 
+    def test_a_missed_target_is_told_at_the_top(self):
+        assert "target missed" not in report().to_html()
+        assert "Speed, measured; target missed" in report(reached=False).to_html()
+
     def test_what_stays_of_each_part(self):
         page = report().to_html()
         assert "768 of 1,536" in page
@@ -176,6 +180,31 @@ class TestCommands:
         given, found = asked[0]
         assert "minutes" not in found
         assert len(given) == 1
+
+    def test_the_other_options_do_so_too(self, asked, tmp_path):
+        words = [
+            "optimize",
+            "model",
+            "--calibration",
+            "text.txt",
+            "--output",
+            str(tmp_path / "out"),
+            "--max-loss",
+            "1%",
+        ]
+        words += ["--cache", "times.json", "--restart", "--overwrite", "--evaluate", "pairs.csv", "--seed", "3"]
+        words += ["--allocation", "uniform", "--threads", "1", "--samples", "9", "--sequence-length", "32"]
+        assert CliRunner().invoke(app, words).exit_code == 0
+        _, found = asked[0]
+        assert found["target"] is None
+        assert (found["restart"], found["overwrite"], found["allocation"]) == (True, True, "uniform")
+        assert (found["seed"], found["threads"], found["samples"], found["sequence_length"]) == (3, 1, 9, 32)
+        assert (str(found["cache"]), str(found["evaluate"])) == ("times.json", "pairs.csv")
+
+    def test_a_plan_without_a_target_decides_nothing_and_misses_nothing(self, asked, monkeypatch):
+        undecided = report(target="", predicted=None, measured=None, reached=False)
+        monkeypatch.setattr("secateur.planning.plan_directory", lambda *given, **arguments: undecided)
+        assert CliRunner().invoke(app, ["plan", "model", "--calibration", "t", "--max-loss", "1%"]).exit_code == 0
 
     @pytest.mark.parametrize("command", ["plan", "optimize"])
     def test_a_missed_target_is_exit_status_1(self, asked, tmp_path, command):

@@ -52,7 +52,7 @@ def plan(
 ) -> None:
     """Say what could be made of a model for a target on this machine. Nothing is written.
 
-    Exit status 1: the target cannot be reached as measured.
+    Without a target the frontier is shown, and nothing is decided. Exit status 1: the target is missed as measured.
     """
     with user_errors():
         from secateur.files import check_file

@@ -13,6 +13,8 @@ from secateur.planning._probes import Timed
 from secateur.planning._solutions import Solution
 from secateur.planning._target import Target
 
+CANDIDATES = 3  # models that are made and trained for a short time
+SHORT = 0.08  # of all minutes, that each of them is trained for
 _MARGIN = 1.02  # a candidate is made this much faster than asked, because times differ from run to run
 _TRIES = 2  # at each number of blocks
 

@@ -186,8 +186,7 @@ def measure_costs(
 
 
 def _cost(bench: Bench, timed: Timed) -> Cost:
-    taken = [own / times for own, times in zip(bench.milliseconds, timed.times, strict=True)]
-    return np.array([*taken, float(timed.nbytes)])
+    return np.array([*timed.milliseconds(bench.milliseconds), float(timed.nbytes)])
 
 
 def _first(size: int, fixed: Sequence[int], gone: int) -> set[int]:

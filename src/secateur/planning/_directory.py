@@ -17,12 +17,21 @@ from secateur._types import Progress
 from secateur.calibration import Padding, batched, call_model, split_sentences
 from secateur.comparison import use_threads
 from secateur.files import ModelDirectory, scratch_folder
-from secateur.huggingface import CalibrationText, TextReader, example_inputs, load_model, load_tokenizer, open_model
+from secateur.huggingface import (
+    CalibrationText,
+    TextReader,
+    directory_figures,
+    directory_without_weights,
+    example_inputs,
+    load_model,
+    load_tokenizer,
+    open_model,
+)
 from secateur.pipeline import input_of
 from secateur.planning._candidates import candidates
 from secateur.planning._means import Means
-from secateur.planning._measured import Measured, measure_all
-from secateur.planning._plan import ALLOCATIONS, Inputs, report_of
+from secateur.planning._measured import Measured
+from secateur.planning._plan import ALLOCATIONS, Inputs, measure, report_of
 from secateur.planning._split import Split, split_text
 from secateur.planning._target import MaxLoss, Target
 from secateur.reports import PlanReport
@@ -158,21 +167,21 @@ def _shapes_of(directory: ModelDirectory, text: str, longest: int) -> tuple[tupl
 
 def measure_opened(opened: Opened, request: Request, threads: int, folder: Path, progress: Progress) -> Measured:
     """Measure all that a plan for a directory follows from."""
-    inputs = opened.inputs
-    return measure_all(
-        opened.model,
-        inputs.batches,
-        inputs.paddings,
-        inputs.timed,
-        request.means,
-        small=inputs.compared,
-        forward=inputs.forward,
-        threads=threads,
-        cache=request.cache,
-        folder=folder,
-        uniform=request.uniform,
-        progress=progress,
+    return measure(
+        opened.model, opened.inputs, request.means, threads, request.cache, folder, request.uniform, progress
     )
+
+
+def check_evaluated(source: str | Path, evaluate: str | Path | None) -> None:
+    """Raise unless a file gives a figure for the model in a directory, before any work.
+
+    Raises:
+        RecipeError: it gives none, and why.
+        StatisticsError: it cannot be read.
+        FormatError: the directory is not that of a model.
+    """
+    if evaluate is not None:
+        directory_figures(directory_without_weights(source), Path(evaluate), True)
 
 
 def plan_directory(
@@ -220,6 +229,7 @@ def plan_directory(
     request = Request.of(
         target, max_loss, shapes, allow, engines, allocation, threads, samples, sequence_length, seed, cache
     )
+    check_evaluated(source, evaluate)
     split = split_text(calibration)
     opened = open_to_plan(Path(source), split, request, progress)
     with use_threads(threads) as number, scratch_folder(None) as folder:

@@ -98,7 +98,7 @@ class Measured:
         """Time a model of the shape of a solution, and correct the costs of its engine by that."""
         probe = probe_of(self.model, self.graph, self.parts, solution)
         timed = self.bench.measure([(solution.way, probe)])[solution.way, probe]
-        real = tuple(own / times for own, times in zip(self.bench.milliseconds, timed.times, strict=True))
+        real = timed.milliseconds(self.bench.milliseconds)
         self.rounds.append((solution.milliseconds, real))
         costs = dict(self.problem.costs)
         costs[solution.way] = costs[solution.way].corrected(solution.milliseconds, real)
@@ -109,7 +109,7 @@ class Measured:
         """Return whether a measured model is as fast and as small as a target says."""
         if target.speedup is not None and min(timed.times) < target.speedup:
             return False
-        real = [own / times for own, times in zip(self.bench.milliseconds, timed.times, strict=True)]
+        real = timed.milliseconds(self.bench.milliseconds)
         if target.milliseconds is not None and max(real) > target.milliseconds:
             return False
         return target.nbytes is None or timed.nbytes <= target.nbytes

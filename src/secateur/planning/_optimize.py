@@ -25,19 +25,17 @@ from secateur.evaluation import METRICS
 from secateur.files import Work, check_output, hash_files, scratch_folder, whole_directory, work_folder, write_text
 from secateur.huggingface import directory_figures, directory_without_weights, open_model
 from secateur.pipeline import DirectoryEvaluation, Gate, Pipeline, input_of, load_to_measure
-from secateur.planning._candidates import Candidate, candidates
-from secateur.planning._directory import Request, measure_opened, open_to_plan
+from secateur.planning._candidates import CANDIDATES, SHORT, Candidate, candidates
+from secateur.planning._directory import Request, check_evaluated, measure_opened, open_to_plan
 from secateur.planning._measured import Measured
-from secateur.planning._plan import planned, predicted_point, report_of
+from secateur.planning._plan import planned, predicted_point, report_of, timed_point
 from secateur.planning._readme import JSON, PAGE, TOML, say_how
 from secateur.planning._split import split_text
 from secateur.planning._stages import export_stage, stages_of, title_of
 from secateur.reports import PlannedPart, PlanPoint, PlanReport, versions
 from secateur.timing import ratios, time_in_turn
 
-_CANDIDATES = 3
 _SPEEDS = 4  # models of as many speeds are tried where only the loss is limited
-_SHORT = 0.08  # of all minutes, that each candidate is trained for
 _AT_END = 0.06  # of all minutes, kept for export and the last measurement
 _LEAST = 0.05  # minutes of a training
 _METRICS = ("perplexity", "accuracy", "rank", "embedding_similarity", "similarity", "spearman")
@@ -69,15 +67,13 @@ class _Plan:
     @classmethod
     def of(cls, measured: Measured, candidate: Candidate) -> _Plan:
         solution, timed = candidate.solution, candidate.timed
-        point = predicted_point(measured, solution)
-        real = tuple(own / times for own, times in zip(measured.bench.milliseconds, timed.times, strict=True))
         return cls(
             title_of(measured.parts, solution),
             solution.way,
             stages_of(measured.model, measured.parts, solution),
             export_stage(solution),
-            point,
-            replace(point, milliseconds=real, times=timed.times, nbytes=timed.nbytes),
+            predicted_point(measured, solution),
+            timed_point(measured, solution, timed),
             [part.to_dict() for part in planned(measured, solution)],
         )
 
@@ -168,6 +164,7 @@ def optimize_directory(
     )
     for gate in gates:
         Gate.parse(gate)
+    check_evaluated(source, evaluate)
     split = split_text(calibration)
     directory = open_model(source)
     check_output(directory.path, Path(output), overwrite, directory.num_bytes)
@@ -177,7 +174,7 @@ def optimize_directory(
         run = _Run(Path(source), Path(output), request, work, texts, evaluate, minutes, began, tuple(gates), progress)
         plans, report = run.planned(facts, split, count)
         tried = run.tried(plans)
-        best = run.best(tried, report)
+        best = run.best(tried)
         return run.made(tried[best], [point for _, point in tried], report, overwrite)
 
 
@@ -235,8 +232,9 @@ class _Run:
             with scratch_folder(None) as folder:
                 measured = measure_opened(opened, request, threads, folder, self.progress)
                 found = self._candidates(measured)
-            aim = request.target if request.target.text else replace(request.target)
-            report = report_of(measured, aim, request.max_loss, found[0].solution, found[0].timed, self.source.name)
+            report = report_of(
+                measured, request.target, request.max_loss, found[0].solution, found[0].timed, self.source.name
+            )
             plans = [_Plan.of(measured, candidate) for candidate in found]
             record = {
                 "plans": [plan.to_dict() for plan in plans],
@@ -254,7 +252,7 @@ class _Run:
     def _candidates(self, measured: Measured) -> list[Candidate]:
         target = self.request.target
         if target.text:
-            return candidates(measured, target, _CANDIDATES, self.progress)
+            return candidates(measured, target, CANDIDATES, self.progress)
         # Only the loss is limited: models of several speeds, from slow to fast.
         frontier = measured.problem.frontier(target)
         slow, fast = frontier[0].speedup, frontier[-1].speedup
@@ -265,6 +263,8 @@ class _Run:
                 found += candidates(measured, replace(target, text=f"{speed:.1f}x", speedup=speed), 1, self.progress)
             except RecipeError:
                 continue
+        if not found:
+            raise RecipeError("no model could be timed that is as fast as was predicted. Give a target, such as '2x'.")
         return found
 
     def tried(self, plans: Sequence[_Plan]) -> list[tuple[_Plan, PlanPoint]]:
@@ -295,7 +295,7 @@ class _Run:
             self.source, [self.texts / _CHOOSE], has_dense=True, metrics=[self._chosen_by], device="cpu"
         )
 
-    def best(self, tried: Sequence[tuple[_Plan, PlanPoint]], report: PlanReport) -> int:
+    def best(self, tried: Sequence[tuple[_Plan, PlanPoint]]) -> int:
         """The number of the model to go on with."""
         if len(tried) == 1:
             return 0
@@ -399,7 +399,7 @@ class _Run:
         return next(name for name in _METRICS if name in gives)
 
     def _short(self) -> dict[str, Any]:
-        return self._training(max(_LEAST, _SHORT * self.minutes))
+        return self._training(max(_LEAST, SHORT * self.minutes))
 
     def _long(self) -> dict[str, Any]:
         """The long training, of which the minutes are kept, so that the same call finds its work again."""
@@ -426,7 +426,7 @@ class _Run:
         """The recipe of a pipeline as TOML."""
 
         def place(path: Path) -> str:
-            return path.name if folder is not None else str(path.resolve())
+            return self._name_of(path) if folder is not None else str(path.resolve())
 
         request = self.request
         sampled = {
@@ -446,6 +446,10 @@ class _Run:
         if shapes:
             table["shapes"] = [f"{rows}x{length}" for rows, length in shapes]
         return tomli_w.dumps({**table, "stage": stages})
+
+    def _name_of(self, path: Path) -> str:
+        """What a text is called in the output: never as a file of the model, whatever the user calls it."""
+        return _LEARN if path == self.texts / _LEARN else Path(_REPORT).stem + path.suffix
 
     def _run_pipeline(self, plan: _Plan, recipe: str) -> tuple[Any, Any]:
         """Run a recipe in the folder of a plan, where what an earlier recipe of it made is found again."""
@@ -470,9 +474,8 @@ class _Run:
         )
         with whole_directory(self.output, overwrite=overwrite) as made:
             shutil.copytree(model, made, dirs_exist_ok=True)
-            for name in {_LEARN, self.reported.name}:
-                origin = self.reported if name == self.reported.name else self.texts / name
-                shutil.copyfile(origin, made / name)
+            shutil.copyfile(self.texts / _LEARN, made / _LEARN)
+            shutil.copyfile(self.reported, made / self._name_of(self.reported))
             (made / TOML).write_text(recipe, encoding="utf-8")
             (made / JSON).write_text(report.to_json() + "\n", encoding="utf-8")
             (made / PAGE).write_text(report.to_html(), encoding="utf-8")

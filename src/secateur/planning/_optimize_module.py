@@ -19,18 +19,16 @@ from secateur.comparison import use_threads
 from secateur.files import scratch_folder
 from secateur.layers import check_model
 from secateur.nn import check_dense
-from secateur.planning._candidates import Candidate, candidates
+from secateur.planning._candidates import CANDIDATES, SHORT, Candidate, candidates
 from secateur.planning._means import Means
 from secateur.planning._measured import Measured
-from secateur.planning._plan import ALLOCATIONS, Inputs, apply_stages_, measure, planned, predicted_point, report_of
+from secateur.planning._plan import ALLOCATIONS, Inputs, apply_stages_, measure, planned, report_of, timed_point
 from secateur.planning._stages import export_stage, stages_of
 from secateur.planning._target import MaxLoss, Target
 from secateur.pruning import OutputEffect
 from secateur.recovery import recover_
 from secateur.reports import PlanPoint, PlanReport, Stage
 
-_CANDIDATES = 3
-_SHORT = 0.08  # of all minutes, that each candidate is trained for
 _LEAST = 0.01  # minutes of a training
 
 
@@ -115,7 +113,7 @@ def optimize_(
 
     with use_threads(threads) as count, scratch_folder(None) as folder:
         measured = measure(model, read, means, count, cache, folder, allocation == "uniform", tell)
-        found = candidates(measured, aim, _CANDIDATES, tell)
+        found = candidates(measured, aim, CANDIDATES, tell)
         with torch.no_grad():
             error = OutputEffect(model.eval(), *read.compared, read.forward)
         tried: list[_Made] = []
@@ -124,7 +122,7 @@ def optimize_(
             made = copy.deepcopy(model)
             history = apply_stages_(made, stages, read, tell)
             if len(found) > 1 and stages:
-                _train(made, model, read, min(_SHORT * minutes, left()), history, seed, tell)
+                _train(made, model, read, min(SHORT * minutes, left()), history, seed, tell)
             with torch.no_grad():
                 tried.append(_Made(candidate, made, stages, history, error.of(made.eval())))
         best = min(tried, key=lambda one: one.figure)
@@ -168,15 +166,8 @@ def _report(
     measured: Measured, aim: Target, best: _Made, tried: Sequence[_Made], name: str, seconds: float
 ) -> PlanReport:
     def point(made: _Made) -> PlanPoint:
-        timed = made.candidate.timed
-        real = tuple(own / times for own, times in zip(measured.bench.milliseconds, timed.times, strict=True))
-        return replace(
-            predicted_point(measured, made.candidate.solution),
-            milliseconds=real,
-            times=timed.times,
-            nbytes=timed.nbytes,
-            figure=made.figure,
-        )
+        found = timed_point(measured, made.candidate.solution, made.candidate.timed)
+        return replace(found, figure=made.figure)
 
     solution = best.candidate.solution
     report = report_of(measured, aim, MaxLoss(), solution, best.candidate.timed, name)

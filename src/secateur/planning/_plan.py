@@ -370,8 +370,7 @@ def report_of(
         return report
     point = predicted_point(measured, solution)
     if timed is not None:
-        real = tuple(own / times for own, times in zip(bench.milliseconds, timed.times, strict=True))
-        candidate = replace(point, milliseconds=real, times=timed.times, nbytes=timed.nbytes)
+        candidate = timed_point(measured, solution, timed)
         report = replace(report, candidates=(candidate,))
     return replace(
         report,
@@ -400,6 +399,16 @@ def predicted_point(measured: Measured, solution: Solution) -> PlanPoint:
     )
 
 
+def timed_point(measured: Measured, solution: Solution, timed: Timed) -> PlanPoint:
+    """Return a solution as a point of a report, with the times of a model of its shape."""
+    return replace(
+        predicted_point(measured, solution),
+        milliseconds=timed.milliseconds(measured.bench.milliseconds),
+        times=timed.times,
+        nbytes=timed.nbytes,
+    )
+
+
 def planned(measured: Measured, solution: Solution) -> Any:
     """Return what happens to each part, with what each loses and saves."""
     # Without corrections, which are about the whole model.
@@ -416,8 +425,7 @@ def planned(measured: Measured, solution: Solution) -> Any:
 
 
 def _point(title: str, way: str, timed: Timed, dense: Sequence[float], parameters: int) -> PlanPoint:
-    real = tuple(own / times for own, times in zip(dense, timed.times, strict=True))
-    return PlanPoint(title, way, real, timed.times, timed.nbytes, parameters, timed.effect)
+    return PlanPoint(title, way, timed.milliseconds(dense), timed.times, timed.nbytes, parameters, timed.effect)
 
 
 def _nbytes(measured: Measured) -> int:

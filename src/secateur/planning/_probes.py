@@ -64,6 +64,10 @@ class Timed:
     effect: float | None = None
     noisy: bool = False
 
+    def milliseconds(self, dense: Sequence[float]) -> tuple[float, ...]:
+        """Return the time at each shape, given that of the dense model in PyTorch."""
+        return tuple(own / times for own, times in zip(dense, self.times, strict=True))
+
     def to_table(self) -> dict[str, Any]:
         """Return the measurement as a JSON-ready dict."""
         return {"times": list(self.times), "nbytes": self.nbytes, "effect": self.effect}

@@ -38,6 +38,7 @@ class PageFacts:
         measure: name of the loss.
         needed: times as fast that are asked for; None if that is not asked.
         allowed: the worst figure that is allowed; None without a limit.
+        is_missed: what was made does not reach what was asked.
     """
 
     model: str
@@ -53,6 +54,7 @@ class PageFacts:
     measure: str
     needed: float | None
     allowed: float | None
+    is_missed: bool
 
 
 def plan_page(facts: PageFacts, tables: Sequence[Table]) -> str:
@@ -66,6 +68,7 @@ def plan_page(facts: PageFacts, tables: Sequence[Table]) -> str:
     chosen, tiles = facts.chosen, []
     if chosen is not None:
         how = "measured" if facts.is_measured else "predicted"
+        how += "; target missed" if facts.is_missed else ""
         tiles.append(Fact(f"Speed, {how}", f"{chosen.speedup:.2f} times", f"{chosen.title}; {chosen.way}"))
         if chosen.figure is not None:
             dense = f"dense model {figure(facts.dense.figure)}" if facts.dense.figure is not None else ""

@@ -288,6 +288,7 @@ class PlanReport:
             measure=self.measure,
             needed=self.needed_times,
             allowed=self.allowed_figure,
+            is_missed=self.measured is not None and not self.reached,
         )
         return plan_page(facts, self.tables)
 
